@@ -12,9 +12,9 @@ One module, standard library only, CPython 3.9+ or PyPy: copy it, `pip install` 
 
 A gateway runs prefabs: deployed components with an id, a version and named functions. A call may
 cost money and minutes, so one that may have run is never sent twice, and a result that arrived is
-never lost. Look at `GatewayClient` for what can be called; every failure is a `GatewayError`.
+never lost. `GatewayClient` is what can be called; every failure is a `GatewayError`.
 
-Top to bottom, each section built on those above it: errors, data, requests, connections, transport,
+Top to bottom, each section uses those above it: errors, data, requests, connections, transport,
 event stream, files, client, command line.
 """
 
@@ -22,11 +22,8 @@ from __future__ import annotations
 
 import base64
 import collections
-import contextlib
-import dataclasses
 import email.utils
 import enum
-import functools
 import http.client
 import io
 import json
@@ -42,8 +39,11 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import (
-    TYPE_CHECKING, Any, BinaryIO, ClassVar, Final, Literal, NamedTuple, Optional, TypeVar, Union, overload,
+    TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, overload,
 )
 
 if TYPE_CHECKING:
@@ -59,23 +59,24 @@ __all__ = [
     "ServiceUnavailableError", "StreamEvent", "StreamEventType", "ValidationError", "__version__",
 ]
 
-DEFAULT_BASE_URL: Final = "http://nodeport.sensedeal.vip:30566"
+DEFAULT_BASE_URL = "http://nodeport.sensedeal.vip:30566"
 
-_BACKOFF_BASE_SECONDS: Final = 0.5
-_BACKOFF_CAP_SECONDS: Final = 8.0
-_RETRY_AFTER_CAP_SECONDS: Final = 60.0  # a longer wait is the caller's decision
-_IDLE_SECONDS: Final = 4.0  # the gateway's server hangs up after 5, unannounced
-_AFTER_DONE_SECONDS: Final = 2.0  # how long a stream may linger once it has said that it is done
-_MAX_REDIRECTS: Final = 5
-_MAX_IDLE_CONNECTIONS: Final = 100  # per origin
-_MAX_INTERIM_ANSWERS: Final = 100
-_MAX_LINE_BYTES: Final = 64 * 1024
-_MAX_ERROR_BYTES: Final = 64 * 1024
-_BLOCK_BYTES: Final = 256 * 1024  # fits the processor's cache: larger ones cost more
-_SENDFILE_BYTES: Final = 8 * 1024 * 1024  # between two calls of on_progress
-_SHOWN_CHARACTERS: Final = 500
+_BACKOFF_BASE_SECONDS = 0.5
+_BACKOFF_CAP_SECONDS = 8.0
+_RETRY_AFTER_CAP_SECONDS = 60.0  # a longer wait is the caller's decision
+_IDLE_SECONDS = 4.0  # the gateway's server hangs up after 5, unannounced
+_AFTER_DONE_SECONDS = 2.0  # how long a stream may linger when it has said that it is done
+_MAX_REDIRECTS = 5
+_MAX_IDLE_CONNECTIONS = 100  # per origin
+_MAX_INTERIM_ANSWERS = 100
+_MAX_LINE_BYTES = 64 * 1024
+_MAX_ERROR_BYTES = 64 * 1024
+_BLOCK_BYTES = 256 * 1024  # fits the processor's cache: larger blocks cost more
+_SENDFILE_BYTES = 8 * 1024 * 1024  # between two calls of on_progress
+_SHOWN_CHARACTERS = 500
 
 _T = TypeVar("_T")
+_Json = dict[str, Any]
 _Path = Union[str, "os.PathLike[str]"]
 _Files = Mapping[str, Sequence[str]]  # name to s3:// URLs
 _Progress = Callable[[int, Optional[int]], object]  # bytes done, bytes in all (None: unknown)
@@ -98,7 +99,7 @@ logger.addHandler(logging.NullHandler())
 
 
 class GatewayError(Exception):
-    """Anything that went wrong; the class says what the caller can do about it.
+    """Anything that went wrong; the class says what can be done about it.
 
     Attributes:
         message: What was asked, what came back and, where there is one, the remedy.
@@ -106,37 +107,38 @@ class GatewayError(Exception):
         status_code: HTTP status; None if there was no answer.
         error_code: The gateway's own code, such as `"MISSING_SECRET"`, or None.
         retry_after: Seconds that the answer asks to wait (`Retry-After`), or None.
-        may_have_run: False means that sending the request again cannot run anything twice.
+        may_have_run: False: sending it again cannot run anything twice.
     """
 
     _remedy: ClassVar[str] = ""
-    _fields: ClassVar[Mapping[str, Any]] = {}  # attributes that an error's body gives, and defaults
+    _fields: ClassVar[_Json] = {}  # attributes that an error's body gives, with their defaults
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message)
+        self._fill(message, details or {})
+
+    def _fill(self, message: str, body: Mapping[str, Any], *, remedy: bool = False) -> None:
+        values = {name: body.get(name) or default for name, default in self._fields.items()}
+        if remedy:
+            shown = {name: value or "" for name, value in values.items()}
+            message = f"{message}\n{self._remedy.format(**shown)}".strip()
+        self.args = (message,)
         self.message = message
-        self.details = dict(details or {})
+        self.details = {**values, **body}
         self.status_code: int | None = None
-        self.error_code: str | None = self.details.get("error_code")
+        self.error_code: str | None = body.get("error_code")
         self.retry_after: float | None = None
         self.may_have_run = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # The default calls the class with `args`, which the constructors below refuse.
-        return _new_error, (type(self),), {**self.__dict__, "args": self.args}
+        self.__dict__.update(values)
 
     @classmethod
-    def _from_answer(cls, message: str, body: Mapping[str, Any]) -> GatewayError:
-        values = {name: body.get(name) or default for name, default in cls._fields.items()}
-        shown = {name: "" if value is None else value for name, value in values.items()}
+    def _new(cls, message: str, body: Mapping[str, Any]) -> GatewayError:
+        """The error for an answer with this body."""
         error = cls.__new__(cls)
-        GatewayError.__init__(error, f"{message}\n{cls._remedy.format(**shown)}".strip(), {**values, **body})
-        error.__dict__.update(values)
+        error._fill(message, body, remedy=True)
         return error
 
-
-def _new_error(error_class: type[GatewayError]) -> GatewayError:
-    return error_class.__new__(error_class)
+    def __reduce__(self) -> tuple[Any, ...]:  # the default calls the class with `args`
+        return type(self)._new, ("", {}), {**self.__dict__, "args": self.args}
 
 
 class AuthenticationError(GatewayError):
@@ -153,11 +155,12 @@ class PrefabNotFoundError(GatewayError):
 
     _remedy = "client.list_prefabs() shows what is deployed."
     _fields = {"prefab_id": "unknown", "version": "unknown"}
+    prefab_id: str
+    version: str
 
     def __init__(self, prefab_id: str, version: str, message: str | None = None) -> None:
-        details = {"prefab_id": prefab_id, "version": version}
-        super().__init__(message or f"Prefab {prefab_id}@{version} not found", details)
-        self.prefab_id, self.version = prefab_id, version
+        body = {"prefab_id": prefab_id, "version": version}
+        self._fill(message or f"Prefab {prefab_id}@{version} not found", body)
 
 
 class ValidationError(GatewayError, ValueError):
@@ -167,12 +170,14 @@ class ValidationError(GatewayError, ValueError):
 class QuotaExceededError(GatewayError):
     """A quota is used up (429). Has `limit`, `used` and `quota_type`."""
 
-    _remedy = "Wait, or have the quota raised: such a call is not repeated by itself."
+    _remedy = "Wait, or have the quota raised: the SDK does not repeat such a call."
     _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    limit: int
+    used: int
+    quota_type: str
 
     def __init__(self, message: str, limit: int, used: int, quota_type: str) -> None:
-        super().__init__(message, {"limit": limit, "used": used, "quota_type": quota_type})
-        self.limit, self.used, self.quota_type = limit, used, quota_type
+        self._fill(message, {"limit": limit, "used": used, "quota_type": quota_type})
 
 
 class MissingSecretError(GatewayError):
@@ -180,13 +185,14 @@ class MissingSecretError(GatewayError):
 
     _remedy = "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).\n{instructions}"
     _fields = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
+    prefab_id: str
+    secret_name: str
+    instructions: str | None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        details = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
-        remedy = self._remedy.format(**{**details, "instructions": instructions or ""})
-        message = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'\n{remedy}".strip()
-        super().__init__(message, {**details, "error_code": "MISSING_SECRET"})
-        self.prefab_id, self.secret_name, self.instructions = prefab_id, secret_name, instructions
+        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
+        body["error_code"] = "MISSING_SECRET"
+        self._fill(f"Missing required secret '{secret_name}' for prefab '{prefab_id}'", body, remedy=True)
 
 
 class AgentContextRequiredError(GatewayError):
@@ -210,7 +216,7 @@ class GatewayTimeoutError(ServiceUnavailableError, TimeoutError):
     """Connecting, or a wait for bytes, took longer than `timeout`."""
 
 
-_STATUS_ERRORS: Final[Mapping[Any, type[GatewayError]]] = {
+_STATUS_ERRORS: Mapping[Any, type[GatewayError]] = {
     401: AuthenticationError,
     403: AuthenticationError,
     404: PrefabNotFoundError,
@@ -219,8 +225,10 @@ _STATUS_ERRORS: Final[Mapping[Any, type[GatewayError]]] = {
     (400, "MISSING_SECRET"): MissingSecretError,
     (400, "MISSING_AGENT_CONTEXT"): AgentContextRequiredError,
 }
-_PLAIN_MISSING_SECRET: Final = re.compile(r"Secret '(.*)' for prefab '(.*)' is not configured")
-_XML_PROBLEM: Final = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
+_PLAIN_MISSING_SECRET = re.compile(
+    r"Secret '(?P<secret_name>.*)' for prefab '(?P<prefab_id>.*)' is not configured"
+)
+_XML_PROBLEM = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
 
 
 def _redacted(value: Any, hide: Callable[[str], str]) -> Any:
@@ -234,8 +242,8 @@ def _redacted(value: Any, hide: Callable[[str], str]) -> Any:
     return value
 
 
-def _read_problem(body: bytes, hide: Callable[[str], str]) -> tuple[str, dict[str, Any]]:
-    """Message and fields of an error body in any of its forms. `hide` takes secrets out."""
+def _read_problem(body: bytes, hide: Callable[[str], str]) -> tuple[str, _Json]:
+    """Message and fields of an error body in any of its forms; `hide` takes secrets out."""
     text = hide(body.decode("utf-8", "replace")).strip()
     try:
         content = _redacted(json.loads(body), hide)
@@ -243,32 +251,20 @@ def _read_problem(body: bytes, hide: Callable[[str], str]) -> tuple[str, dict[st
         xml = _XML_PROBLEM.search(text)  # of S3
         return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
     problem = content.get("detail") or content if isinstance(content, dict) else content
-    if isinstance(problem, list):
-        return "".join(f"\n  {_field_problem(entry)}" for entry in problem), {"errors": problem}
+    if isinstance(problem, list):  # of FastAPI
+        entries = [entry if isinstance(entry, dict) else {"msg": entry} for entry in problem]
+        lines = [f"{'.'.join(map(str, entry.get('loc') or ()))}: {entry.get('msg')}" for entry in entries]
+        return "\n  ".join(("", *lines)), {"errors": problem}
     if isinstance(problem, dict):
         more = problem.get("details")
-        fields = {**problem, **more} if isinstance(more, dict) else problem
-        return str(problem.get("message") or problem.get("error") or text[:_SHOWN_CHARACTERS]), fields
+        message = problem.get("message") or problem.get("error") or text[:_SHOWN_CHARACTERS]
+        return str(message), {**problem, **more} if isinstance(more, dict) else problem
     secret = _PLAIN_MISSING_SECRET.search(str(problem))
-    names = {"error_code": "MISSING_SECRET", "secret_name": secret[1], "prefab_id": secret[2]} if secret else {}
-    return str(problem), names
-
-
-def _field_problem(entry: Any) -> str:
-    """One line for an entry of a 422's list, such as `body.calls.0.version: Field required`."""
-    if not isinstance(entry, dict):
-        return str(entry)
-    place = entry.get("loc")
-    path = ".".join(map(str, place)) if isinstance(place, list) else str(place)
-    return f"{path}: {entry.get('msg', 'invalid')}"
+    return str(problem), {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
 
 
 def _retry_after_seconds(value: str) -> float | None:
-    """Seconds that a `Retry-After` in either form asks for (RFC 9110 §10.2.3); None if unreadable.
-
-    >>> _retry_after_seconds("120")
-    120.0
-    """
+    """Seconds that a `Retry-After` in either form asks for (RFC 9110 §10.2.3); None if unreadable."""
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value, re.ASCII):
         return float(value)
     try:
@@ -306,55 +302,55 @@ class StreamEventType(str, enum.Enum):
     __str__ = str.__str__
 
 
-_CALL_STATUSES: Final = {str(status): status for status in CallStatus}
-_EVENT_TYPES: Final = {str(event_type): event_type for event_type in StreamEventType}
-_LAST_EVENTS: Final = (StreamEventType.DONE, StreamEventType.ERROR)
+_CALL_STATUSES = {str(status): status for status in CallStatus}
+_EVENT_TYPES = {str(event_type): event_type for event_type in StreamEventType}
+_LAST_EVENTS = (StreamEventType.DONE, StreamEventType.ERROR)
 
 
-@dataclasses.dataclass
+@dataclass
 class PrefabCall:
-    """One call. `files` maps an input's name to `s3://` URLs, as `upload_input_file` gives them."""
+    """One call; `files` maps an input's name to `s3://` URLs, as `upload_input_file` gives them."""
 
     prefab_id: str
     version: str
     function_name: str
-    parameters: dict[str, Any] | None = None
+    parameters: _Json | None = None
     files: _Files | None = None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> _Json:
         """The call as the gateway reads it; `files` is left out when there are none."""
-        inputs: dict[str, Any] = {"parameters": self.parameters or {}}
+        inputs: _Json = {"parameters": self.parameters or {}}
         if self.files:
             inputs["files"] = self.files
         names = {"prefab_id": self.prefab_id, "version": self.version, "function_name": self.function_name}
         return {**names, "inputs": inputs}
 
 
-@dataclasses.dataclass
+@dataclass
 class PrefabResult:
     """What became of one call.
 
     Attributes:
         status: A `CallStatus`, or the gateway's own word if that is another.
-        output: What the gateway gave: `{"status", "output", "files"}`, on older ones the function's
-            value itself.
+        output: `{"status", "output", "files"}`; on older gateways the function's value itself.
         error: `{"message", "type", ...}` of a failed call.
         job_id: The gateway's id of the request.
-        exception: The error that a failed call of a batch would have raised from `run`.
+        exception: What `run` would have raised, of a failed call of a batch.
         raw: The result's whole entry in the answer.
     """
 
     status: CallStatus | str
     output: Any = None
-    error: dict[str, Any] | None = None
+    error: _Json | None = None
     job_id: str | None = None
-    exception: GatewayError | None = dataclasses.field(default=None, repr=False, compare=False)
-    raw: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    exception: GatewayError | None = field(default=None, repr=False, compare=False)
+    raw: _Json = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def _from_dict(cls, entry: dict[str, Any], job_id: str | None) -> PrefabResult:
+    def _from_dict(cls, entry: _Json, job_id: str | None) -> PrefabResult:
         status, error = str(entry.get("status")), entry.get("error")
-        error = None if error is None else _error_dict(error)
+        if error is not None and not isinstance(error, dict):
+            error = {"message": str(error)}
         return cls(_CALL_STATUSES.get(status, status), entry.get("output"), error, job_id, raw=entry)
 
     @classmethod
@@ -389,8 +385,7 @@ class PrefabResult:
         """The output files: name to list of `s3://` URLs."""
         for files in (self.get("files"), self.raw.get("files")):
             if isinstance(files, dict) and files:
-                given = {name: [urls] if isinstance(urls, str) else urls for name, urls in files.items()}
-                return {name: list(urls) for name, urls in given.items() if isinstance(urls, list)}
+                return {name: [urls] if isinstance(urls, str) else list(urls or ()) for name, urls in files.items()}
         return {}
 
     def get_file_urls(self) -> list[str]:
@@ -407,8 +402,7 @@ class PrefabResult:
 
     def get_business_message(self) -> str:
         """The function result's `message`; `""` where missing."""
-        message = self._business("message")
-        return "" if message is None else str(message)
+        return str(self._business("message") or "")
 
     def get_business_error(self) -> Any:
         """The function result's `error`; None where missing."""
@@ -419,11 +413,7 @@ class PrefabResult:
         return self._business("error_code")
 
 
-def _error_dict(error: Any) -> dict[str, Any]:
-    return error if isinstance(error, dict) else {"message": str(error)}
-
-
-@dataclasses.dataclass
+@dataclass
 class BatchResult:
     """The results of a batch, in the order of its calls.
 
@@ -438,8 +428,7 @@ class BatchResult:
     @classmethod
     def _of(cls, results: list[PrefabResult], job_id: str | None = None) -> BatchResult:
         batch = cls(job_id, "COMPLETED", results)
-        failed = len(batch.get_failed())
-        if failed:
+        if failed := len(batch.get_failed()):
             batch.status = "FAILED" if failed == len(results) else "PARTIAL_SUCCESS"
         return batch
 
@@ -452,65 +441,60 @@ class BatchResult:
         return [result for result in self.results if not result.is_success()]
 
 
-@dataclasses.dataclass
+@dataclass
 class StreamEvent:
     """One event of a stream; `raw` is the whole decoded object, with its further fields."""
 
     type: StreamEventType
     data: Any
-    raw: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    raw: _Json = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> StreamEvent:
+    def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
         event_type: Any = data.get("type")
         known = event_type.__class__ is str and event_type in _EVENT_TYPES
         return cls(_EVENT_TYPES[event_type] if known else StreamEventType.CONTENT, data.get("data"), data)
 
 
-@dataclasses.dataclass
+@dataclass
 class PrefabInfo:
-    """One version of a prefab in the directory. `status` is that of its deployment; `raw` is all."""
+    """One version of a prefab in the directory; `status` is its deployment's, `raw` the whole entry."""
 
     prefab_id: str
     version: str
     name: str = ""
     description: str = ""
-    tags: list[str] = dataclasses.field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
     status: str | None = None
-    functions: list[Any] = dataclasses.field(default_factory=list)
+    functions: list[Any] = field(default_factory=list)
     requires_secrets: bool = False
-    secrets: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    secrets: list[_Json] = field(default_factory=list)
     is_official: bool = False
     author: str | None = None
-    raw: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    raw: _Json = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def _from_dict(cls, entry: dict[str, Any]) -> PrefabInfo:
+    def _from_dict(cls, entry: _Json) -> PrefabInfo:
         names = {"prefab_id": "id", "status": "deployment_status"}
-        given = {field.name: entry.get(names.get(field.name, field.name)) for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**known, "raw": entry})
+        given = {known.name: entry.get(names.get(known.name, known.name)) for known in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None} | {"raw": entry})
 
 
 def _version_key(version: str) -> tuple[Any, ...]:
     """Sorts versions by precedence (SemVer §11): 1.10.0 after 1.9.0, 1.0.0-rc.1 before 1.0.0."""
-    release, _, pre_release = version.partition("+")[0].lstrip("v").partition("-")
 
     def identifiers(text: str) -> list[Any]:
         return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in text.split(".")]
 
+    release, _, pre_release = version.partition("+")[0].lstrip("v").partition("-")
     return identifiers(release), not pre_release, identifiers(pre_release)
 
 
 # --- Requests -------------------------------------------------------------------------------------
 
-_DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-_CREDENTIAL_HEADERS: Final = {
-    "internal_token": "X-Internal-Token",
-    "api_key": "X-API-Key",
-    "jwt_token": "Authorization",
-}
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_CREDENTIAL_HEADERS = ("X-Internal-Token", "X-API-Key", "Authorization")
 
 
 class _Origin(NamedTuple):
@@ -538,12 +522,11 @@ def _split_url(url: str) -> tuple[_Origin, str]:
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
-        host = parts.hostname or ""
+        host, port = parts.hostname or "", parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except (ValueError, AttributeError, TypeError):
         raise ValueError("is not a URL") from None
-    if port is None or parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", host):
+    if parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", host):
         raise ValueError("is not an http:// or https:// URL")
     if "@" in parts.netloc:
         raise ValueError("must not contain a user name")
@@ -565,7 +548,7 @@ class _Body:
         return len(self.head) + self.file_length + len(self.tail)
 
 
-@dataclasses.dataclass
+@dataclass
 class _Request:
     """All that is sent, and how it may be treated. As text it shows no query and no header."""
 
@@ -573,10 +556,10 @@ class _Request:
     origin: _Origin
     target: str
     timeout: float | None
-    body: Any = b""  # bytes, or a _Body
-    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    body: bytes | _Body = b""
+    headers: dict[str, str] = field(default_factory=dict)
     repeatable: bool = False  # sent twice, it does no more than once
-    to_gateway: bool = True  # answered in the gateway's way; else by a storage
+    to_gateway: bool = True  # which answers in its way; else to a storage
     authenticated: bool = True  # takes the client's credential along
     prefab: dict[str, str] | None = None  # what a 404 is about
     hidden: tuple[str, ...] = ()  # not to be shown
@@ -589,8 +572,8 @@ class _Request:
 
     def hide(self, text: str) -> str:
         """`text` without the credential, secrets and the query of a presigned URL."""
-        headers = [self.headers.get(name, "") for name in _CREDENTIAL_HEADERS.values()]
-        words = {*self.hidden, *(header.rpartition(" ")[2] for header in headers)}
+        values = (self.headers.get(name, "") for name in _CREDENTIAL_HEADERS)
+        words = {*self.hidden, *(value.rpartition(" ")[2] for value in values)}
         if not self.to_gateway:
             query = self.target.partition("?")[2]
             words |= {query, *(value for _, value in urllib.parse.parse_qsl(query))}
@@ -602,38 +585,6 @@ class _Request:
         return text
 
 
-@dataclasses.dataclass
-class _Credential:
-    """Who the client is: the header that says so, and the run endpoint that goes with it."""
-
-    mode: str = "allow-list"
-    header: str = ""
-    value: str = ""
-    exchange: _Request | None = None  # gives a new value
-
-    @classmethod
-    def choose(cls, **values: str | None) -> _Credential:
-        """The one that was given; none is the allow-list mode, more than one an error."""
-        given = {name: value for name, value in values.items() if value is not None}
-        _require(len(given) < 2, f"Give one credential, not {' and '.join(given)}: who is the client?")
-        for name, value in given.items():
-            _require_header_value(name, value)
-            bare_jwt = name == "jwt_token" and not value.startswith("Bearer ")
-            return cls(name, _CREDENTIAL_HEADERS[name], f"Bearer {value}" if bare_jwt else value)
-        return cls()
-
-    def __repr__(self) -> str:
-        return self.mode
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {self.header: self.value} if self.header else {}
-
-    @property
-    def run_path(self) -> str:
-        return "/v1/internal/run" if self.header in ("", "X-Internal-Token") else "/v1/run"
-
-
 def _require_header_value(name: str, value: Any) -> None:
     """Refuses what a header cannot carry, without showing it as `http.client` would."""
     _require(isinstance(value, str) and value.strip(), f"{name} must be a string that is not empty.")
@@ -643,20 +594,20 @@ def _require_header_value(name: str, value: Any) -> None:
 
 # --- Connections ----------------------------------------------------------------------------------
 
-_WIRE_FAULTS: Final = (OSError, http.client.HTTPException)
-_CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n")
-_EMPTY_LINES: Final = (b"\r\n", b"\n")
+_WIRE_FAULTS = (OSError, http.client.HTTPException)
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n")
+_EMPTY_LINES = (b"\r\n", b"\n")
 
 
-def _lost(request: _Request, error: Exception, doing: str, *, sent: bool = True) -> GatewayError:
+def _lost(request: _Request, error: BaseException, doing: str, *, sent: bool = True) -> GatewayError:
     """The error for an answer that did not come, or not whole. `sent`: the gateway may have acted."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     reason = f"nothing for {request.timeout} s" if timed_out else str(error) or type(error).__name__
-    remedies = ["A larger timeout= waits longer."] if timed_out else []
-    if sent and not request.repeatable:
-        remedies.insert(0, "It may have run all the same, so it was not sent again.")
-    message = f"{request}: {doing}: {reason}\n{' '.join(remedies)}".rstrip()
-    lost = (GatewayTimeoutError if timed_out else ServiceUnavailableError)(request.hide(message))
+    may_have_run = "It may have run all the same, so it was not sent again. " if sent else ""
+    remedy = "" if request.repeatable else may_have_run
+    remedy += "A larger timeout= waits longer." if timed_out else ""
+    lost_class = GatewayTimeoutError if timed_out else ServiceUnavailableError
+    lost = lost_class(request.hide(f"{request}: {doing}: {reason}\n{remedy}".strip()))
     lost.may_have_run = sent
     # A cause that quotes a secret, as a garbled status line may, would show it in the traceback.
     lost.__cause__ = error if request.hide(str(error)) == str(error) else None
@@ -674,13 +625,13 @@ class _HeadReader(io.BufferedReader):
 
 
 class _Response(http.client.HTTPResponse):
-    """An answer whose head was read. It has its connection until its body was read to the end."""
+    """An answer. It has its connection until its body was read to the end."""
 
     def __init__(self, request: _Request, connection: _Connection, pool: _Pool) -> None:
         super().__init__(connection.sock, method=request.method)
         self.fp = _HeadReader(self.fp.detach())
         self.request = request
-        self._connection: _Connection | None = connection
+        self.connection: _Connection | None = connection
         self._pool = pool
 
     def begin(self) -> None:
@@ -706,9 +657,9 @@ class _Response(http.client.HTTPResponse):
         """
         try:
             yield from self._dechunked() if self.chunked else self._take(self.length)
-            if self._connection and not self.will_close:
-                self._pool.give(self._connection)
-                self._connection = None
+            if self.connection and not self.will_close:
+                self._pool.give(self.connection)
+                self.connection = None
         except _WIRE_FAULTS as error:
             raise _lost(self.request, error, f"the answer ({self.status}) was cut short")
         finally:
@@ -717,40 +668,53 @@ class _Response(http.client.HTTPResponse):
     def _take(self, left: int | None) -> Iterator[bytes]:
         while left != 0:
             chunk = self.fp.read1(_BLOCK_BYTES if left is None else min(left, _BLOCK_BYTES))
-            if not chunk:
-                if left is None:
-                    return
-                raise http.client.IncompleteRead(b"", left)  # its own read1 takes it for the end
+            if not chunk and left is None:
+                return
+            if not chunk:  # which the `read1` of http.client takes for the end
+                raise http.client.IncompleteRead(b"", left)
             left = None if left is None else left - len(chunk)
             yield chunk
 
     def _dechunked(self) -> Iterator[bytes]:
-        """The payload of a chunked body (RFC 9112 §7.1); its own reader accepts a size of "-5"."""
-        readline = functools.partial(io.BufferedReader.readline, self.fp)
-        while True:
-            size = _CHUNK_SIZE.fullmatch(readline(_MAX_LINE_BYTES))
-            if not size:
-                raise http.client.HTTPException("a chunk without a size")
+        """The payload of a chunked body (RFC 9112 §7.1); http.client accepts a size of "-5"."""
+        readline = partial(io.BufferedReader.readline, self.fp)
+        while size := _CHUNK_SIZE.fullmatch(readline(_MAX_LINE_BYTES)):
             left = int(size[1], 16)
             if not left:
-                break
+                while readline(_MAX_LINE_BYTES) not in (*_EMPTY_LINES, b""):
+                    pass  # trailers
+                return
             yield from self._take(left)
             if readline(2) not in _EMPTY_LINES:
-                raise http.client.HTTPException("a chunk of another size than it said")
-        while readline(_MAX_LINE_BYTES) not in (*_EMPTY_LINES, b""):
-            pass  # trailers
-
-    def limit_wait(self, seconds: float) -> None:
-        """Shortens the wait for bytes."""
-        if self._connection and (self.request.timeout is None or self.request.timeout > seconds):
-            self._connection.sock.settimeout(seconds)
+                break
+        raise http.client.HTTPException("a chunk without its size, or of another size")
 
     def close(self) -> None:
         """Closes the connection too, unless it went back to the pool."""
-        connection, self._connection = self._connection, None
+        connection, self.connection = self.connection, None
         if connection:
             connection.close()
         super().close()
+
+
+def _proxy_for(origin: _Origin) -> tuple[_Origin, dict[str, str]] | None:
+    """The proxy that the environment or the system sets for an origin, and the header it wants."""
+    import urllib.request  # dear, and needed for new connections only
+
+    proxy = urllib.request.getproxies().get(origin.scheme)
+    names = (origin.host, f"{origin.host}:{origin.port}")
+    if not proxy or any(urllib.request.proxy_bypass(name) for name in names):
+        return None
+    scheme, _, rest = (proxy if "://" in proxy else f"http://{proxy}").partition("://")
+    login, _, address = rest.rpartition("@")
+    try:
+        hop, _ = _split_url(f"{scheme}://{address}")
+        if hop.scheme != "http":
+            raise ValueError("is not an http:// URL")
+    except ValueError as error:
+        raise GatewayError(f"The environment's {origin.scheme}_proxy {error}.") from None
+    encoded = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+    return hop, {"Proxy-Authorization": f"Basic {encoded}"} if login else {}
 
 
 class _Connection:
@@ -759,8 +723,7 @@ class _Connection:
     def __init__(self, origin: _Origin, timeout: float | None, tls: ssl.SSLContext | None) -> None:
         self.origin = origin
         self.idle_since = 0.0
-        self._target_prefix = ""
-        self._proxy_headers: dict[str, str] = {}
+        self._target_prefix, self._proxy_headers = "", dict[str, str]()
         hop, headers = _proxy_for(origin) or (origin, None)
         opener = http.client.HTTPConnection(hop.host, hop.port, timeout=timeout)
         if tls:
@@ -778,7 +741,7 @@ class _Connection:
 
     def close(self) -> None:
         """Closes the socket, and ends another thread's wait for it."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
@@ -803,34 +766,36 @@ class _Connection:
             ServiceUnavailableError: there was none.
         """
         self.sock.settimeout(request.timeout)
-        broken: GatewayError | None = None
+        response, broken = _Response(request, self, pool), None
         try:
-            self._send(request)
-        except ServiceUnavailableError as error:
-            if isinstance(error, GatewayTimeoutError) and not self._readable():
-                raise
-            broken = error  # the answer may be there all the same: 413, then a hang-up
-            self.sock.settimeout(request.timeout)
-        response = _Response(request, self, pool)
-        try:
+            try:
+                self._send(request)
+            except ServiceUnavailableError as error:
+                if isinstance(error, GatewayTimeoutError) and not self._readable():
+                    raise
+                broken = error  # the answer may be there all the same: 413, then a hang-up
+                self.sock.settimeout(request.timeout)
             response.begin()
-        except _WIRE_FAULTS as error:
+        except BaseException as error:
+            response.close()
+            if isinstance(error, GatewayError) or not isinstance(error, _WIRE_FAULTS):
+                raise
             raise broken or _lost(request, error, "no answer")
         response.will_close = response.will_close or broken is not None
         return response
 
     def _send(self, request: _Request) -> None:
         body = request.body if isinstance(request.body, _Body) else _Body(request.body)
+        headers = {**request.headers, **self._proxy_headers}
+        if request.method in ("POST", "PUT"):
+            headers["Content-Length"] = str(len(body))
         lines = [
             f"{request.method} {self._target_prefix}{request.target} HTTP/1.1",
             f"Host: {request.origin.netloc}",
             f"User-Agent: agent-builder-gateway-sdk/{__version__}",
-            "Accept: */*",
-            "Accept-Encoding: identity",
-            *(f"{name}: {value}" for name, value in {**request.headers, **self._proxy_headers}.items()),
+            "Accept: */*\r\nAccept-Encoding: identity",
+            *(f"{name}: {value}" for name, value in headers.items()),
         ]
-        if request.method in ("POST", "PUT"):
-            lines.append(f"Content-Length: {len(body)}")
         # One write for both: a body by itself would be a packet by itself.
         self._write(request, "\r\n".join((*lines, "\r\n")).encode("latin-1") + body.head)
         if body.file:
@@ -844,46 +809,26 @@ class _Connection:
         body.on_progress(0, total)
         while done < total:
             if sendfile:
-                try:
-                    sent = self.sock.sendfile(file, done, min(total - done, _SENDFILE_BYTES))
-                except OSError as error:
-                    raise _lost(request, error, "sending broke off")
+                count = min(total - done, _SENDFILE_BYTES)
+                sent = self._put(request, partial(self.sock.sendfile, file, done, count))
             else:
-                block = file.read(min(total - done, _BLOCK_BYTES))
-                self._write(request, block)
-                sent = len(block)
+                sent = self._write(request, file.read(min(total - done, _BLOCK_BYTES)))
             if not sent:
                 raise GatewayError(f"{request}: the file became shorter while it was being sent.")
             done += sent
             body.on_progress(done, total)
 
-    def _write(self, request: _Request, data: bytes) -> None:
+    def _write(self, request: _Request, data: bytes) -> int:
         left = memoryview(data)
+        while left:  # not sendall: its timeout would be for the whole of it
+            left = left[self._put(request, partial(self.sock.send, left)) :]
+        return len(data)
+
+    def _put(self, request: _Request, put: Callable[[], int]) -> int:
         try:
-            while left:  # not sendall: its timeout would be for the whole of it
-                left = left[self.sock.send(left) :]
+            return put()
         except OSError as error:
             raise _lost(request, error, "sending broke off")
-
-
-def _proxy_for(origin: _Origin) -> tuple[_Origin, dict[str, str]] | None:
-    """The proxy that the environment or the system sets for an origin, and the headers for it."""
-    import urllib.request  # dear, and needed for new connections only
-
-    proxy = urllib.request.getproxies().get(origin.scheme)
-    names = (origin.host, f"{origin.host}:{origin.port}")
-    if not proxy or any(urllib.request.proxy_bypass(name) for name in names):
-        return None
-    scheme, _, rest = (proxy if "://" in proxy else f"http://{proxy}").partition("://")
-    login, _, address = rest.rpartition("@")
-    try:
-        hop, _ = _split_url(f"{scheme}://{address}")
-        if hop.scheme == "https":
-            raise ValueError("is not an http:// URL")
-    except ValueError as error:
-        raise GatewayError(f"{origin.scheme.upper()}_PROXY {error}: other proxies cannot be used.") from None
-    encoded = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
-    return hop, {"Proxy-Authorization": f"Basic {encoded}"} if login else {}
 
 
 class _Pool:
@@ -903,7 +848,7 @@ class _Pool:
     def take(self, origin: _Origin) -> _Connection | None:
         """An idle connection that can be used, or None."""
         idle = self._idle.get((os.getpid(), origin))
-        with contextlib.suppress(IndexError):  # another thread took the last one
+        with suppress(IndexError):  # another thread took the last one
             while idle:
                 connection = idle.pop()
                 if connection.usable():
@@ -927,7 +872,7 @@ class _Pool:
 
     def _drop(self, keep: int, idle_since: float) -> None:
         for idle in list(self._idle.values()):
-            with contextlib.suppress(IndexError):
+            with suppress(IndexError):
                 while len(idle) > keep or idle[0].idle_since < idle_since:
                     idle.popleft().sock.close()
 
@@ -939,11 +884,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_decode_answer: Final = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_decode_answer = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 def _unusable(response: _Response, body: bytes, problem: str) -> GatewayError:
-    """The error for a 2xx that is not what the endpoint promises. It keeps the body in `details`."""
+    """The error for a 2xx that is not what the endpoint promises; its `details` keep the body."""
     text = response.request.hide(body.decode("utf-8", "replace"))
     message = f"{response.request} answered {response.status}, but {problem}: {text[:_SHOWN_CHARACTERS]}"
     error = GatewayError(message, {"body": text})
@@ -951,8 +896,8 @@ def _unusable(response: _Response, body: bytes, problem: str) -> GatewayError:
     return error
 
 
-def _read_json(response: _Response, kind: Any, **fields: Any) -> Any:
-    """The body as JSON of this type; `fields` must be in it, with these types."""
+def _read_json(response: _Response, kind: Any, **given: Any) -> Any:
+    """The body as JSON of type `kind`; `given` fields must be in it, with their types."""
     body = b"".join(response.chunks())
     try:
         answer = _decode_answer(body.decode().lstrip("\ufeff"))
@@ -960,7 +905,7 @@ def _read_json(response: _Response, kind: Any, **fields: Any) -> Any:
         raise _unusable(response, body, "the body is not JSON" if body else "has no body") from error
     if not isinstance(answer, kind):
         raise _unusable(response, body, f"the body is not a JSON {kind.__name__}")
-    for name, field_kind in fields.items():
+    for name, field_kind in given.items():
         if not isinstance(answer.get(name), field_kind):
             raise _unusable(response, body, f"{name!r} is not a {field_kind.__name__}")
     return answer
@@ -975,21 +920,21 @@ def _drain(response: _Response) -> None:
 def _status_error(response: _Response) -> GatewayError:
     """The error for an answer that is not a 2xx, whatever its body looks like."""
     request, status, body = response.request, response.status, b""
-    with contextlib.closing(response), contextlib.suppress(ServiceUnavailableError):
-        for chunk in response.chunks():  # if it breaks off, the status says enough
+    with closing(response), suppress(ServiceUnavailableError):  # the status says enough
+        for chunk in response.chunks():
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
-    message, fields = _read_problem(body, request.hide)
-    key = (status, str(fields.get("error_code"))) if status == 400 else status
+    message, given = _read_problem(body, request.hide)
+    key = (status, str(given.get("error_code"))) if status == 400 else status
     error_class = _STATUS_ERRORS.get(key, ServiceUnavailableError if status >= 500 else GatewayError)
     if status < 500 and (not request.to_gateway or (status == 404 and request.prefab is None)):
         error_class = GatewayError
     if status < 400:
         address = request.hide(response.headers.get("Location", "nowhere").partition("?")[0])
         message = f"a redirect to {address}, which is not followed. Is base_url right?"
-    text = f"{request} answered {status}: {message or response.reason}"
-    error = error_class._from_answer(text, {**(request.prefab or {}), **fields})
+    message = f"{request} answered {status}: {message or response.reason}"
+    error = error_class._new(message, {**(request.prefab or {}), **given})
     error.status_code, error.may_have_run = status, status >= 500
     error.retry_after = _retry_after_seconds(response.headers.get("Retry-After", ""))
     return error
@@ -1005,7 +950,7 @@ def _redirected(response: _Response) -> _Request:
             raise ValueError("leads from https to http")
     except ValueError as error:
         raise GatewayError(f"{request} answered {response.status}, but its Location {error}.") from None
-    return dataclasses.replace(request, origin=origin, target=target)
+    return replace(request, origin=origin, target=target)
 
 
 def _retry_delay(request: _Request, error: GatewayError, attempt: int, max_retries: int) -> float | None:
@@ -1022,21 +967,32 @@ def _retry_delay(request: _Request, error: GatewayError, attempt: int, max_retri
     return random.uniform(0, min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2 ** (attempt - 1)))
 
 
+@dataclass
+class _Credential:
+    """The header that says who the client is, and the request that renews it, if there is one."""
+
+    mode: str
+    headers: dict[str, str]
+    exchange: _Request | None = None
+
+    def __repr__(self) -> str:
+        return self.mode
+
+
 class _Transport:
     """Sends requests: the one place that retries. It knows HTTP, and nothing of prefabs."""
 
-    def __init__(self, credential: _Credential, max_retries: int, ssl_context: ssl.SSLContext | None) -> None:
+    def __init__(self, credential: _Credential, max_retries: int, tls: ssl.SSLContext | None) -> None:
         self.credential = credential
-        self.max_retries = max_retries
         self.pool = _Pool()
-        self._given_context = ssl_context
-        self._context = ssl_context
+        self._max_retries = max_retries
+        self._given_tls = self._tls = tls
         self._locks: dict[int, threading.Lock] = {}  # by process: one held over a fork stays held
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self._given_context:
+    def __getstate__(self) -> _Json:
+        if self._given_tls:
             raise TypeError("A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do.")
-        return {**self.__dict__, "_context": None, "_locks": {}}
+        return {**self.__dict__, "_tls": None, "_locks": {}}
 
     def send(self, request: _Request, read: Callable[[_Response], _T]) -> _T:
         """What `read` makes of the answer to `request`, after as many attempts as are allowed.
@@ -1046,9 +1002,9 @@ class _Transport:
         """
         attempt, renewed = 1, False
         while True:
-            credential = self.credential.value
+            credential = self.credential.headers
             if request.authenticated:
-                request.headers.update(self.credential.headers)
+                request.headers.update(credential)
             try:
                 response = self._open(request, attempt)
                 try:
@@ -1057,26 +1013,26 @@ class _Transport:
                     response.close()
                     raise
             except GatewayError as error:
-                renewable = self.credential.exchange and request.authenticated and not renewed
+                renewable = request.authenticated and self.credential.exchange and not renewed
                 if error.status_code == 401 and renewable:
                     self.renew(credential)
                     renewed = True
                     continue
-                delay = _retry_delay(request, error, attempt, self.max_retries)
+                delay = _retry_delay(request, error, attempt, self._max_retries)
                 if delay is None:
                     raise
                 attempt += 1
                 logger.debug("%s; attempt %d in %.1f s", error.message, attempt, delay)
             time.sleep(delay)
 
-    def renew(self, refused: str) -> None:
+    def renew(self, refused: dict[str, str]) -> None:
         """Exchanges the API key for a new token, unless another thread has done so meanwhile."""
         with self._locks.setdefault(os.getpid(), threading.Lock()):
-            if self.credential.exchange and self.credential.value == refused:
-                read = functools.partial(_read_json, kind=dict, internal_token=str)
+            if self.credential.exchange and self.credential.headers is refused:
+                read = partial(_read_json, kind=dict, internal_token=str)
                 token = self.send(self.credential.exchange, read)["internal_token"]
                 _require_header_value("The gateway's internal_token", token)
-                self.credential.value = token
+                self.credential.headers = {"X-Internal-Token": token}
 
     def _open(self, request: _Request, attempt: int) -> _Response:
         """An answer with a status of 2xx, its body still to be read."""
@@ -1091,17 +1047,11 @@ class _Transport:
         raise GatewayError(f"{request}: more than {_MAX_REDIRECTS} redirects")
 
     def _exchange(self, request: _Request, attempt: int) -> _Response:
-        started = time.perf_counter()
-        outcome: int | str = "failed"
+        started, outcome = time.perf_counter(), "failed"
         connection = self.pool.take(request.origin) if attempt == 1 else None
         try:
-            connection = connection or self._connect(request)
-            try:
-                response = connection.exchange(request, self.pool)
-            except BaseException:
-                connection.close()
-                raise
-            outcome = response.status
+            response = (connection or self._connect(request)).exchange(request, self.pool)
+            outcome = str(response.status)
             return response
         finally:
             if logger.isEnabledFor(logging.DEBUG):
@@ -1109,24 +1059,22 @@ class _Transport:
                 logger.debug("%s %s %.0f ms, attempt %d", request, outcome, milliseconds, attempt)
 
     def _connect(self, request: _Request) -> _Connection:
-        try:
-            return _Connection(request.origin, request.timeout, self._tls(request.origin))
-        except (*_WIRE_FAULTS, UnicodeError) as error:
-            raise _lost(request, error, f"no connection to {request.origin}", sent=False)
-
-    def _tls(self, origin: _Origin) -> ssl.SSLContext | None:
-        if origin.scheme == "https" and not self._context:
+        is_tls = request.origin.scheme == "https"
+        if is_tls and not self._tls:
             try:
                 import ssl  # there are Pythons without it; they can do http
             except ImportError as error:
                 raise GatewayError("https needs Python's ssl module, which is missing here.") from error
-            self._context = ssl.create_default_context()  # dear: once a client
-        return self._context if origin.scheme == "https" else None
+            self._tls = ssl.create_default_context()  # dear: once a client
+        try:
+            return _Connection(request.origin, request.timeout, self._tls if is_tls else None)
+        except (*_WIRE_FAULTS, UnicodeError) as error:
+            raise _lost(request, error, f"no connection to {request.origin}", sent=False)
 
 
 # --- Event stream ---------------------------------------------------------------------------------
 
-_decode_json: Final = json.JSONDecoder().raw_decode
+_decode_json = json.JSONDecoder().raw_decode
 
 
 def _event_blocks(chunks: Iterable[bytes]) -> Iterator[str]:
@@ -1167,7 +1115,7 @@ def _block_events(block: str) -> list[StreamEvent]:
             name = value[value.startswith(" ") :]
     data = "\n".join(lines)
     for candidates in ([data], lines):
-        with contextlib.suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError):
             return [_json_event(candidate, name) for candidate in candidates if data]
     name = "done" if data == "[DONE]" else name
     event_type = _EVENT_TYPES.get(name, StreamEventType.CONTENT)
@@ -1251,7 +1199,8 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
         for event in _parse_events(response.chunks()):
             if event.type in _LAST_EVENTS and not ended:
                 ended = True
-                response.limit_wait(_AFTER_DONE_SECONDS)
+                if response.connection:
+                    response.connection.sock.settimeout(_AFTER_DONE_SECONDS)
             yield event
     except ServiceUnavailableError:
         if not ended:
@@ -1288,6 +1237,12 @@ def _read_stream(response: _Response) -> EventStream:
     return EventStream(map(StreamEvent.from_dict, events))
 
 
+def _event_error(event: StreamEvent) -> _Json:
+    """An error event's data as a result's `error`, with the `error_code` that may stand beside it."""
+    error = event.data if isinstance(event.data, dict) else {"message": str(event.data)}
+    return {**{key: event.raw[key] for key in ("message", "error_code") if key in event.raw}, **error}
+
+
 def _result_of_events(response: _Response) -> PrefabResult:
     """The result of a streaming function that was called without `stream=True`."""
     contents: list[Any] = []
@@ -1301,14 +1256,12 @@ def _result_of_events(response: _Response) -> PrefabResult:
         error.details["partial_output"] = contents  # which was paid for
         raise
     value = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
-    error_event, done_event = last.get(StreamEventType.ERROR), last.get(StreamEventType.DONE)
-    if error_event:
-        problem = _error_dict(error_event.raw if error_event.data is None else error_event.data)
-        code = {key: error_event.raw[key] for key in ("error_code",) if key in error_event.raw}
-        return PrefabResult(CallStatus.FAILED, {"status": "FAILED", "output": value}, {**code, **problem})
-    if done_event and done_event.data and not contents:
-        value = done_event.data
-    return PrefabResult(CallStatus.SUCCESS, {"status": "SUCCESS", "output": value})
+    output = {"status": "SUCCESS", "output": value}
+    if StreamEventType.ERROR in last:
+        return PrefabResult(CallStatus.FAILED, {**output, "status": "FAILED"}, _event_error(last[StreamEventType.ERROR]))
+    done = last.get(StreamEventType.DONE)
+    files = done.data.get("files") if done and isinstance(done.data, dict) else None
+    return PrefabResult(CallStatus.SUCCESS, {**output, "files": files} if files else output)
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -1319,7 +1272,7 @@ def _file_name(path: _Path) -> str:
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _open_file(path: _Path) -> Iterator[BinaryIO]:
     with open(path, "rb") as file:
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
@@ -1371,7 +1324,7 @@ class _Download:
                 return
             os.unlink(self._file.name)
         for folder in self._new_folders:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.rmdir(folder)
 
     def _open(self) -> BinaryIO:
@@ -1416,29 +1369,28 @@ class _Download:
 
 # --- Client ---------------------------------------------------------------------------------------
 
-_encode_json: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_ENCODE_FAULTS = (TypeError, ValueError, RecursionError)
 
 
 def _encode_calls(calls: Sequence[PrefabCall]) -> bytes:
     """The body of a run request. A parameter that JSON cannot carry is named in the error."""
     try:
         return _encode_json({"calls": [call.to_dict() for call in calls]}).encode()
-    except (TypeError, ValueError, RecursionError) as error:
+    except _ENCODE_FAULTS as error:
         for call in calls:
             for key, value in (call.parameters or {}).items():
-                with contextlib.suppress(TypeError, ValueError, RecursionError):
+                try:
                     _encode_json({key: value}).encode()
-                    continue
-                where = f"Parameter {key!r} of {call.function_name!r}"
-                raise ValidationError(f"{where} cannot be sent as JSON: {error}.") from error
+                except _ENCODE_FAULTS:
+                    where = f"Parameter {key!r} of {call.function_name!r}"
+                    raise ValidationError(f"{where} cannot be sent as JSON: {error}.") from error
         raise ValidationError(f"The call cannot be sent as JSON: {error}.") from error
 
 
 def _require_s3_url(what: str, url: Any) -> None:
-    _require(
-        isinstance(url, str) and re.match("s3://.", url),
-        f"{what} must be an s3:// URL, not {url!r}. client.upload_input_file(path) uploads a file and gives one.",
-    )
+    is_url = isinstance(url, str) and re.match("s3://.", url)
+    _require(is_url, f"{what} must be an s3:// URL, not {url!r}: client.upload_input_file(path) gives one.")
 
 
 def _require_call(call: Any) -> None:
@@ -1450,10 +1402,10 @@ def _require_call(call: Any) -> None:
         value = getattr(call, name)
         _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {value!r}.")
     for name, urls in (call.files or {}).items():
-        # A bare string would be read as a list of its characters.
-        for url in urls if isinstance(urls, (list, tuple)) else [urls]:
-            _require_s3_url(f"files[{name!r}] must be a list, each of which", url)
-        _require(not isinstance(urls, str), f"files[{name!r}] must be a list of s3:// URLs: [{urls!r}].")
+        is_list = isinstance(urls, (list, tuple))
+        for url in urls if is_list else [urls]:
+            _require_s3_url(f"Each file of {name!r}", url)
+        _require(is_list, f"The files of {name!r} must be a list: [{urls!r}].")
 
 
 def _segment(name: str, value: Any) -> str:
@@ -1462,21 +1414,22 @@ def _segment(name: str, value: Any) -> str:
     return urllib.parse.quote(value, safe="")
 
 
-def _require_seconds(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and 0 < value <= threading.TIMEOUT_MAX
-    _require(value is None or number, f"{name} must be a positive number of seconds or None, not {value!r}.")
+def _require_positive(name: str, value: Any, kinds: Any = int, most: float = sys.maxsize) -> None:
+    number = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= most
+    _require(number, f"{name} must be a positive number, not {value!r}.")
+
+
+def _require_timeout(seconds: Any) -> None:
+    if seconds is not None:
+        _require_positive("timeout", seconds, (int, float), threading.TIMEOUT_MAX)
 
 
 def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
-    """A batch's unit of work. Any executor can run it: it is picklable, with all that it takes."""
+    """A batch's unit of work. Any executor can run it: it is picklable, and so is what it takes."""
     try:
         return client._transport.send(request, _read_results)[1][0]
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other results
         return PrefabResult._from_exception(error)
-
-
-def _is_refused(result: PrefabResult | None) -> bool:
-    return bool(result and result.exception and result.exception.status_code == 401)
 
 
 class Prefab:
@@ -1501,27 +1454,26 @@ class Prefab:
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
         if name.startswith("_"):  # copy, pickle and debuggers ask for those
             raise AttributeError(name)
-        return functools.partial(self.call, name)
+        return partial(self.call, name)
 
 
 class GatewayClient:
     """A client of one gateway. Threads can share it; it can be pickled, and used after a fork.
 
     Args:
-        base_url: The gateway's http(s) URL, with a path prefix if there is one. None: the
-            environment's `GATEWAY_BASE_URL`, else `DEFAULT_BASE_URL`.
+        base_url: An http(s) URL, path prefix included; None: the environment's `GATEWAY_BASE_URL`,
+            else `DEFAULT_BASE_URL`.
         api_key: An API key to be sent as such; `from_api_key` exchanges one.
         jwt_token: A JWT, with or without `Bearer `.
         timeout: Seconds for connecting, and for each wait for bytes; None waits for ever.
         internal_token: The token that the gateway gave to an agent or a prefab.
         max_retries: How often a request is sent again, if that can do no harm.
-        ssl_context: For https; None trusts the system's certificates, or those of `SSL_CERT_FILE`.
+        ssl_context: For https; None trusts what the system does, or `SSL_CERT_FILE`.
 
     Without a credential, the gateway must have this machine's address on its allow-list.
 
-    All methods that send may raise AuthenticationError, ServiceUnavailableError (no answer, or a
-    5xx), its subclass GatewayTimeoutError, and GatewayError (an answer that is none). Methods list
-    what else they raise.
+    Whatever sends may raise AuthenticationError, ServiceUnavailableError (no answer, or a 5xx),
+    its subclass GatewayTimeoutError, and GatewayError (any other answer that is no use).
 
     Raises:
         ValidationError: a value that cannot be right, or more than one credential.
@@ -1538,23 +1490,29 @@ class GatewayClient:
         except ValueError as error:
             raise ValidationError(f"base_url {error}. A token goes into internal_token=.") from None
         _require("?" not in base_url and "#" not in base_url, "base_url must not have a query.")
-        retries = isinstance(max_retries, int) and max_retries >= 0
-        _require(retries, f"max_retries must be 0 or more, not {max_retries!r}.")
-        _require_seconds("timeout", timeout)
+        _require_timeout(timeout)
+        if max_retries != 0:
+            _require_positive("max_retries", max_retries)
+        credentials = {"X-Internal-Token": internal_token, "X-API-Key": api_key, "Authorization": jwt_token}
+        headers = {name: value for name, value in credentials.items() if value is not None}
+        _require(len(headers) < 2, f"Give one credential, not {' and '.join(headers)}: who is the client?")
+        for name, value in headers.items():
+            _require_header_value(f"The credential ({name})", value)
+        if jwt_token and not jwt_token.startswith("Bearer "):
+            headers["Authorization"] = f"Bearer {jwt_token}"
         self._prefix = target.rstrip("/")
+        self._run_path = "/v1/run" if api_key or jwt_token else "/v1/internal/run"
+        self._transport = _Transport(_Credential(next(iter(headers), "allow-list"), headers),
+                                     max_retries, ssl_context)
         self.base_url = f"{self._origin}{self._prefix}"
         self.timeout = timeout
-        credential = _Credential.choose(internal_token=internal_token, api_key=api_key, jwt_token=jwt_token)
-        self._transport = _Transport(credential, max_retries, ssl_context)
 
     @classmethod
     def from_api_key(cls, api_key: str, base_url: str | None = None, timeout: float | None = 60,
                      **options: Any) -> GatewayClient:
-        """A client with the internal token that the gateway gives for an API key, now and whenever
-        it has expired. `POST /v1/auth/convert_to_internal_token`
+        """A client with the token that the gateway gives for an API key, now and when it expires.
 
-        Args:
-            options: `max_retries` and `ssl_context`, as of the class.
+        `POST /v1/auth/convert_to_internal_token`; `options` are `max_retries` and `ssl_context`.
 
         Raises:
             AuthenticationError: the key is wrong or expired.
@@ -1564,17 +1522,16 @@ class GatewayClient:
         exchange = client._request("POST", "/v1/auth/convert_to_internal_token", repeatable=True)
         exchange.headers["Authorization"] = f"Bearer {api_key}"
         exchange.authenticated = False
-        client._transport.credential = _Credential("exchanged api_key", "X-Internal-Token", "", exchange)
-        client._transport.renew("")
+        client._transport.credential = _Credential("exchanged API key", {}, exchange)
+        client._transport.renew(client._transport.credential.headers)
         return client
 
     @classmethod
     def from_env(cls, **options: Any) -> GatewayClient:
-        """A client with the credential of the environment: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
-        (which is exchanged) or `GATEWAY_JWT_TOKEN`; without any of them, in allow-list mode.
+        """A client with the environment's credential: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
+        (which is exchanged), `GATEWAY_JWT_TOKEN`, or none.
 
-        Args:
-            options: `base_url`, `timeout`, `max_retries` and `ssl_context`, as of the class.
+        `options` are `base_url`, `timeout`, `max_retries` and `ssl_context`.
 
         Raises:
             ValidationError: more than one of them is set.
@@ -1603,23 +1560,27 @@ class GatewayClient:
     # Running
 
     @overload
-    def run(self, prefab_id: str, version: str, function_name: str,
-            parameters: dict[str, Any] | None = None, files: _Files | None = None,
-            stream: Literal[False] = False, *, timeout: float | None = None) -> PrefabResult: ...
+    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+            files: _Files | None = None, stream: Literal[False] = False, *,
+            timeout: float | None = None) -> PrefabResult: ...
 
     @overload
-    def run(self, prefab_id: str, version: str, function_name: str,
-            parameters: dict[str, Any] | None = None, files: _Files | None = None, *,
-            stream: Literal[True], timeout: float | None = None) -> EventStream: ...
+    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+            files: _Files | None = None, *, stream: Literal[True],
+            timeout: float | None = None) -> EventStream: ...
 
     @overload
-    def run(self, prefab_id: str, version: str, function_name: str,
-            parameters: dict[str, Any] | None = None, files: _Files | None = None,
-            stream: bool = False, *, timeout: float | None = None) -> PrefabResult | EventStream: ...
+    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
+            files: _Files | None, stream: Literal[True], *, timeout: float | None = None) -> EventStream: ...
 
-    def run(self, prefab_id: str, version: str, function_name: str,
-            parameters: dict[str, Any] | None = None, files: _Files | None = None,
-            stream: bool = False, *, timeout: float | None = None) -> PrefabResult | EventStream:
+    @overload
+    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+            files: _Files | None = None, stream: bool = False, *,
+            timeout: float | None = None) -> PrefabResult | EventStream: ...
+
+    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+            files: _Files | None = None, stream: bool = False, *,
+            timeout: float | None = None) -> PrefabResult | EventStream:
         """Runs a function. `POST /v1/internal/run`, or `POST /v1/run` with an API key or a JWT.
 
         Args:
@@ -1628,112 +1589,106 @@ class GatewayClient:
             timeout: Seconds, for this call; None: the client's.
 
         Returns:
-            The result, also if the function failed (`is_success()`); with `stream=True` the events.
+            The result, also of a function that failed: see `is_success()`. With `stream`, the events.
 
         Raises:
-            ValidationError, PrefabNotFoundError, MissingSecretError, QuotaExceededError.
-            ServiceUnavailableError: the call may have run, if `may_have_run` is true; it was sent
-                once at the most.
+            ValidationError, PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
+            ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
         """
-        call = PrefabCall(prefab_id, version, function_name, parameters, files)
-        request = self._run_request([call], timeout)
+        request = self._run_request([PrefabCall(prefab_id, version, function_name, parameters, files)], timeout)
         if stream:
             return self._transport.send(request, _read_stream)
         return self._transport.send(request, _read_results)[1][0]
 
-    def run_batch(self, calls: Iterable[PrefabCall], *, max_workers: int = 8,
-                  timeout: float | None = None,
+    def run_batch(self, calls: Iterable[PrefabCall], *, max_workers: int = 8, timeout: float | None = None,
                   on_result: Callable[[int, PrefabResult], object] | None = None,
                   executor: concurrent.futures.Executor | None = None,
                   single_request: bool = False) -> BatchResult:
-        """Runs calls side by side, each a request of its own, so that none can cost another's result.
+        """Runs calls side by side, each a request of its own, so that none costs another's result.
 
         Args:
             calls: Read and checked whole before anything is sent.
             max_workers: Threads, and so calls at a time.
             timeout: Seconds, for each call; None: the client's.
             on_result: Called in this thread with index and result, as each comes.
-            executor: Runs the calls instead of threads: a process pool's, a cluster's.
-            single_request: Sends one POST with all calls. The gateway runs them one after another,
-                and fails them all with the first bad one.
+            executor: Runs the calls instead of threads: a process pool, a cluster.
+            single_request: Sends all calls in one POST, which the gateway runs one after another
+                and fails as a whole with the first bad one.
 
         Returns:
             The results in the order of the calls; one that raised is FAILED and has `exception`.
 
         Raises:
             ValidationError: a call is bad; nothing was sent.
-            AuthenticationError: a 401, when no call had a result; nothing was sent after it.
+            AuthenticationError: a 401, and no call has a result; nothing was sent after it.
         """
-        calls = list(calls)
-        _require(isinstance(max_workers, int) and max_workers > 0, "max_workers must be 1 or more.")
-        _require(not (single_request and executor), "A single request needs no executor.")
+        calls, job_id, report = list(calls), None, on_result or (lambda _index, _result: None)
+        _require_positive("max_workers", max_workers)
+        _require(not (single_request and executor), "A single request cannot have an executor.")
         if single_request and calls:
-            read = functools.partial(_read_results, count=len(calls))
+            read = partial(_read_results, count=len(calls))
             job_id, results = self._transport.send(self._run_request(calls, timeout), read)
             for index, result in enumerate(results):
-                if on_result:
-                    on_result(index, result)
-            return BatchResult._of(results, job_id)
-        requests = [self._run_request([call], timeout) for call in calls]
-        return BatchResult._of(self._run_all(requests, max_workers, on_result, executor))
+                report(index, result)
+        else:
+            requests = [self._run_request([call], timeout) for call in calls]
+            results = self._run_all(requests, max_workers, report, executor)
+        return BatchResult._of(results, job_id)
 
     def _run_request(self, calls: Sequence[PrefabCall], timeout: float | None) -> _Request:
         for call in calls:
             _require_call(call)
         prefabs = {(call.prefab_id, call.version) for call in calls}
         prefab = dict(zip(("prefab_id", "version"), prefabs.pop())) if len(prefabs) == 1 else {}
-        body, path = _encode_calls(calls), self._transport.credential.run_path
-        return self._request("POST", path, body=body, timeout=timeout, prefab=prefab)
+        return self._request("POST", self._run_path, body=_encode_calls(calls), timeout=timeout, prefab=prefab)
 
-    def _run_all(self, requests: Sequence[_Request], max_workers: int, on_result: Any,
+    def _run_all(self, requests: Sequence[_Request], max_workers: int,
+                 on_result: Callable[[int, PrefabResult], object],
                  executor: concurrent.futures.Executor | None) -> list[PrefabResult]:
         """The results of single calls, from an executor or from threads."""
-        arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
+        unsent = PrefabResult._from_exception(AuthenticationError("Not sent: an earlier call was refused."))
+        results = [unsent] * len(requests)
         waiting = collections.deque(enumerate(requests if executor is None else ()))
         futures: list[concurrent.futures.Future[PrefabResult]] = []
-        refused: GatewayError | None = None
-        unsent = PrefabResult._from_exception(AuthenticationError("Not sent: an earlier call was refused."))
+        arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
+        refused: list[GatewayError] = []
 
-        def work() -> None:
-            with contextlib.suppress(IndexError):
-                while True:
-                    index, request = waiting.popleft()
-                    result = unsent if refused else _run_one(self, request)
-                    arrived.put((index, note(result)))
-
-        def note(result: PrefabResult) -> PrefabResult:
-            nonlocal refused
-            if result.exception and result.exception.status_code == 401:
-                refused = result.exception
-                for future in futures:
-                    future.cancel()
-            return result
-
-        def report(index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
+        def arrive(index: int, get: Callable[[], PrefabResult]) -> None:
             try:
-                result = unsent if future.cancelled() else future.result()
+                result = get()
             except Exception as error:  # noqa: BLE001 - a broken executor must not cost the others
                 result = PrefabResult._from_exception(error)
-            arrived.put((index, note(result)))
+            if result.exception and result.exception.status_code == 401:
+                refused.append(result.exception)
+                for future in futures:
+                    future.cancel()
+            arrived.put((index, result))
 
-        results = [unsent] * len(requests)
+        def work() -> None:
+            with suppress(IndexError):
+                while True:
+                    index, request = waiting.popleft()
+                    arrive(index, (lambda: unsent) if refused else partial(_run_one, self, request))
+
+        def done(index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
+            arrive(index, (lambda: unsent) if future.cancelled() else future.result)
+
         try:
-            for _ in range(min(max_workers, len(waiting))):  # daemons: Ctrl-C does not wait for them
+            for _ in range(min(max_workers, len(waiting))):  # daemons, for which Ctrl-C does not wait
                 threading.Thread(target=work, daemon=True).start()
             if executor is not None:
                 futures += [executor.submit(_run_one, self, request) for request in requests]
-                for index, future in enumerate(futures):
-                    future.add_done_callback(functools.partial(report, index))
+            for index, future in enumerate(futures):
+                future.add_done_callback(partial(done, index))
             for _ in requests:
                 index, results[index] = arrived.get()
-                if on_result:
-                    on_result(index, results[index])
-        finally:  # when interrupted, send nothing more
+                on_result(index, results[index])
+        finally:  # interrupted, it sends nothing more
             waiting.clear()
             for future in futures:
                 future.cancel()
         if refused and all(result.exception for result in results):
-            raise refused
+            raise refused[0]
         return results
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
@@ -1741,24 +1696,18 @@ class GatewayClient:
         return Prefab(self, prefab_id, version)
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
-        """The directory, newest first. `GET /v1/prefabs`
-
-        Args:
-            status: Only the `"deployed"` or the `"failed"` ones.
-        """
+        """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
 
         def read(response: _Response) -> list[PrefabInfo]:
             entries = _read_json(response, list)
-            for entry in entries:
-                if not (isinstance(entry, dict) and isinstance(entry.get("id"), str) and entry.get("version")):
-                    raise _unusable(response, str(entry).encode(), "an entry has no id and version")
+            if not all(isinstance(entry, dict) and {"id", "version"} <= entry.keys() for entry in entries):
+                raise _unusable(response, json.dumps(entries).encode(), "an entry has no id and version")
             return [PrefabInfo._from_dict(entry) for entry in entries]
 
-        request = self._request("GET", "/v1/prefabs", {"status": status}, prefab={})
-        return self._transport.send(request, read)
+        return self._transport.send(self._request("GET", "/v1/prefabs", {"status": status}, prefab={}), read)
 
-    def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> dict[str, Any]:
-        """The functions of a prefab. `GET /v1/prefabs/{prefab_id}/{version}/spec`
+    def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
+        """A prefab's functions. `GET /v1/prefabs/{prefab_id}/{version}/spec`
 
         Args:
             version: None: the newest of the directory; a failed one only if there is no other.
@@ -1768,11 +1717,11 @@ class GatewayClient:
         """
         segment = _segment("prefab_id", prefab_id)
         if version is None:
-            versions = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
-            if not versions:
+            found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
+            if not found:
                 raise PrefabNotFoundError(prefab_id, "latest")
-            versions = [prefab for prefab in versions if prefab.status != "failed"] or versions
-            version = max((prefab.version for prefab in versions), key=_version_key)
+            found = [prefab for prefab in found if prefab.status != "failed"] or found
+            version = max((prefab.version for prefab in found), key=_version_key)
         path = f"/v1/prefabs/{segment}/{_segment('version', version)}/spec"
         return self._fetch("GET", path, prefab={"prefab_id": prefab_id, "version": version})
 
@@ -1780,20 +1729,21 @@ class GatewayClient:
 
     def set_secret(self, prefab_id: str, secret_name: str, secret_value: str) -> None:
         """Stores a secret of yours for a prefab. `POST /v1/secrets`"""
-        body = {"prefab_id": prefab_id, "secret_name": secret_name, "secret_value": secret_value}
-        for name, value in body.items():
+        content = {"prefab_id": prefab_id, "secret_name": secret_name, "secret_value": secret_value}
+        for name, value in content.items():
             _require(isinstance(value, str) and value, f"{name} must be a string that is not empty.")
-        self._send("POST", "/v1/secrets", content=body, hidden=(secret_value,))
+        request = self._request("POST", "/v1/secrets", content=content, hidden=(secret_value,))
+        self._transport.send(request, _drain)
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
         """Deletes a secret of yours. `DELETE /v1/secrets/{prefab_id}/{secret_name}`"""
         names = f"{_segment('prefab_id', prefab_id)}/{_segment('secret_name', secret_name)}"
-        self._send("DELETE", f"/v1/secrets/{names}")
+        self._transport.send(self._request("DELETE", f"/v1/secrets/{names}"), _drain)
 
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
-            return self._fetch("GET", "/v1/secrets", secrets=list)["secrets"]
+            return list(self._fetch("GET", "/v1/secrets", secrets=list)["secrets"])
         answer = self._fetch("GET", f"/v1/secrets/{_segment('prefab_id', prefab_id)}", secret_names=list)
         return [{"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]]
 
@@ -1807,8 +1757,8 @@ class GatewayClient:
 
         Args:
             content_type: Such as `"video/mp4"`.
-            on_progress: Called with the bytes done and the bytes in all, from 0 on; after a break
-                they start over.
+            on_progress: Called with the bytes done and the bytes in all, from 0 on; an upload that is
+                sent again starts over.
 
         Raises:
             FileNotFoundError: nothing was sent.
@@ -1824,28 +1774,34 @@ class GatewayClient:
             if content_type is not None:  # it is part of the signature, and so is its absence
                 request.headers["Content-Type"] = content_type
             self._transport.send(request, _drain)
-        return answer["s3_url"]
+        return str(answer["s3_url"])
 
-    def upload_file(self, file_path: _Path, *, on_progress: _Progress | None = None) -> dict[str, Any]:
-        """Uploads a file to keep, as `{"success", "s3_url", "filename", "size"}`.
+    def upload_file(self, file_path: _Path, *, on_progress: _Progress | None = None) -> _Json:
+        """Uploads a file to keep, and gives `{"success", "s3_url", "filename", "size"}`.
 
-        `POST /internal/files/upload`; for the rest see `upload_input_file`
+        `POST /internal/files/upload`; see `upload_input_file`
         """
         return self._upload("/internal/files/upload", {}, file_path, on_progress)
 
     def upload_temp_file(self, file_path: _Path, ttl: int = 86400, session_id: str | None = None, *,
-                         on_progress: _Progress | None = None) -> dict[str, Any]:
-        """Uploads a file that is deleted after `ttl` seconds, or with its session: see `temp_session`.
+                         on_progress: _Progress | None = None) -> _Json:
+        """Uploads a file that goes after `ttl` seconds, or with its session: see `temp_session`.
 
-        `POST /internal/files/upload_temp`; for the rest see `upload_file`
+        `POST /internal/files/upload_temp`; see `upload_file`
         """
-        _require(isinstance(ttl, int) and ttl > 0, f"ttl must be a positive number of seconds, not {ttl!r}.")
-        fields = {"ttl": str(ttl), **({"session_id": session_id} if session_id else {})}
-        return self._upload("/internal/files/upload_temp", fields, file_path, on_progress)
+        _require_positive("ttl", ttl)
+        session = {} if session_id is None else {"session_id": session_id}
+        return self._upload("/internal/files/upload_temp", {"ttl": str(ttl), **session}, file_path, on_progress)
 
-    def download_file(self, s3_url: str, local_path: _Path, mode: Literal["presigned"] = "presigned", *,
+    def _upload(self, path: str, form: Mapping[str, str], file_path: _Path,
+                on_progress: _Progress | None) -> _Json:
+        with _open_file(file_path) as file:
+            content_type, body = _multipart(form, file, on_progress)
+            return self._fetch("POST", path, body=body, content_type=content_type, s3_url=str)
+
+    def download_file(self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
                       on_progress: _Progress | None = None) -> None:
-        """Downloads a file straight from the storage; a broken transfer goes on where it was.
+        """Downloads a file straight from the storage; a transfer that breaks goes on where it was.
 
         The target is the old file or the whole new one, never a part. Missing folders are made.
 
@@ -1866,46 +1822,62 @@ class GatewayClient:
             except GatewayError as error:
                 if error.status_code != 416:
                     raise
-                download.start_over()  # the object is shorter than what there was of it
+                download.start_over()  # the object is shorter than what was received of it
                 self._transport.send(request, download.receive)
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
-        """A URL that anyone can download from, for `expires_in` seconds. `GET /internal/files/download`"""
+        """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
         _require_s3_url("s3_url", s3_url)
+        _require_positive("expires_in", expires_in)
         query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        return self._fetch("GET", "/internal/files/download", query, presigned_url=str)["presigned_url"]
+        answer = self._fetch("GET", "/internal/files/download", query, presigned_url=str)
+        return str(answer["presigned_url"])
 
-    def list_files(self, limit: int = 100, continuation_token: str | None = None) -> dict[str, Any]:
+    def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
         """A page of the permanent files. `GET /internal/files/list`
 
         Returns:
-            `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; the last page has
-            no `next_token`, which is the `continuation_token` of the next one.
+            `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`. The last page has
+            no `next_token`; it is the `continuation_token` of the next one.
         """
+        _require_positive("limit", limit)
         query = {"limit": limit, "continuation_token": continuation_token}
         return self._fetch("GET", "/internal/files/list", query, files=list)
 
     def list_temp_files(self, session_id: str | None = None, limit: int = 100,
-                        continuation_token: str | None = None) -> dict[str, Any]:
+                        continuation_token: str | None = None) -> _Json:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
+        _require_positive("limit", limit)
         query = {"limit": limit, "session_id": session_id, "continuation_token": continuation_token}
         return self._fetch("GET", "/internal/files/list_temp", query, files=list)
 
-    def iter_files(self, page_size: int = 100) -> Iterator[dict[str, Any]]:
+    def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
-        return self._pages(functools.partial(self.list_files, page_size))
+        return self._pages(partial(self.list_files, page_size))
 
-    def iter_temp_files(self, session_id: str | None = None, page_size: int = 100) -> Iterator[dict[str, Any]]:
+    def iter_temp_files(self, session_id: str | None = None, page_size: int = 100) -> Iterator[_Json]:
         """The temporary files of all pages: see `list_files`."""
-        return self._pages(functools.partial(self.list_temp_files, session_id, page_size))
+        return self._pages(partial(self.list_temp_files, session_id, page_size))
+
+    def _pages(self, get_page: Callable[[str | None], _Json]) -> Iterator[_Json]:
+        seen: set[str | None] = set()
+        token: str | None = None
+        while token not in seen:
+            seen.add(token)
+            page = get_page(token)
+            yield from page["files"]
+            token = page.get("next_token")
+            if not token:
+                return
+        raise GatewayError("The gateway gave a next_token twice: its listing has no end.")
 
     def cleanup_temp_files(self, session_id: str) -> int:
         """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
-        _require(session_id, "session_id must not be empty.")
+        _require(isinstance(session_id, str) and session_id, "session_id must be a string, not empty.")
         path, query = "/internal/files/cleanup_temp", {"session_id": session_id}
-        return self._fetch("DELETE", path, query, deleted_count=int)["deleted_count"]
+        return int(self._fetch("DELETE", path, query, deleted_count=int)["deleted_count"])
 
-    @contextlib.contextmanager
+    @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
         """A session id for temporary files, which are deleted on the way out, error or not."""
         session_id = session_id or uuid.uuid4().hex
@@ -1922,20 +1894,18 @@ class GatewayClient:
     # What the endpoints are made of
 
     def _request(self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-                 content: Any = None, timeout: float | None = None, **options: Any) -> _Request:
+                 content: Any = None, body: bytes | _Body = b"", content_type: str = "application/json",
+                 timeout: float | None = None, **options: Any) -> _Request:
         """A request to the gateway. GET and DELETE may be repeated, others if they say so."""
-        _require_seconds("timeout", timeout)
+        _require_timeout(timeout)
         options.setdefault("repeatable", method in ("GET", "DELETE"))
-        given = {name: value for name, value in (query or {}).items() if value is not None}
-        encoded = urllib.parse.urlencode(given, quote_via=urllib.parse.quote)
+        asked = {name: value for name, value in (query or {}).items() if value is not None}
+        encoded = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)
         target = f"{self._prefix}{path}{'?' if encoded else ''}{encoded}"
-        if content is not None:
-            options["body"] = _encode_json(content).encode()
+        body = body if content is None else _encode_json(content).encode()
+        headers = {"Content-Type": content_type} if body else {}
         timeout = self.timeout if timeout is None else timeout
-        request = _Request(method, self._origin, target, timeout, **options)
-        if request.body:
-            request.headers["Content-Type"] = "application/json"
-        return request
+        return _Request(method, self._origin, target, timeout, body, headers, **options)
 
     def _presigned(self, method: str, url: str) -> _Request:
         """A request to the storage, which must not see the credential."""
@@ -1943,43 +1913,286 @@ class GatewayClient:
             origin, target = _split_url(url)
         except ValueError as error:
             raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
-        request = _Request(method, origin, target, self.timeout, repeatable=True)
-        request.to_gateway = request.authenticated = False
-        return request
-
-    def _send(self, *args: Any, **options: Any) -> None:
-        self._transport.send(self._request(*args, **options), _drain)
+        return _Request(method, origin, target, self.timeout, repeatable=True, to_gateway=False,
+                        authenticated=False)
 
     def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None, *, content: Any = None,
-               repeatable: bool | None = None, prefab: dict[str, str] | None = None, **fields: Any) -> Any:
-        """The JSON object of an answer, in which `fields` must be, with these types."""
-        options: dict[str, Any] = {} if repeatable is None else {"repeatable": repeatable}
-        request = self._request(method, path, query, content=content, prefab=prefab, **options)
-        return self._transport.send(request, functools.partial(_read_json, kind=dict, **fields))
-
-    def _upload(self, path: str, fields: Mapping[str, str], file_path: _Path, on_progress: Any) -> Any:
-        with _open_file(file_path) as file:
-            content_type, body = _multipart(fields, file, on_progress)
-            request = self._request("POST", path)
-            request.body, request.headers["Content-Type"] = body, content_type
-            return self._transport.send(request, functools.partial(_read_json, kind=dict, s3_url=str))
-
-    def _pages(self, get_page: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        token: str | None = None
-        while True:
-            page = get_page(continuation_token=token)
-            yield from page["files"]
-            last, token = token, page.get("next_token")
-            if not token:
-                return
-            if token == last:
-                raise GatewayError("The gateway gave the same next_token twice: its listing has no end.")
+               body: bytes | _Body = b"", content_type: str = "application/json",
+               repeatable: bool | None = None, prefab: dict[str, str] | None = None, **given: Any) -> _Json:
+        """The JSON object of an answer, in which `given` fields must be, with their types."""
+        request = self._request(method, path, query, content=content, body=body, content_type=content_type,
+                                prefab=prefab)
+        request.repeatable = request.repeatable if repeatable is None else repeatable
+        answer: _Json = self._transport.send(request, partial(_read_json, kind=dict, **given))
+        return answer
 
 
-# --- Command line: see main -----------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
 
-# `from gateway_sdk.exceptions import ...` and `.models`, as in the older SDK: Python looks into
-# sys.modules before it asks whether the parent is a package.
+def _progress_bar(label: str, unit: str = "B") -> _Progress:
+    """A function that shows share, rate and time left on stderr, if that is a terminal."""
+    started = shown = time.monotonic()
+
+    def show(done: int, total: int | None) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - shown < 0.1 and done != total):
+            return
+        shown = now
+        rate = max(done / max(now - started, 1e-6), 1e-6)
+        rest = f"{100 * done // total:3} %, {(total - done) / rate:.0f} s left" if total else ""
+        sys.stderr.write(f"\r{label}: {done:,} {unit} {rest}, {rate:,.0f} {unit}/s ".ljust(79))
+        sys.stderr.write("\n" if done == total else "")
+
+    return show
+
+
+def _print_json(document: Any) -> None:
+    """Writes one line of JSON; what the terminal cannot show is escaped."""
+    escape = "utf" not in (sys.stdout.encoding or "").lower()
+    print(json.dumps(document, ensure_ascii=escape), flush=True)
+
+
+def _print_error(message: str) -> None:
+    lines = (line.strip() for line in message.splitlines())
+    print("error:", "; ".join(filter(None, lines)), file=sys.stderr)
+
+
+def _document(result: PrefabResult, **more: Any) -> _Json:
+    """A result as it is printed; the reason of a failed one goes to stderr."""
+    if not result.is_success():
+        error = result.error or {}
+        _print_error(f"{result.status}: {error.get('message') or json.dumps(error)}")
+    names = ("status", "output", "error", "job_id")
+    return {**more, **{name: getattr(result, name) for name in names}}
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _pairs(option: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        name, separator, value = text.partition("=")
+        _require(separator, f"{option} takes name=value, not {text!r}.")
+        yield name, value
+
+
+def _read_text(source: str) -> str:
+    """The text of a file, or of stdin for `-`."""
+    if source == "-":
+        return sys.stdin.read()
+    with open(source, encoding="utf-8") as file:
+        return file.read()
+
+
+def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
+    """Downloads files by the names at the ends of their URLs, numbered where two are alike."""
+    paths: list[str] = []
+    for url in urls:
+        stem, extension = os.path.splitext(url.rpartition("/")[2] or "file")
+        path, number = os.path.join(folder, stem + extension), 1
+        while path in paths:
+            number += 1
+            path = os.path.join(folder, f"{stem}-{number}{extension}")
+        client.download_file(url, path, on_progress=_progress_bar(path))
+        paths.append(path)
+    return paths
+
+
+def _command_run(client: GatewayClient, args: Any) -> bool:
+    data = args.data or "{}"
+    parameters = _json_or_text(_read_text(data.lstrip("@")) if data[0] == "@" or data == "-" else data)
+    _require(isinstance(parameters, dict), "-d must be a JSON object.")
+    parameters.update((name, _json_or_text(value)) for name, value in _pairs("-p", args.parameter))
+    files: dict[str, list[str]] = {}
+    for name, path in _pairs("-f", args.file):
+        if not path.startswith("s3://"):
+            path = client.upload_input_file(path, on_progress=_progress_bar(path))
+        files.setdefault(name, []).append(path)
+    call = (args.prefab, args.version, args.function, parameters, files)
+    if args.stream:
+        return _print_events(client.run(*call, stream=True), args.json)
+    result = client.run(*call)
+    document = _document(result)
+    try:
+        if args.save:
+            document["saved"] = _save(client, result.get_file_urls(), args.save)
+    finally:  # the result was paid for, whatever becomes of its files
+        _print_json(document)
+    return bool(result.is_success())
+
+
+def _print_events(stream: EventStream, as_json: bool) -> bool:
+    succeeded = True
+    for event in stream:
+        if event.type == StreamEventType.ERROR:
+            _print_error(str(_event_error(event).get("message", event.data)))
+            succeeded = False
+        if as_json:
+            _print_json(event.raw)
+        elif event.type == StreamEventType.CONTENT:
+            print(event.data if isinstance(event.data, str) else json.dumps(event.data), end="", flush=True)
+    if not as_json:
+        print()
+    return succeeded
+
+
+def _command_batch(client: GatewayClient, args: Any) -> bool:
+    try:
+        calls = [PrefabCall(**json.loads(line)) for line in _read_text(args.path).splitlines() if line.strip()]
+    except (ValueError, TypeError) as error:
+        raise ValidationError(f"Each line of {args.path} must be a call's fields as JSON: {error}") from error
+    show, waiting, printed = _progress_bar("calls", "calls"), {}, 0
+
+    def on_result(index: int, result: PrefabResult) -> None:
+        nonlocal printed
+        waiting[index] = result
+        while printed in waiting:  # in order, and at once: nothing is lost if it is interrupted
+            _print_json(_document(waiting.pop(printed)))
+            printed += 1
+        show(printed + len(waiting), len(calls))
+
+    try:
+        return client.run_batch(calls, max_workers=args.workers, on_result=on_result).all_success()
+    finally:
+        for _, result in sorted(waiting.items()):
+            _print_json(_document(result))
+
+
+def _command_upload(client: GatewayClient, args: Any) -> None:
+    answers: list[Any] = []
+    for path in args.path:
+        show = _progress_bar(path)
+        if args.input:
+            answers.append({"s3_url": client.upload_input_file(path, on_progress=show)})
+        elif args.temp:
+            answers.append(client.upload_temp_file(path, args.ttl, args.session, on_progress=show))
+        else:
+            answers.append(client.upload_file(path, on_progress=show))
+    _print_json(answers if len(answers) > 1 else answers[0])
+
+
+def _command_download(client: GatewayClient, args: Any) -> None:
+    path = args.path or "."
+    if os.path.isdir(path) or path.endswith(("/", os.sep)):
+        (path,) = _save(client, [args.s3_url], path)
+    else:
+        client.download_file(args.s3_url, path, on_progress=_progress_bar(path))
+    _print_json({"path": path, "size": os.path.getsize(path)})
+
+
+def _command_secret(client: GatewayClient, args: Any) -> None:
+    if args.action == "list":
+        _print_json(client.list_secrets(args.prefab))
+        return
+    _require(args.prefab and args.name, f"secret {args.action} needs a prefab and a name.")
+    if args.action == "delete":
+        client.delete_secret(args.prefab, args.name)
+    else:
+        import getpass  # asks without an echo; arguments would show in a list of processes
+
+        piped = not sys.stdin.isatty()
+        value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
+        client.set_secret(args.prefab, args.name, value)
+    _print_json({"prefab_id": args.prefab, "secret_name": args.name})
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> Any:
+    import argparse  # here only: nobody else should wait for it
+
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--base-url", metavar="URL", help="default: $GATEWAY_BASE_URL")
+    common.add_argument("--timeout", type=float, metavar="SECONDS", help="for each wait; default: 60")
+    common.add_argument("-v", "--verbose", action="store_true", help="log requests to stderr")
+    parser = argparse.ArgumentParser("gateway-sdk", parents=[common], description=(
+        "Calls the prefabs of a Gateway. The credential comes from X_INTERNAL_TOKEN, "
+        "AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN. Results are JSON on stdout."))
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[GatewayClient, Any], object], text: str, example: str,
+                *positional: str) -> Callable[..., Any]:
+        made = commands.add_parser(name, parents=[common], help=text, description=f"{text}.",
+                                   epilog=f"example: gateway-sdk {name} {example}")
+        for argument in positional:
+            required = argument.rstrip("?")
+            made.add_argument(required, metavar=required.upper(), nargs="?" if argument != required else None)
+        made.set_defaults(run=run)
+        return made.add_argument
+
+    add = command("run", _command_run, "Run a function", "text-tools 1.1.0 statistics -p text='Hello you'",
+                  "prefab", "version", "function")
+    add("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="JSON, else text")
+    add("-d", "--data", metavar="JSON", help="all parameters: JSON, @FILE, or - for stdin")
+    add("-f", "--file", action="append", default=[], metavar="NAME=PATH", help="a file or an s3:// URL")
+    add("--stream", action="store_true", help="print the contents as they come")
+    add("--json", action="store_true", help="with --stream: print whole events as JSON lines")
+    add("--save", metavar="DIR", help="download the output files")
+    add = command("batch", _command_batch, "Run the calls of a file of JSON lines", "calls.jsonl", "path")
+    add("--workers", type=int, default=8, metavar="N", help="calls at a time; default: 8")
+    add = command("list", lambda client, args: _print_json([p.raw for p in client.list_prefabs(args.status)]),
+                  "List the prefabs", "--status deployed")
+    add("--status", help="deployed or failed")
+    command("spec", lambda client, args: _print_json(client.get_prefab_spec(args.prefab, args.version)),
+            "Show the functions of a prefab", "text-tools", "prefab", "version?")
+    add = command("upload", _command_upload, "Upload files", "--input report.pdf")
+    add("path", nargs="+", metavar="PATH")
+    add("--input", action="store_true", help="as the input of a call; needs no agent")
+    add("--temp", action="store_true", help="as temporary files")
+    add("--ttl", type=int, default=86400, metavar="SECONDS", help="of temporary files; default: 86400")
+    add("--session", metavar="ID", help="of temporary files")
+    command("download", _command_download, "Download a file", "s3://bucket/key/report.pdf downloads/", "s3_url",
+            "path?")
+    command("url", lambda client, args: _print_json({"presigned_url": client.get_presigned_url(args.s3_url)}),
+            "Print a URL that anyone can download from", "s3://bucket/key/report.pdf", "s3_url")
+    add = command("ls", lambda client, args: _print_json(list(
+        client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())),
+        "List the agent's files", "--temp")
+    add("--temp", action="store_true", help="the temporary ones")
+    add("--session", metavar="ID", help="those of a session")
+    command("cleanup", lambda client, args: _print_json({"deleted_count": client.cleanup_temp_files(args.session)}),
+            "Delete a session's temporary files", "session-1", "session")
+    add = command("secret", _command_secret, "Set, list or delete your secrets (the value comes from stdin)",
+                  "set vault SIGNING_KEY < key.txt")
+    add("action", choices=("set", "list", "delete"))
+    add("prefab", nargs="?", metavar="PREFAB")
+    add("name", nargs="?", metavar="NAME")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command `gateway-sdk`. Returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    args = _parse_arguments(argv)
+    if "verbose" in args:
+        logging.basicConfig(level=logging.DEBUG)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    options = {name: getattr(args, name) for name in ("base_url", "timeout") if name in args}
+    try:
+        with GatewayClient.from_env(**options) as client:
+            failed = args.run(client, args) is False
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (GatewayError, OSError) as error:
+        _print_error(str(error))
+        return 2 if isinstance(error, ValidationError) and error.status_code is None else 1
+    return int(failed)
+
+
+# `from gateway_sdk.exceptions import ...` and `gateway_sdk.models`, as in the older SDK: the import
+# looks into sys.modules before it asks whether the parent is a package.
 exceptions = models = sys.modules[__name__]
 sys.modules[f"{__name__}.exceptions"] = sys.modules[f"{__name__}.models"] = exceptions
+
+if __name__ == "__main__":
+    sys.exit(main())
