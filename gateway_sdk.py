@@ -231,22 +231,10 @@ _PLAIN_MISSING_SECRET = re.compile(
 _XML_PROBLEM = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
 
 
-def _redacted(value: Any, hide: Callable[[str], str]) -> Any:
-    """A copy of a JSON value with `hide` applied to every string in it."""
-    if isinstance(value, str):
-        return hide(value)
-    if isinstance(value, list):
-        return [_redacted(item, hide) for item in value]
-    if isinstance(value, dict):
-        return {hide(key): _redacted(item, hide) for key, item in value.items()}
-    return value
-
-
-def _read_problem(body: bytes, hide: Callable[[str], str]) -> tuple[str, _Json]:
-    """Message and fields of an error body in any of its forms; `hide` takes secrets out."""
-    text = hide(body.decode("utf-8", "replace")).strip()
+def _read_problem(text: str) -> tuple[str, _Json]:
+    """Message and fields of an error body in any of its forms."""
     try:
-        content = _redacted(json.loads(body), hide)
+        content = json.loads(text)
     except (ValueError, RecursionError):
         xml = _XML_PROBLEM.search(text)  # of S3
         return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
@@ -577,7 +565,7 @@ class _Request:
         if not self.to_gateway:
             query = self.target.partition("?")[2]
             words |= {query, *(value for _, value in urllib.parse.parse_qsl(query))}
-        words |= {urllib.parse.quote(word, safe="") for word in words}
+        words |= {coded for word in words for coded in (urllib.parse.quote(word, ""), json.dumps(word)[1:-1])}
         for word in sorted(filter(None, words), key=len, reverse=True):
             # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
             edge = r"\b" if len(word) < 8 and word.isalnum() else ""
@@ -896,8 +884,8 @@ def _unusable(response: _Response, body: bytes, problem: str) -> GatewayError:
     return error
 
 
-def _read_json(response: _Response, kind: Any, **given: Any) -> Any:
-    """The body as JSON of type `kind`; `given` fields must be in it, with their types."""
+def _read_json(response: _Response, kind: Any, fields: Mapping[str, type] = {}) -> Any:
+    """The body as JSON of type `kind`; `fields` must be in it, with their types."""
     body = b"".join(response.chunks())
     try:
         answer = _decode_answer(body.decode().lstrip("\ufeff"))
@@ -905,7 +893,7 @@ def _read_json(response: _Response, kind: Any, **given: Any) -> Any:
         raise _unusable(response, body, "the body is not JSON" if body else "has no body") from error
     if not isinstance(answer, kind):
         raise _unusable(response, body, f"the body is not a JSON {kind.__name__}")
-    for name, field_kind in given.items():
+    for name, field_kind in fields.items():
         if not isinstance(answer.get(name), field_kind):
             raise _unusable(response, body, f"{name!r} is not a {field_kind.__name__}")
     return answer
@@ -925,7 +913,7 @@ def _status_error(response: _Response) -> GatewayError:
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
-    message, given = _read_problem(body, request.hide)
+    message, given = _read_problem(request.hide(body.decode("utf-8", "replace")).strip())
     key = (status, str(given.get("error_code"))) if status == 400 else status
     error_class = _STATUS_ERRORS.get(key, ServiceUnavailableError if status >= 500 else GatewayError)
     if status < 500 and (not request.to_gateway or (status == 404 and request.prefab is None)):
@@ -967,23 +955,12 @@ def _retry_delay(request: _Request, error: GatewayError, attempt: int, max_retri
     return random.uniform(0, min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2 ** (attempt - 1)))
 
 
-@dataclass
-class _Credential:
-    """The header that says who the client is, and the request that renews it, if there is one."""
-
-    mode: str
-    headers: dict[str, str]
-    exchange: _Request | None = None
-
-    def __repr__(self) -> str:
-        return self.mode
-
-
 class _Transport:
     """Sends requests: the one place that retries. It knows HTTP, and nothing of prefabs."""
 
-    def __init__(self, credential: _Credential, max_retries: int, tls: ssl.SSLContext | None) -> None:
-        self.credential = credential
+    def __init__(self, credential: dict[str, str], max_retries: int, tls: ssl.SSLContext | None) -> None:
+        self.credential = credential  # the header that says who the client is; none for the allow-list
+        self.exchange: _Request | None = None  # the request that renews it, if there is one
         self.pool = _Pool()
         self._max_retries = max_retries
         self._given_tls = self._tls = tls
@@ -1002,7 +979,7 @@ class _Transport:
         """
         attempt, renewed = 1, False
         while True:
-            credential = self.credential.headers
+            credential = self.credential
             if request.authenticated:
                 request.headers.update(credential)
             try:
@@ -1013,7 +990,7 @@ class _Transport:
                     response.close()
                     raise
             except GatewayError as error:
-                renewable = request.authenticated and self.credential.exchange and not renewed
+                renewable = request.authenticated and self.exchange and not renewed
                 if error.status_code == 401 and renewable:
                     self.renew(credential)
                     renewed = True
@@ -1028,11 +1005,11 @@ class _Transport:
     def renew(self, refused: dict[str, str]) -> None:
         """Exchanges the API key for a new token, unless another thread has done so meanwhile."""
         with self._locks.setdefault(os.getpid(), threading.Lock()):
-            if self.credential.exchange and self.credential.headers is refused:
-                read = partial(_read_json, kind=dict, internal_token=str)
-                token = self.send(self.credential.exchange, read)["internal_token"]
+            if self.exchange and self.credential is refused:
+                read = partial(_read_json, kind=dict, fields={"internal_token": str})
+                token = self.send(self.exchange, read)["internal_token"]
                 _require_header_value("The gateway's internal_token", token)
-                self.credential.headers = {"X-Internal-Token": token}
+                self.credential = {"X-Internal-Token": token}
 
     def _open(self, request: _Request, attempt: int) -> _Response:
         """An answer with a status of 2xx, its body still to be read."""
@@ -1217,7 +1194,7 @@ def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list
     """The job id and the results of a run request with `count` calls."""
     if _is_event_stream(response):
         return None, [_result_of_events(response)]
-    answer = _read_json(response, dict, results=list)
+    answer = _read_json(response, dict, {"results": list})
     job_id, entries = answer.get("job_id"), answer["results"]
     if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
         body = json.dumps(answer).encode()
@@ -1414,14 +1391,14 @@ def _segment(name: str, value: Any) -> str:
     return urllib.parse.quote(value, safe="")
 
 
-def _require_positive(name: str, value: Any, kinds: Any = int, most: float = sys.maxsize) -> None:
-    number = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value <= most
+def _require_positive(name: str, value: Any, kinds: Any = int) -> None:
+    number = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e9
     _require(number, f"{name} must be a positive number, not {value!r}.")
 
 
-def _require_timeout(seconds: Any) -> None:
+def _require_timeout(seconds: float | None) -> None:
     if seconds is not None:
-        _require_positive("timeout", seconds, (int, float), threading.TIMEOUT_MAX)
+        _require_positive("timeout", seconds, (int, float))
 
 
 def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
@@ -1502,8 +1479,7 @@ class GatewayClient:
             headers["Authorization"] = f"Bearer {jwt_token}"
         self._prefix = target.rstrip("/")
         self._run_path = "/v1/run" if api_key or jwt_token else "/v1/internal/run"
-        self._transport = _Transport(_Credential(next(iter(headers), "allow-list"), headers),
-                                     max_retries, ssl_context)
+        self._transport = _Transport(headers, max_retries, ssl_context)
         self.base_url = f"{self._origin}{self._prefix}"
         self.timeout = timeout
 
@@ -1522,8 +1498,8 @@ class GatewayClient:
         exchange = client._request("POST", "/v1/auth/convert_to_internal_token", repeatable=True)
         exchange.headers["Authorization"] = f"Bearer {api_key}"
         exchange.authenticated = False
-        client._transport.credential = _Credential("exchanged API key", {}, exchange)
-        client._transport.renew(client._transport.credential.headers)
+        client._transport.exchange = exchange
+        client._transport.renew(client._transport.credential)
         return client
 
     @classmethod
@@ -1545,7 +1521,7 @@ class GatewayClient:
         return cls(jwt_token=jwt_token, internal_token=internal_token, **options)
 
     def __repr__(self) -> str:
-        return f"GatewayClient({self.base_url!r}, {self._transport.credential.mode})"
+        return f"GatewayClient({self.base_url!r}, {next(iter(self._transport.credential), 'allow-list')})"
 
     def __enter__(self) -> GatewayClient:
         return self
@@ -1743,9 +1719,10 @@ class GatewayClient:
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
-            return list(self._fetch("GET", "/v1/secrets", secrets=list)["secrets"])
-        answer = self._fetch("GET", f"/v1/secrets/{_segment('prefab_id', prefab_id)}", secret_names=list)
-        return [{"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]]
+            return list(self._fetch("GET", "/v1/secrets", fields={"secrets": list})["secrets"])
+        path = f"/v1/secrets/{_segment('prefab_id', prefab_id)}"
+        names = self._fetch("GET", path, fields={"secret_names": list})["secret_names"]
+        return [{"prefab_id": prefab_id, "secret_name": name} for name in names]
 
     # Files. All but upload_input_file raise AgentContextRequiredError without an agent's token.
 
@@ -1767,8 +1744,8 @@ class GatewayClient:
             _require_header_value("content_type", content_type)
         with _open_file(file_path) as file:
             content = {"filename": _file_name(file_path), "content_type": content_type}
-            answer = self._fetch("POST", "/internal/files/generate_upload_url", content=content,
-                                 repeatable=True, upload_url=str, s3_url=str)
+            answer = self._fetch("POST", "/internal/files/generate_upload_url", repeatable=True,
+                                 fields={"upload_url": str, "s3_url": str}, content=content)
             request = self._presigned("PUT", answer["upload_url"])
             request.body = _Body(file=file, on_progress=on_progress)
             if content_type is not None:  # it is part of the signature, and so is its absence
@@ -1797,7 +1774,8 @@ class GatewayClient:
                 on_progress: _Progress | None) -> _Json:
         with _open_file(file_path) as file:
             content_type, body = _multipart(form, file, on_progress)
-            return self._fetch("POST", path, body=body, content_type=content_type, s3_url=str)
+            fields = {"s3_url": str}
+            return self._fetch("POST", path, fields=fields, body=body, content_type=content_type)
 
     def download_file(self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
                       on_progress: _Progress | None = None) -> None:
@@ -1830,7 +1808,7 @@ class GatewayClient:
         _require_s3_url("s3_url", s3_url)
         _require_positive("expires_in", expires_in)
         query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        answer = self._fetch("GET", "/internal/files/download", query, presigned_url=str)
+        answer = self._fetch("GET", "/internal/files/download", query, {"presigned_url": str})
         return str(answer["presigned_url"])
 
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
@@ -1842,14 +1820,14 @@ class GatewayClient:
         """
         _require_positive("limit", limit)
         query = {"limit": limit, "continuation_token": continuation_token}
-        return self._fetch("GET", "/internal/files/list", query, files=list)
+        return self._fetch("GET", "/internal/files/list", query, {"files": list})
 
     def list_temp_files(self, session_id: str | None = None, limit: int = 100,
                         continuation_token: str | None = None) -> _Json:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
         _require_positive("limit", limit)
         query = {"limit": limit, "session_id": session_id, "continuation_token": continuation_token}
-        return self._fetch("GET", "/internal/files/list_temp", query, files=list)
+        return self._fetch("GET", "/internal/files/list_temp", query, {"files": list})
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
@@ -1875,7 +1853,7 @@ class GatewayClient:
         """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
         _require(isinstance(session_id, str) and session_id, "session_id must be a string, not empty.")
         path, query = "/internal/files/cleanup_temp", {"session_id": session_id}
-        return int(self._fetch("DELETE", path, query, deleted_count=int)["deleted_count"])
+        return int(self._fetch("DELETE", path, query, {"deleted_count": int})["deleted_count"])
 
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
@@ -1916,14 +1894,11 @@ class GatewayClient:
         return _Request(method, origin, target, self.timeout, repeatable=True, to_gateway=False,
                         authenticated=False)
 
-    def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None, *, content: Any = None,
-               body: bytes | _Body = b"", content_type: str = "application/json",
-               repeatable: bool | None = None, prefab: dict[str, str] | None = None, **given: Any) -> _Json:
-        """The JSON object of an answer, in which `given` fields must be, with their types."""
-        request = self._request(method, path, query, content=content, body=body, content_type=content_type,
-                                prefab=prefab)
-        request.repeatable = request.repeatable if repeatable is None else repeatable
-        answer: _Json = self._transport.send(request, partial(_read_json, kind=dict, **given))
+    def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None,
+               fields: Mapping[str, type] = {}, **options: Any) -> _Json:
+        """The JSON object of an answer, in which `fields` must be, with their types."""
+        read = partial(_read_json, kind=dict, fields=fields)
+        answer: _Json = self._transport.send(self._request(method, path, query, **options), read)
         return answer
 
 
