@@ -42,9 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import (
-    TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, overload,
-)
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, overload
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -111,7 +109,7 @@ class GatewayError(Exception):
     """
 
     _remedy: ClassVar[str] = ""
-    _fields: ClassVar[_Json] = {}  # attributes that an error's body gives, with their defaults
+    _fields: ClassVar[Mapping[str, Any]] = {}  # attributes that an error's body gives, with their defaults
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
         self._fill(message, details or {})
@@ -154,7 +152,7 @@ class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404). Has `prefab_id` and `version`."""
 
     _remedy = "client.list_prefabs() shows what is deployed."
-    _fields = {"prefab_id": "unknown", "version": "unknown"}
+    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "version": "unknown"}
     prefab_id: str
     version: str
 
@@ -171,7 +169,7 @@ class QuotaExceededError(GatewayError):
     """A quota is used up (429). Has `limit`, `used` and `quota_type`."""
 
     _remedy = "Wait, or have the quota raised: the SDK does not repeat such a call."
-    _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    _fields: ClassVar[Mapping[str, Any]] = {"limit": 0, "used": 0, "quota_type": "unknown"}
     limit: int
     used: int
     quota_type: str
@@ -184,7 +182,7 @@ class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours. Has `prefab_id`, `secret_name` and `instructions`."""
 
     _remedy = "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).\n{instructions}"
-    _fields = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
+    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
     prefab_id: str
     secret_name: str
     instructions: str | None
@@ -466,7 +464,8 @@ class PrefabInfo:
     def _from_dict(cls, entry: _Json) -> PrefabInfo:
         names = {"prefab_id": "id", "status": "deployment_status"}
         given = {known.name: entry.get(names.get(known.name, known.name)) for known in fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None} | {"raw": entry})
+        values: Any = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**values, "raw": entry})
 
 
 def _version_key(version: str) -> tuple[Any, ...]:
@@ -628,7 +627,7 @@ class _Response(http.client.HTTPResponse):
             super().begin()
             if self.status >= 200:
                 break
-            self.__dict__["headers"] = None  # by which `http.client` knows that it is to read one
+            vars(self)["headers"] = None  # by which `http.client` knows that it is to read one
         if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
             raise http.client.HTTPException("an answer without an end")
 
@@ -687,11 +686,10 @@ class _Response(http.client.HTTPResponse):
 
 def _proxy_for(origin: _Origin) -> tuple[_Origin, dict[str, str]] | None:
     """The proxy that the environment or the system sets for an origin, and the header it wants."""
-    import urllib.request  # dear, and needed for new connections only
+    from urllib.request import getproxies, proxy_bypass  # dear, and needed for new connections only
 
-    proxy = urllib.request.getproxies().get(origin.scheme)
-    names = (origin.host, f"{origin.host}:{origin.port}")
-    if not proxy or any(urllib.request.proxy_bypass(name) for name in names):
+    proxy = getproxies().get(origin.scheme)
+    if not proxy or any(map(proxy_bypass, (origin.host, f"{origin.host}:{origin.port}"))):
         return None
     scheme, _, rest = (proxy if "://" in proxy else f"http://{proxy}").partition("://")
     login, _, address = rest.rpartition("@")
@@ -1229,13 +1227,14 @@ def _result_of_events(response: _Response) -> PrefabResult:
             last[event.type] = event
             if event.type is StreamEventType.CONTENT:
                 contents.append(event.data)
-    except ServiceUnavailableError as error:
-        error.details["partial_output"] = contents  # which was paid for
+    except ServiceUnavailableError as broken:
+        broken.details["partial_output"] = contents  # which was paid for
         raise
     value = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
     output = {"status": "SUCCESS", "output": value}
     if StreamEventType.ERROR in last:
-        return PrefabResult(CallStatus.FAILED, {**output, "status": "FAILED"}, _event_error(last[StreamEventType.ERROR]))
+        error = _event_error(last[StreamEventType.ERROR])
+        return PrefabResult(CallStatus.FAILED, {**output, "status": "FAILED"}, error)
     done = last.get(StreamEventType.DONE)
     files = done.data.get("files") if done and isinstance(done.data, dict) else None
     return PrefabResult(CallStatus.SUCCESS, {**output, "files": files} if files else output)

@@ -59,8 +59,8 @@ def use_dask(client: GatewayClient) -> None:
     # Dask takes tasks for free of side effects. A call is not: with these two settings it is not
     # sent again when a worker dies, and equal calls of a batch are not merged into one.
     dask.config.set({"distributed.scheduler.allowed-failures": 0})
-    with LocalCluster(n_workers=2, threads_per_worker=4, dashboard_address=None) as cluster, \
-            Client(cluster) as dask_client:  # fmt: skip
+    options = {"n_workers": 2, "threads_per_worker": 4, "dashboard_address": "127.0.0.1:0"}
+    with LocalCluster(**options) as cluster, Client(cluster) as dask_client:
         count_words(client, dask_client.get_executor(pure=False), "Dask")
 
 
