@@ -1624,44 +1624,52 @@ class GatewayClient:
         unsent = PrefabResult._from_exception(AuthenticationError("Not sent: an earlier call was refused."))
         results = [unsent] * len(requests)
         waiting = collections.deque(enumerate(requests if executor is None else ()))
-        futures: list[concurrent.futures.Future[PrefabResult]] = []
+        futures: dict[int, concurrent.futures.Future[PrefabResult]] = {}
         arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
         refused: list[GatewayError] = []
 
-        def arrive(index: int, get: Callable[[], PrefabResult]) -> None:
-            try:
-                result = get()
-            except Exception as error:  # noqa: BLE001 - a broken executor must not cost the others
-                result = PrefabResult._from_exception(error)
+        def arrive(index: int, result: PrefabResult) -> None:
             if result.exception and result.exception.status_code == 401:
                 refused.append(result.exception)
-                for future in futures:
-                    future.cancel()
+                cancel()
             arrived.put((index, result))
+
+        def cancel() -> None:
+            for future in list(futures.values()):
+                future.cancel()
 
         def work() -> None:
             with suppress(IndexError):
                 while True:
                     index, request = waiting.popleft()
-                    arrive(index, (lambda: unsent) if refused else partial(_run_one, self, request))
+                    arrive(index, unsent if refused else _run_one(self, request))
+
+        def submit(index: int, request: _Request, executor: concurrent.futures.Executor) -> None:
+            try:
+                future = executor.submit(_run_one, self, request)
+            except Exception as error:  # noqa: BLE001 - a broken executor must not cost the others
+                return arrive(index, PrefabResult._from_exception(error))
+            futures[index] = future
+            future.add_done_callback(partial(done, index))
 
         def done(index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
-            arrive(index, (lambda: unsent) if future.cancelled() else future.result)
+            futures.pop(index, None)  # while it is held, a cluster may run it again to have its result
+            error = None if future.cancelled() else future.exception()
+            result = PrefabResult._from_exception(error) if error else None
+            arrive(index, result or (unsent if future.cancelled() else future.result()))
 
         try:
             for _ in range(min(max_workers, len(waiting))):  # daemons, for which Ctrl-C does not wait
                 threading.Thread(target=work, daemon=True).start()
             if executor is not None:
-                futures += [executor.submit(_run_one, self, request) for request in requests]
-            for index, future in enumerate(futures):
-                future.add_done_callback(partial(done, index))
+                for index, request in enumerate(requests):
+                    submit(index, request, executor)
             for _ in requests:
                 index, results[index] = arrived.get()
                 on_result(index, results[index])
         finally:  # interrupted, it sends nothing more
             waiting.clear()
-            for future in futures:
-                future.cancel()
+            cancel()
         if refused and all(result.exception for result in results):
             raise refused[0]
         return results

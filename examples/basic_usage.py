@@ -1,4 +1,4 @@
-"""The first steps: run functions, look prefabs up, run a batch, handle errors.
+"""The first steps: run functions, stream, look prefabs up, run a batch, move files, handle errors.
 
     python examples/basic_usage.py
 
@@ -9,6 +9,7 @@ local gateway that it starts.
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where gateway_sdk.py is
@@ -35,6 +36,24 @@ def run_functions(client: GatewayClient) -> None:
     if not (found.is_success() and found.get_business_success()):
         sys.exit(f"find failed: {found.error or found.get_business_error()}")
     print("find:", found.get_business_message())
+
+
+def stream(client: GatewayClient) -> None:
+    print("streamed:", end=" ")
+    for event in client.run("text-tools", "1.1.0", "words", {"text": "one two three"}, stream=True):
+        if event.type == "content":
+            print(event.data, end="", flush=True)
+    print()
+
+
+def move_files(client: GatewayClient) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        report, sums = Path(folder, "report.txt"), Path(folder, "sums.txt")
+        report.write_text("a file to work on\n", encoding="utf-8")
+        url = client.upload_input_file(report)
+        result = client.run("file-tools", "1.0.0", "checksum", files={"files": [url]})
+        client.download_file(result.get_file_urls()[0], sums)
+        print("downloaded:", sums.read_text(encoding="utf-8").strip())
 
 
 def look_up(client: GatewayClient) -> None:
@@ -84,6 +103,8 @@ def call_without_secret(client: GatewayClient) -> None:
 if __name__ == "__main__":
     with local_gateway.environment(), GatewayClient.from_env() as client:
         run_functions(client)
+        stream(client)
+        move_files(client)
         look_up(client)
         run_many(client)
         call_badly(client, "text-tools", {})

@@ -56,8 +56,8 @@ def use_dask(client: GatewayClient) -> None:
     except ImportError:
         print('Dask: not installed (pip install "dask[distributed]")')
         return
-    # Dask takes tasks for free of side effects. A call is not: with these two settings it is not
-    # sent again when a worker dies, and equal calls of a batch are not merged into one.
+    # Dask takes tasks for free of side effects, which calls are not. With these two settings, one
+    # that is running when its worker dies is not sent again, and equal calls are not made one.
     dask.config.set({"distributed.scheduler.allowed-failures": 0})
     options = {"n_workers": 2, "threads_per_worker": 4, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**options) as cluster, Client(cluster) as dask_client:
