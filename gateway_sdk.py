@@ -238,15 +238,22 @@ def _read_problem(text: str) -> tuple[str, _Json]:
         return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
     problem = content.get("detail") or content if isinstance(content, dict) else content
     if isinstance(problem, list):  # of FastAPI
-        entries = [entry if isinstance(entry, dict) else {"msg": entry} for entry in problem]
-        lines = [f"{'.'.join(map(str, entry.get('loc') or ()))}: {entry.get('msg')}" for entry in entries]
-        return "\n  ".join(("", *lines)), {"errors": problem}
+        return "".join(f"\n  {_field_problem(entry)}" for entry in problem), {"errors": problem}
     if isinstance(problem, dict):
         more = problem.get("details")
         message = problem.get("message") or problem.get("error") or text[:_SHOWN_CHARACTERS]
         return str(message), {**problem, **more} if isinstance(more, dict) else problem
     secret = _PLAIN_MISSING_SECRET.search(str(problem))
     return str(problem), {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
+
+
+def _field_problem(entry: Any) -> str:
+    """One line for an entry of a 422's list, such as `body.calls.0.version: Field required`."""
+    if not isinstance(entry, dict):
+        return str(entry)
+    place = entry.get("loc")
+    path = ".".join(map(str, place)) if isinstance(place, list) else str(place)
+    return f"{path}: {entry.get('msg')}"
 
 
 def _retry_after_seconds(value: str) -> float | None:
@@ -560,7 +567,7 @@ class _Request:
     def hide(self, text: str) -> str:
         """`text` without the credential, secrets and the query of a presigned URL."""
         values = (self.headers.get(name, "") for name in _CREDENTIAL_HEADERS)
-        words = {*self.hidden, *(value.rpartition(" ")[2] for value in values)}
+        words = {*self.hidden, *(value[value.startswith("Bearer ") and 7 :] for value in values)}
         if not self.to_gateway:
             query = self.target.partition("?")[2]
             words |= {query, *(value for _, value in urllib.parse.parse_qsl(query))}
@@ -919,7 +926,7 @@ def _status_error(response: _Response) -> GatewayError:
     if status < 400:
         address = request.hide(response.headers.get("Location", "nowhere").partition("?")[0])
         message = f"a redirect to {address}, which is not followed. Is base_url right?"
-    message = f"{request} answered {status}: {message or response.reason}"
+    message = request.hide(f"{request} answered {status}: {message or response.reason}")
     error = error_class._new(message, {**(request.prefab or {}), **given})
     error.status_code, error.may_have_run = status, status >= 500
     error.retry_after = _retry_after_seconds(response.headers.get("Retry-After", ""))
@@ -1319,7 +1326,7 @@ class _Download:
     def receive(self, response: _Response) -> None:
         """Writes the body, and turns the request into one for what is still missing."""
         if not response.framed:
-            raise GatewayError(f"{self._request}: no length was given, so a part could pass for the whole.")
+            raise _unusable(response, b"", "without a length: a part could pass for the whole")
         self._file = self._file or self._open()
         etag, total = response.headers.get("ETag", ""), response.length
         if response.status == 206:
@@ -1381,7 +1388,7 @@ def _require_call(call: Any) -> None:
         is_list = isinstance(urls, (list, tuple))
         for url in urls if is_list else [urls]:
             _require_s3_url(f"Each file of {name!r}", url)
-        _require(is_list, f"The files of {name!r} must be a list: [{urls!r}].")
+        _require(is_list, f"The files of {name!r} must be a list of what upload_input_file() gives: [{urls!r}].")
 
 
 def _segment(name: str, value: Any) -> str:
@@ -1478,6 +1485,7 @@ class GatewayClient:
             headers["Authorization"] = f"Bearer {jwt_token}"
         self._prefix = target.rstrip("/")
         self._run_path = "/v1/run" if api_key or jwt_token else "/v1/internal/run"
+        self._hidden: tuple[str, ...] = ()
         self._transport = _Transport(headers, max_retries, ssl_context)
         self.base_url = f"{self._origin}{self._prefix}"
         self.timeout = timeout
@@ -1497,8 +1505,13 @@ class GatewayClient:
         exchange = client._request("POST", "/v1/auth/convert_to_internal_token", repeatable=True)
         exchange.headers["Authorization"] = f"Bearer {api_key}"
         exchange.authenticated = False
+        client._hidden = (api_key,)
         client._transport.exchange = exchange
-        client._transport.renew(client._transport.credential)
+        try:
+            client._transport.renew(client._transport.credential)
+        except BaseException:
+            client.close()
+            raise
         return client
 
     @classmethod
@@ -1880,7 +1893,7 @@ class GatewayClient:
 
     def _request(self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
                  content: Any = None, body: bytes | _Body = b"", content_type: str = "application/json",
-                 timeout: float | None = None, **options: Any) -> _Request:
+                 timeout: float | None = None, hidden: tuple[str, ...] = (), **options: Any) -> _Request:
         """A request to the gateway. GET and DELETE may be repeated, others if they say so."""
         _require_timeout(timeout)
         options.setdefault("repeatable", method in ("GET", "DELETE"))
@@ -1890,7 +1903,8 @@ class GatewayClient:
         body = body if content is None else _encode_json(content).encode()
         headers = {"Content-Type": content_type} if body else {}
         timeout = self.timeout if timeout is None else timeout
-        return _Request(method, self._origin, target, timeout, body, headers, **options)
+        hidden = (*self._hidden, *hidden)
+        return _Request(method, self._origin, target, timeout, body, headers, hidden=hidden, **options)
 
     def _presigned(self, method: str, url: str) -> _Request:
         """A request to the storage, which must not see the credential."""
