@@ -1661,9 +1661,10 @@ class GatewayClient:
             try:
                 future = executor.submit(_run_one, self, request)
             except Exception as error:  # noqa: BLE001 - a broken executor must not cost the others
-                return arrive(index, PrefabResult._from_exception(error))
-            futures[index] = future
-            future.add_done_callback(partial(done, index))
+                arrive(index, PrefabResult._from_exception(error))
+            else:
+                futures[index] = future
+                future.add_done_callback(partial(done, index))
 
         def done(index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
             futures.pop(index, None)  # while it is held, a cluster may run it again to have its result
