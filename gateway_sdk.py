@@ -1415,6 +1415,74 @@ def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
         return PrefabResult._from_exception(error)
 
 
+class _Batch:
+    """Single calls on their way, in threads or on an executor. Their results arrive in a queue."""
+
+    def __init__(self, client: GatewayClient, requests: Sequence[_Request]) -> None:
+        self._client = client
+        self._requests = requests
+        self._waiting = collections.deque(enumerate(requests))
+        self._futures: dict[int, concurrent.futures.Future[PrefabResult]] = {}
+        self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
+        self._refused: GatewayError | None = None
+        error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
+        self._unsent = PrefabResult._from_exception(error)
+
+    def run(self, max_workers: int, executor: concurrent.futures.Executor | None,
+            on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
+        """The results, in order. Raises the 401 if that is all there is."""
+        results = [self._unsent] * len(self._requests)
+        try:
+            if executor is None:  # daemon threads: Ctrl-C does not wait for their answers
+                for _ in range(min(max_workers, len(self._requests))):
+                    threading.Thread(target=self._work, daemon=True).start()
+            else:
+                while self._waiting:
+                    self._submit(*self._waiting.popleft(), executor)
+            for _ in self._requests:
+                index, results[index] = self._arrived.get()
+                on_result(index, results[index])
+        finally:  # interrupted, it sends nothing more
+            self._waiting.clear()
+            self._cancel()
+        if self._refused and all(result.exception for result in results):
+            raise self._refused
+        return results
+
+    def _work(self) -> None:
+        with suppress(IndexError):
+            while True:
+                index, request = self._waiting.popleft()
+                self._arrive(index, self._unsent if self._refused else _run_one(self._client, request))
+
+    def _submit(self, index: int, request: _Request, executor: concurrent.futures.Executor) -> None:
+        try:
+            future = executor.submit(_run_one, self._client, request)
+        except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
+            self._arrive(index, PrefabResult._from_exception(error))
+        else:
+            self._futures[index] = future
+            future.add_done_callback(partial(self._done, index))
+
+    def _done(self, index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
+        self._futures.pop(index, None)  # while it is held, a cluster may run it again for its result
+        if future.cancelled():
+            self._arrive(index, self._unsent)
+        else:
+            error = future.exception()
+            self._arrive(index, PrefabResult._from_exception(error) if error else future.result())
+
+    def _arrive(self, index: int, result: PrefabResult) -> None:
+        if result.exception and result.exception.status_code == 401:
+            self._refused = result.exception
+            self._cancel()
+        self._arrived.put((index, result))
+
+    def _cancel(self) -> None:
+        for future in list(self._futures.values()):
+            future.cancel()
+
+
 class Prefab:
     """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`."""
 
@@ -1620,7 +1688,7 @@ class GatewayClient:
                 report(index, result)
         else:
             requests = [self._run_request([call], timeout) for call in calls]
-            results = self._run_all(requests, max_workers, report, executor)
+            results = _Batch(self, requests).run(max_workers, executor, report)
         return BatchResult._of(results, job_id)
 
     def _run_request(self, calls: Sequence[PrefabCall], timeout: float | None) -> _Request:
@@ -1629,64 +1697,6 @@ class GatewayClient:
         prefabs = {(call.prefab_id, call.version) for call in calls}
         prefab = dict(zip(("prefab_id", "version"), prefabs.pop())) if len(prefabs) == 1 else {}
         return self._request("POST", self._run_path, body=_encode_calls(calls), timeout=timeout, prefab=prefab)
-
-    def _run_all(self, requests: Sequence[_Request], max_workers: int,
-                 on_result: Callable[[int, PrefabResult], object],
-                 executor: concurrent.futures.Executor | None) -> list[PrefabResult]:
-        """The results of single calls, from an executor or from threads."""
-        unsent = PrefabResult._from_exception(AuthenticationError("Not sent: an earlier call was refused."))
-        results = [unsent] * len(requests)
-        waiting = collections.deque(enumerate(requests if executor is None else ()))
-        futures: dict[int, concurrent.futures.Future[PrefabResult]] = {}
-        arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
-        refused: list[GatewayError] = []
-
-        def arrive(index: int, result: PrefabResult) -> None:
-            if result.exception and result.exception.status_code == 401:
-                refused.append(result.exception)
-                cancel()
-            arrived.put((index, result))
-
-        def cancel() -> None:
-            for future in list(futures.values()):
-                future.cancel()
-
-        def work() -> None:
-            with suppress(IndexError):
-                while True:
-                    index, request = waiting.popleft()
-                    arrive(index, unsent if refused else _run_one(self, request))
-
-        def submit(index: int, request: _Request, executor: concurrent.futures.Executor) -> None:
-            try:
-                future = executor.submit(_run_one, self, request)
-            except Exception as error:  # noqa: BLE001 - a broken executor must not cost the others
-                arrive(index, PrefabResult._from_exception(error))
-            else:
-                futures[index] = future
-                future.add_done_callback(partial(done, index))
-
-        def done(index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
-            futures.pop(index, None)  # while it is held, a cluster may run it again to have its result
-            error = None if future.cancelled() else future.exception()
-            result = PrefabResult._from_exception(error) if error else None
-            arrive(index, result or (unsent if future.cancelled() else future.result()))
-
-        try:
-            for _ in range(min(max_workers, len(waiting))):  # daemons, for which Ctrl-C does not wait
-                threading.Thread(target=work, daemon=True).start()
-            if executor is not None:
-                for index, request in enumerate(requests):
-                    submit(index, request, executor)
-            for _ in requests:
-                index, results[index] = arrived.get()
-                on_result(index, results[index])
-        finally:  # interrupted, it sends nothing more
-            waiting.clear()
-            cancel()
-        if refused and all(result.exception for result in results):
-            raise refused[0]
-        return results
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
         """A prefab whose functions are called like methods. Nothing is sent."""
