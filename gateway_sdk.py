@@ -37,7 +37,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -229,6 +228,15 @@ _PLAIN_MISSING_SECRET = re.compile(
 _XML_PROBLEM = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
 
 
+def _field_problem(entry: Any) -> str:
+    """One line for an entry of a 422's list, such as `body.calls.0.version: Field required`."""
+    if not isinstance(entry, dict):
+        return str(entry)
+    place = entry.get("loc")
+    path = ".".join(map(str, place)) if isinstance(place, list) else str(place)
+    return f"{path}: {entry.get('msg')}"
+
+
 def _read_problem(text: str) -> tuple[str, _Json]:
     """Message and fields of an error body in any of its forms."""
     try:
@@ -245,15 +253,6 @@ def _read_problem(text: str) -> tuple[str, _Json]:
         return str(message), {**problem, **more} if isinstance(more, dict) else problem
     secret = _PLAIN_MISSING_SECRET.search(str(problem))
     return str(problem), {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
-
-
-def _field_problem(entry: Any) -> str:
-    """One line for an entry of a 422's list, such as `body.calls.0.version: Field required`."""
-    if not isinstance(entry, dict):
-        return str(entry)
-    place = entry.get("loc")
-    path = ".".join(map(str, place)) if isinstance(place, list) else str(place)
-    return f"{path}: {entry.get('msg')}"
 
 
 def _retry_after_seconds(value: str) -> float | None:
@@ -693,7 +692,9 @@ class _Response(http.client.HTTPResponse):
 
 def _proxy_for(origin: _Origin) -> tuple[_Origin, dict[str, str]] | None:
     """The proxy that the environment or the system sets for an origin, and the header it wants."""
-    from urllib.request import getproxies, proxy_bypass  # dear, and needed for new connections only
+    if sys.platform not in ("win32", "darwin") and not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None  # before an import that takes as long as twenty calls
+    from urllib.request import getproxies, proxy_bypass
 
     proxy = getproxies().get(origin.scheme)
     if not proxy or any(map(proxy_bypass, (origin.host, f"{origin.host}:{origin.port}"))):
@@ -1086,6 +1087,18 @@ def _event_blocks(chunks: Iterable[bytes]) -> Iterator[str]:
     yield b"".join(pending).decode(codec, "replace")
 
 
+def _json_event(data: str, name: str = "") -> StreamEvent:
+    """The event whose data is JSON; `name`, its `event` field, counts where the JSON has no type."""
+    data = data.strip(" \t\n\r")
+    value, end = _decode_json(data)
+    if end != len(data):
+        raise ValueError("text behind the JSON")
+    if value.__class__ is dict and value.get("type").__class__ is str:
+        return StreamEvent.from_dict(value)
+    raw = value if isinstance(value, dict) else {"data": value}
+    return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
+
+
 def _block_events(block: str) -> list[StreamEvent]:
     """The event of a block: several if blank lines were left out, none if there is no data."""
     name, lines = "", []
@@ -1102,18 +1115,6 @@ def _block_events(block: str) -> list[StreamEvent]:
     name = "done" if data == "[DONE]" else name
     event_type = _EVENT_TYPES.get(name, StreamEventType.CONTENT)
     return [StreamEvent(event_type, data, {"type": str(event_type), "data": data})]
-
-
-def _json_event(data: str, name: str = "") -> StreamEvent:
-    """The event whose data is JSON; `name`, its `event` field, counts where the JSON has no type."""
-    data = data.strip(" \t\n\r")
-    value, end = _decode_json(data)
-    if end != len(data):
-        raise ValueError("text behind the JSON")
-    if value.__class__ is dict and value.get("type").__class__ is str:
-        return StreamEvent.from_dict(value)
-    raw = value if isinstance(value, dict) else {"data": value}
-    return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
 
 
 def _parse_events(chunks: Iterable[bytes]) -> Iterator[StreamEvent]:
@@ -1192,31 +1193,7 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
 
 
 def _is_event_stream(response: _Response) -> bool:
-    return response.headers.get_content_type() == "text/event-stream"
-
-
-def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list[PrefabResult]]:
-    """The job id and the results of a run request with `count` calls."""
-    if _is_event_stream(response):
-        return None, [_result_of_events(response)]
-    answer = _read_json(response, dict, {"results": list})
-    job_id, entries = answer.get("job_id"), answer["results"]
-    if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
-        body = json.dumps(answer).encode()
-        raise _unusable(response, body, f"'results' is not a list of {count} objects")
-    return job_id, [PrefabResult._from_dict(entry, job_id) for entry in entries]
-
-
-def _read_stream(response: _Response) -> EventStream:
-    """The events of a run request, also of a function that does not stream."""
-    if _is_event_stream(response):
-        return EventStream(_read_events(response), response)
-    (result,) = _read_results(response)[1]
-    if result.is_success():
-        events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": None}]
-    else:
-        events = [{"type": "error", "data": result.error or {"message": f"It ended as {result.status}."}}]
-    return EventStream(map(StreamEvent.from_dict, events))
+    return str(response.headers.get("Content-Type", "")).lower().startswith("text/event-stream")
 
 
 def _event_error(event: StreamEvent) -> _Json:
@@ -1247,6 +1224,30 @@ def _result_of_events(response: _Response) -> PrefabResult:
     return PrefabResult(CallStatus.SUCCESS, {**output, "files": files} if files else output)
 
 
+def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list[PrefabResult]]:
+    """The job id and the results of a run request with `count` calls."""
+    if _is_event_stream(response):
+        return None, [_result_of_events(response)]
+    answer = _read_json(response, dict, {"results": list})
+    job_id, entries = answer.get("job_id"), answer["results"]
+    if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
+        body = json.dumps(answer).encode()
+        raise _unusable(response, body, f"'results' is not a list of {count} objects")
+    return job_id, [PrefabResult._from_dict(entry, job_id) for entry in entries]
+
+
+def _read_stream(response: _Response) -> EventStream:
+    """The events of a run request, also of a function that does not stream."""
+    if _is_event_stream(response):
+        return EventStream(_read_events(response), response)
+    (result,) = _read_results(response)[1]
+    if result.is_success():
+        events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": None}]
+    else:
+        events = [{"type": "error", "data": result.error or {"message": f"It ended as {result.status}."}}]
+    return EventStream(map(StreamEvent.from_dict, events))
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 
@@ -1270,7 +1271,7 @@ def _multipart(fields: Mapping[str, str], file: BinaryIO, on_progress: _Progress
     """
     import mimetypes  # reads the system's tables: for uploads only
 
-    boundary, name = uuid.uuid4().hex, _file_name(file.name)
+    boundary, name = os.urandom(16).hex(), _file_name(file.name)
     media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
     for character, escaped in (('"', "%22"), ("\r", "%0D"), ("\n", "%0A")):
         name = name.replace(character, escaped)
@@ -1316,7 +1317,7 @@ class _Download:
             self._new_folders.append(parent)
             parent = os.path.dirname(parent)
         os.makedirs(folder, exist_ok=True)
-        return open(os.path.join(folder, f".{uuid.uuid4().hex}.part"), "xb")
+        return open(os.path.join(folder, f".{os.urandom(16).hex()}.part"), "xb")
 
     def start_over(self) -> None:
         """Asks for the whole object next time."""
@@ -1889,7 +1890,7 @@ class GatewayClient:
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
         """A session id for temporary files, which are deleted on the way out, error or not."""
-        session_id = session_id or uuid.uuid4().hex
+        session_id = session_id or os.urandom(16).hex()
         try:
             yield session_id
         except BaseException:
@@ -1948,9 +1949,9 @@ def _progress_bar(label: str, unit: str = "B") -> _Progress:
             return
         shown = now
         rate = max(done / max(now - started, 1e-6), 1e-6)
-        rest = f"{100 * done // total:3} %, {(total - done) / rate:.0f} s left" if total else ""
-        sys.stderr.write(f"\r{label}: {done:,} {unit} {rest}, {rate:,.0f} {unit}/s ".ljust(79))
-        sys.stderr.write("\n" if done == total else "")
+        rest = f"{100 * done // total} %, {(total - done) / rate:.0f} s left" if total else ""
+        text = f"{label}: {done:,} {unit}, {rate:,.0f} {unit}/s {rest}"
+        print(f"\r{text:<79}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show
 
@@ -1966,13 +1967,20 @@ def _print_error(message: str) -> None:
     print("error:", "; ".join(filter(None, lines)), file=sys.stderr)
 
 
-def _document(result: PrefabResult, **more: Any) -> _Json:
+def _document(result: PrefabResult) -> _Json:
     """A result as it is printed; the reason of a failed one goes to stderr."""
     if not result.is_success():
         error = result.error or {}
         _print_error(f"{result.status}: {error.get('message') or json.dumps(error)}")
-    names = ("status", "output", "error", "job_id")
-    return {**more, **{name: getattr(result, name) for name in names}}
+    return {name: getattr(result, name) for name in ("status", "output", "error", "job_id")}
+
+
+def _read_text(source: str) -> str:
+    """The text of a file, or of stdin for `-`."""
+    if source == "-":
+        return sys.stdin.read()
+    with open(source, encoding="utf-8") as file:
+        return file.read()
 
 
 def _json_or_text(text: str) -> Any:
@@ -1985,16 +1993,8 @@ def _json_or_text(text: str) -> Any:
 def _pairs(option: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
     for text in texts:
         name, separator, value = text.partition("=")
-        _require(separator, f"{option} takes name=value, not {text!r}.")
+        _require(separator, f"{option} takes NAME=VALUE, not {text!r}.")
         yield name, value
-
-
-def _read_text(source: str) -> str:
-    """The text of a file, or of stdin for `-`."""
-    if source == "-":
-        return sys.stdin.read()
-    with open(source, encoding="utf-8") as file:
-        return file.read()
 
 
 def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
@@ -2011,9 +2011,24 @@ def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
     return paths
 
 
-def _command_run(client: GatewayClient, args: Any) -> bool:
-    data = args.data or "{}"
-    parameters = _json_or_text(_read_text(data.lstrip("@")) if data[0] == "@" or data == "-" else data)
+def _print_events(stream: EventStream, as_json: bool) -> bool:
+    succeeded = True
+    for event in stream:
+        if event.type == StreamEventType.ERROR:
+            _print_error(str(_event_error(event).get("message", event.data)))
+            succeeded = False
+        if as_json:
+            _print_json(event.raw)
+        elif event.type == StreamEventType.CONTENT:
+            print(event.data if isinstance(event.data, str) else json.dumps(event.data), end="", flush=True)
+    if not as_json:
+        print()
+    return succeeded
+
+
+def _run_command(client: GatewayClient, args: Any) -> bool:
+    data = args.data
+    parameters = _json_or_text(_read_text(data.lstrip("@")) if data == "-" or data[:1] == "@" else data)
     _require(isinstance(parameters, dict), "-d must be a JSON object.")
     parameters.update((name, _json_or_text(value)) for name, value in _pairs("-p", args.parameter))
     files: dict[str, list[str]] = {}
@@ -2034,32 +2049,19 @@ def _command_run(client: GatewayClient, args: Any) -> bool:
     return bool(result.is_success())
 
 
-def _print_events(stream: EventStream, as_json: bool) -> bool:
-    succeeded = True
-    for event in stream:
-        if event.type == StreamEventType.ERROR:
-            _print_error(str(_event_error(event).get("message", event.data)))
-            succeeded = False
-        if as_json:
-            _print_json(event.raw)
-        elif event.type == StreamEventType.CONTENT:
-            print(event.data if isinstance(event.data, str) else json.dumps(event.data), end="", flush=True)
-    if not as_json:
-        print()
-    return succeeded
-
-
-def _command_batch(client: GatewayClient, args: Any) -> bool:
+def _batch_command(client: GatewayClient, args: Any) -> bool:
+    lines = filter(str.strip, _read_text(args.path).splitlines())
     try:
-        calls = [PrefabCall(**json.loads(line)) for line in _read_text(args.path).splitlines() if line.strip()]
+        calls = [PrefabCall(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise ValidationError(f"Each line of {args.path} must be a call's fields as JSON: {error}") from error
-    show, waiting, printed = _progress_bar("calls", "calls"), {}, 0
+    show, printed = _progress_bar("calls", "calls"), 0
+    waiting: dict[int, PrefabResult] = {}
 
     def on_result(index: int, result: PrefabResult) -> None:
         nonlocal printed
         waiting[index] = result
-        while printed in waiting:  # in order, and at once: nothing is lost if it is interrupted
+        while printed in waiting:  # in order, but at once: an interruption loses nothing
             _print_json(_document(waiting.pop(printed)))
             printed += 1
         show(printed + len(waiting), len(calls))
@@ -2071,7 +2073,7 @@ def _command_batch(client: GatewayClient, args: Any) -> bool:
             _print_json(_document(result))
 
 
-def _command_upload(client: GatewayClient, args: Any) -> None:
+def _upload_command(client: GatewayClient, args: Any) -> None:
     answers: list[Any] = []
     for path in args.path:
         show = _progress_bar(path)
@@ -2084,8 +2086,8 @@ def _command_upload(client: GatewayClient, args: Any) -> None:
     _print_json(answers if len(answers) > 1 else answers[0])
 
 
-def _command_download(client: GatewayClient, args: Any) -> None:
-    path = args.path or "."
+def _download_command(client: GatewayClient, args: Any) -> None:
+    path = args.path
     if os.path.isdir(path) or path.endswith(("/", os.sep)):
         (path,) = _save(client, [args.s3_url], path)
     else:
@@ -2093,87 +2095,104 @@ def _command_download(client: GatewayClient, args: Any) -> None:
     _print_json({"path": path, "size": os.path.getsize(path)})
 
 
-def _command_secret(client: GatewayClient, args: Any) -> None:
+def _ls_command(client: GatewayClient, args: Any) -> None:
+    temporary = args.temp or args.session
+    _print_json(list(client.iter_temp_files(args.session) if temporary else client.iter_files()))
+
+
+def _secret_command(client: GatewayClient, args: Any) -> None:
     if args.action == "list":
-        _print_json(client.list_secrets(args.prefab))
-        return
+        return _print_json(client.list_secrets(args.prefab))
     _require(args.prefab and args.name, f"secret {args.action} needs a prefab and a name.")
     if args.action == "delete":
         client.delete_secret(args.prefab, args.name)
     else:
-        import getpass  # asks without an echo; arguments would show in a list of processes
+        import getpass  # asks without an echo; an argument would show in the list of processes
 
         piped = not sys.stdin.isatty()
         value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
         client.set_secret(args.prefab, args.name, value)
-    _print_json({"prefab_id": args.prefab, "secret_name": args.name})
+    return _print_json({"prefab_id": args.prefab, "secret_name": args.name})
+
+
+_FLAG = {"action": "store_true"}
+_LIST: _Json = {"action": "append", "default": []}
+_MAYBE = {"nargs": "?"}
+_COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], object], str, str, Mapping[str, Any]]] = {
+    "run": (_run_command, "run a function", "text-tools 1.1.0 statistics -p text='Hello you'", {
+        "prefab": {}, "version": {}, "function": {},
+        "-p --parameter": {**_LIST, "metavar": "NAME=VALUE", "help": "JSON, else text"},
+        "-d --data": {"default": "{}", "metavar": "JSON", "help": "all parameters: JSON, @FILE or - for stdin"},
+        "-f --file": {**_LIST, "metavar": "NAME=PATH", "help": "an input: a file to upload, or an s3:// URL"},
+        "--stream": {**_FLAG, "help": "print contents as they come"},
+        "--json": {**_FLAG, "help": "with --stream: print events as JSON lines"},
+        "--save": {"metavar": "DIR", "help": "download the output files"},
+    }),
+    "batch": (_batch_command, "run the calls of a file of JSON lines", "calls.jsonl --workers 4", {
+        "path": {}, "--workers": {"type": int, "default": 8, "metavar": "N", "help": "calls at a time"},
+    }),
+    "list": (
+        lambda client, args: _print_json([prefab.raw for prefab in client.list_prefabs(args.status)]),
+        "list the prefabs", "--status deployed", {"--status": {"help": "deployed or failed"}},
+    ),
+    "spec": (
+        lambda client, args: _print_json(client.get_prefab_spec(args.prefab, args.version)),
+        "show the functions of a prefab", "text-tools", {"prefab": {}, "version": _MAYBE},
+    ),
+    "upload": (_upload_command, "upload files", "--input report.txt", {
+        "path": {"nargs": "+"},
+        "--input": {**_FLAG, "help": "as the input of a call; needs no agent's token"},
+        "--temp": {**_FLAG, "help": "as a temporary file"},
+        "--ttl": {"type": int, "default": 86400, "metavar": "SECONDS", "help": "of a temporary file"},
+        "--session": {"metavar": "ID", "help": "of a temporary file"},
+    }),
+    "download": (_download_command, "download a file", "s3://bucket/key/report.txt downloads/", {
+        "s3_url": {}, "path": {**_MAYBE, "default": ".", "help": "a file or a folder"},
+    }),
+    "url": (
+        lambda client, args: _print_json({"presigned_url": client.get_presigned_url(args.s3_url)}),
+        "print a URL that anyone can download from", "s3://bucket/key/report.txt", {"s3_url": {}},
+    ),
+    "ls": (_ls_command, "list the agent's files", "--temp", {
+        "--temp": {**_FLAG, "help": "the temporary ones"},
+        "--session": {"metavar": "ID", "help": "the temporary ones of a session"},
+    }),
+    "cleanup": (
+        lambda client, args: _print_json({"deleted_count": client.cleanup_temp_files(args.session)}),
+        "delete a session's temporary files", "session-1", {"session": {}},
+    ),
+    "secret": (_secret_command, "set (from stdin), list or delete your secrets", "list", {
+        "action": {"choices": ("set", "list", "delete")}, "prefab": _MAYBE, "name": _MAYBE,
+    }),
+}
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
     import argparse  # here only: nobody else should wait for it
 
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--base-url", metavar="URL", help="default: $GATEWAY_BASE_URL")
+    common.add_argument("--base-url", metavar="URL", help="the gateway; default: $GATEWAY_BASE_URL")
     common.add_argument("--timeout", type=float, metavar="SECONDS", help="for each wait; default: 60")
     common.add_argument("-v", "--verbose", action="store_true", help="log requests to stderr")
     parser = argparse.ArgumentParser("gateway-sdk", parents=[common], description=(
-        "Calls the prefabs of a Gateway. The credential comes from X_INTERNAL_TOKEN, "
+        "Calls the prefabs of a Gateway. Takes the credential from X_INTERNAL_TOKEN, "
         "AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN. Results are JSON on stdout."))
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[GatewayClient, Any], object], text: str, example: str,
-                *positional: str) -> Callable[..., Any]:
-        made = commands.add_parser(name, parents=[common], help=text, description=f"{text}.",
-                                   epilog=f"example: gateway-sdk {name} {example}")
-        for argument in positional:
-            required = argument.rstrip("?")
-            made.add_argument(required, metavar=required.upper(), nargs="?" if argument != required else None)
-        made.set_defaults(run=run)
-        return made.add_argument
-
-    add = command("run", _command_run, "Run a function", "text-tools 1.1.0 statistics -p text='Hello you'",
-                  "prefab", "version", "function")
-    add("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="JSON, else text")
-    add("-d", "--data", metavar="JSON", help="all parameters: JSON, @FILE, or - for stdin")
-    add("-f", "--file", action="append", default=[], metavar="NAME=PATH", help="a file or an s3:// URL")
-    add("--stream", action="store_true", help="print the contents as they come")
-    add("--json", action="store_true", help="with --stream: print whole events as JSON lines")
-    add("--save", metavar="DIR", help="download the output files")
-    add = command("batch", _command_batch, "Run the calls of a file of JSON lines", "calls.jsonl", "path")
-    add("--workers", type=int, default=8, metavar="N", help="calls at a time; default: 8")
-    add = command("list", lambda client, args: _print_json([p.raw for p in client.list_prefabs(args.status)]),
-                  "List the prefabs", "--status deployed")
-    add("--status", help="deployed or failed")
-    command("spec", lambda client, args: _print_json(client.get_prefab_spec(args.prefab, args.version)),
-            "Show the functions of a prefab", "text-tools", "prefab", "version?")
-    add = command("upload", _command_upload, "Upload files", "--input report.pdf")
-    add("path", nargs="+", metavar="PATH")
-    add("--input", action="store_true", help="as the input of a call; needs no agent")
-    add("--temp", action="store_true", help="as temporary files")
-    add("--ttl", type=int, default=86400, metavar="SECONDS", help="of temporary files; default: 86400")
-    add("--session", metavar="ID", help="of temporary files")
-    command("download", _command_download, "Download a file", "s3://bucket/key/report.pdf downloads/", "s3_url",
-            "path?")
-    command("url", lambda client, args: _print_json({"presigned_url": client.get_presigned_url(args.s3_url)}),
-            "Print a URL that anyone can download from", "s3://bucket/key/report.pdf", "s3_url")
-    add = command("ls", lambda client, args: _print_json(list(
-        client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())),
-        "List the agent's files", "--temp")
-    add("--temp", action="store_true", help="the temporary ones")
-    add("--session", metavar="ID", help="those of a session")
-    command("cleanup", lambda client, args: _print_json({"deleted_count": client.cleanup_temp_files(args.session)}),
-            "Delete a session's temporary files", "session-1", "session")
-    add = command("secret", _command_secret, "Set, list or delete your secrets (the value comes from stdin)",
-                  "set vault SIGNING_KEY < key.txt")
-    add("action", choices=("set", "list", "delete"))
-    add("prefab", nargs="?", metavar="PREFAB")
-    add("name", nargs="?", metavar="NAME")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text, example, arguments) in _COMMANDS.items():
+        command = commands.add_parser(name, parents=[common], help=text, description=f"{text}.".capitalize(),
+                                      epilog=f"example: gateway-sdk {name} {example}")
+        for names, options in arguments.items():
+            command.add_argument(*names.split(), **options)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command `gateway-sdk`. Returns its exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """The command `gateway-sdk`.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
     args = _parse_arguments(argv)
     if "verbose" in args:
         logging.basicConfig(level=logging.DEBUG)
@@ -2183,7 +2202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: getattr(args, name) for name in ("base_url", "timeout") if name in args}
     try:
         with GatewayClient.from_env(**options) as client:
-            failed = args.run(client, args) is False
+            failed = _COMMANDS[args.command][0](client, args) is False
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,7 @@ from gateway_sdk.models import PrefabCall, StreamEvent
 from gateway_sdk import BatchResult, EventStream, GatewayClient, Prefab, PrefabInfo, PrefabResult
 
 if TYPE_CHECKING:
-    from typing_extensions import assert_type
+    from typing import assert_type
 
     def results(client: GatewayClient, stream: bool) -> None:
         assert_type(client.run("p", "1", "f"), PrefabResult)
