@@ -27,9 +27,9 @@ import enum
 import http.client
 import io
 import json
-import logging
 import os
 import queue
+import random
 import re
 import socket
 import stat
@@ -78,8 +78,12 @@ _Path = Union[str, "os.PathLike[str]"]
 _Files = Mapping[str, Sequence[str]]  # name to s3:// URLs
 _Progress = Callable[[int, Optional[int]], object]  # bytes done, bytes in all (None: unknown)
 
-logger = logging.getLogger("gateway_sdk")  # not __name__, which is __main__ on the command line
-logger.addHandler(logging.NullHandler())
+
+def _log(level: str, message: str, *args: object) -> None:
+    """Logs as `gateway_sdk`, if the program uses `logging`. Its import would cost a tenth of a start."""
+    logging = sys.modules.get("logging")
+    if logging:
+        getattr(logging.getLogger("gateway_sdk"), level)(message, *args)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -222,10 +226,8 @@ _STATUS_ERRORS: Mapping[Any, type[GatewayError]] = {
     (400, "MISSING_SECRET"): MissingSecretError,
     (400, "MISSING_AGENT_CONTEXT"): AgentContextRequiredError,
 }
-_PLAIN_MISSING_SECRET = re.compile(
-    r"Secret '(?P<secret_name>.*)' for prefab '(?P<prefab_id>.*)' is not configured"
-)
-_XML_PROBLEM = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
+_PLAIN_MISSING = r"Secret '(?P<secret_name>.*)' for prefab '(?P<prefab_id>.*)' is not configured"
+_XML_PROBLEM = r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>"  # of S3
 
 
 def _field_problem(entry: Any) -> str:
@@ -242,7 +244,7 @@ def _read_problem(text: str) -> tuple[str, _Json]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
-        xml = _XML_PROBLEM.search(text)  # of S3
+        xml = re.search(_XML_PROBLEM, text)
         return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
     problem = content.get("detail") or content if isinstance(content, dict) else content
     if isinstance(problem, list):  # of FastAPI
@@ -251,7 +253,7 @@ def _read_problem(text: str) -> tuple[str, _Json]:
         more = problem.get("details")
         message = problem.get("message") or problem.get("error") or text[:_SHOWN_CHARACTERS]
         return str(message), {**problem, **more} if isinstance(more, dict) else problem
-    secret = _PLAIN_MISSING_SECRET.search(str(problem))
+    secret = re.search(_PLAIN_MISSING, str(problem))
     return str(problem), {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
 
 
@@ -949,8 +951,6 @@ def _redirected(response: _Response) -> _Request:
 
 def _retry_delay(request: _Request, error: GatewayError, attempt: int, max_retries: int) -> float | None:
     """Seconds before `request` may be sent again; None if it must not be."""
-    import random  # dear, and needed after a failure only
-
     passing = isinstance(error, ServiceUnavailableError) and error.status_code in (None, 502, 503, 504)
     if attempt > max_retries or not passing or isinstance(error, GatewayTimeoutError):
         return None
@@ -1005,7 +1005,7 @@ class _Transport:
                 if delay is None:
                     raise
                 attempt += 1
-                logger.debug("%s; attempt %d in %.1f s", error.message, attempt, delay)
+                _log("debug", "%s; attempt %d in %.1f s", error.message, attempt, delay)
             time.sleep(delay)
 
     def renew(self, refused: dict[str, str]) -> None:
@@ -1037,9 +1037,8 @@ class _Transport:
             outcome = str(response.status)
             return response
         finally:
-            if logger.isEnabledFor(logging.DEBUG):
-                milliseconds = 1000 * (time.perf_counter() - started)
-                logger.debug("%s %s %.0f ms, attempt %d", request, outcome, milliseconds, attempt)
+            milliseconds = 1000 * (time.perf_counter() - started)
+            _log("debug", "%s %s %.0f ms, attempt %d", request, outcome, milliseconds, attempt)
 
     def _connect(self, request: _Request) -> _Connection:
         is_tls = request.origin.scheme == "https"
@@ -1897,7 +1896,7 @@ class GatewayClient:
             try:
                 self.cleanup_temp_files(session_id)
             except GatewayError as error:  # the first error says more
-                logger.warning("temporary files were not deleted: %s", error.message)
+                _log("warning", "temporary files were not deleted: %s", error.message)
             raise
         self.cleanup_temp_files(session_id)
 
@@ -2195,6 +2194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parse_arguments(argv)
     if "verbose" in args:
+        import logging
+
         logging.basicConfig(level=logging.DEBUG)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

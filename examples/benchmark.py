@@ -435,7 +435,7 @@ MEASURES: dict[str, Callable[[Any, dict[str, Any]], dict[str, float]]] = {
 
 SECTIONS = {
     "import": "import, over an empty process",
-    "start": "import, client, first call, exit",
+    "start": "import, client, first call, exit, over an empty process",
     "call": "call on a live connection",
     "events": f"event, {EVENTS_PER_CHUNK} per chunk",
     "single-events": "event, a chunk each; first event",
@@ -512,10 +512,8 @@ class Benchmark:
         program = program if section == "start" else program.partition("\n")[0]
         program = (PATH_TO_OURS if contender == OURS else "") + program
         figures = measure(lambda: self._python(contender, "-c", program))
-        if section == "import":
-            empty = measure(lambda: self._python(contender, "-c", "import sys"))
-            figures = {name: value - empty[name] for name, value in figures.items()}
-        return {name: figures[name] for name in ("wall ms", "CPU ms")}
+        empty = measure(lambda: self._python(contender, "-c", "import sys"))
+        return {name: figures[name] - empty[name] for name in ("wall ms", "CPU ms")}
 
 
 # --- The table -------------------------------------------------------------------------
