@@ -62,7 +62,7 @@ _BACKOFF_BASE_SECONDS = 0.5
 _BACKOFF_CAP_SECONDS = 8.0
 _RETRY_AFTER_CAP_SECONDS = 60.0  # a longer wait is the caller's decision
 _IDLE_SECONDS = 4.0  # the gateway's server hangs up after 5, unannounced
-_AFTER_DONE_SECONDS = 2.0  # how long a stream may linger when it has said that it is done
+_AFTER_DONE_SECONDS = 5.0  # how long a stream may linger when it has said that it is done
 _MAX_REDIRECTS = 5
 _MAX_IDLE_CONNECTIONS = 100  # per origin
 _MAX_INTERIM_ANSWERS = 100
@@ -108,7 +108,7 @@ class GatewayError(Exception):
         status_code: HTTP status; None if there was no answer.
         error_code: The gateway's own code, such as `"MISSING_SECRET"`, or None.
         retry_after: Seconds that the answer asks to wait (`Retry-After`), or None.
-        may_have_run: False: sending it again cannot run anything twice.
+        may_have_run: Whether sending it again could run something twice.
     """
 
     _remedy: ClassVar[str] = ""
@@ -598,12 +598,12 @@ def _lost(request: _Request, error: BaseException, doing: str, *, sent: bool = T
     """The error for an answer that did not come, or not whole. `sent`: the gateway may have acted."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     reason = f"nothing for {request.timeout} s" if timed_out else str(error) or type(error).__name__
-    may_have_run = "It may have run all the same, so it was not sent again. " if sent else ""
-    remedy = "" if request.repeatable else may_have_run
+    may_have_run = sent and not request.repeatable
+    remedy = "It may have run all the same, so it was not sent again. " if may_have_run else ""
     remedy += "A larger timeout= waits longer." if timed_out else ""
     lost_class = GatewayTimeoutError if timed_out else ServiceUnavailableError
     lost = lost_class(request.hide(f"{request}: {doing}: {reason}\n{remedy}".strip()))
-    lost.may_have_run = sent
+    lost.may_have_run = may_have_run
     # A cause that quotes a secret, as a garbled status line may, would show it in the traceback.
     lost.__cause__ = error if request.hide(str(error)) == str(error) else None
     return lost
@@ -719,6 +719,7 @@ class _Connection:
     def __init__(self, origin: _Origin, timeout: float | None, tls: ssl.SSLContext | None) -> None:
         self.origin = origin
         self.idle_since = 0.0
+        self._process = os.getpid()
         self._target_prefix, self._proxy_headers = "", dict[str, str]()
         hop, headers = _proxy_for(origin) or (origin, None)
         opener = http.client.HTTPConnection(hop.host, hop.port, timeout=timeout)
@@ -737,8 +738,9 @@ class _Connection:
 
     def close(self) -> None:
         """Closes the socket, and ends another thread's wait for it."""
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        if self._process == os.getpid():  # after a fork, it is still the parent's
+            with suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
     def usable(self) -> bool:
@@ -888,7 +890,7 @@ def _unusable(response: _Response, body: bytes, problem: str) -> GatewayError:
     text = response.request.hide(body.decode("utf-8", "replace"))
     message = f"{response.request} answered {response.status}, but {problem}: {text[:_SHOWN_CHARACTERS]}"
     error = GatewayError(message, {"body": text})
-    error.status_code, error.may_have_run = response.status, True
+    error.status_code, error.may_have_run = response.status, not response.request.repeatable
     return error
 
 
@@ -928,10 +930,10 @@ def _status_error(response: _Response) -> GatewayError:
         error_class = GatewayError
     if status < 400:
         address = request.hide(response.headers.get("Location", "nowhere").partition("?")[0])
-        message = f"a redirect to {address}, which is not followed. Is base_url right?"
+        message = f"a redirect to {address}, which is not followed.{' Is base_url right?' * request.to_gateway}"
     message = request.hide(f"{request} answered {status}: {message or response.reason}")
     error = error_class._new(message, {**(request.prefab or {}), **given})
-    error.status_code, error.may_have_run = status, status >= 500
+    error.status_code, error.may_have_run = status, status >= 500 and not request.repeatable
     error.retry_after = _retry_after_seconds(response.headers.get("Retry-After", ""))
     return error
 
@@ -949,12 +951,10 @@ def _redirected(response: _Response) -> _Request:
     return replace(request, origin=origin, target=target)
 
 
-def _retry_delay(request: _Request, error: GatewayError, attempt: int, max_retries: int) -> float | None:
-    """Seconds before `request` may be sent again; None if it must not be."""
+def _retry_delay(error: GatewayError, attempt: int, max_retries: int) -> float | None:
+    """Seconds before the request that failed like this may be sent again; None if it must not be."""
     passing = isinstance(error, ServiceUnavailableError) and error.status_code in (None, 502, 503, 504)
-    if attempt > max_retries or not passing or isinstance(error, GatewayTimeoutError):
-        return None
-    if error.may_have_run and not request.repeatable:
+    if error.may_have_run or not passing or isinstance(error, GatewayTimeoutError) or attempt > max_retries:
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
@@ -1001,7 +1001,7 @@ class _Transport:
                     self.renew(credential)
                     renewed = True
                     continue
-                delay = _retry_delay(request, error, attempt, self._max_retries)
+                delay = _retry_delay(error, attempt, self._max_retries)
                 if delay is None:
                     raise
                 attempt += 1
@@ -1059,10 +1059,10 @@ class _Transport:
 _decode_json = json.JSONDecoder().raw_decode
 
 
-def _event_blocks(chunks: Iterable[bytes]) -> Iterator[str]:
+def _event_blocks(chunks: Iterable[bytes], rest: list[str]) -> Iterator[str]:
     """The texts between blank lines, as they arrive, with LF for line ends (WHATWG HTML §9.2.6).
 
-    What follows the last blank line is the last block. A line that ended with CR is not held back
+    What follows the last blank line comes into `rest`. A line that ended with CR is not held back
     to see whether LF follows.
     """
     pending = [b""]  # joined once per block: a large event comes in very many pieces
@@ -1078,12 +1078,12 @@ def _event_blocks(chunks: Iterable[bytes]) -> Iterator[str]:
         blank = b"\n\n" in chunk or (chunk.startswith(b"\n") and pending[-1].endswith(b"\n"))
         pending.append(chunk)
         if blank:
-            *blocks, rest = b"".join(pending).split(b"\n\n")
-            pending = [rest]
+            *blocks, begun = b"".join(pending).split(b"\n\n")
+            pending = [begun]
             for block in blocks:
                 yield block.decode(codec, "replace")
                 codec = "utf-8"
-    yield b"".join(pending).decode(codec, "replace")
+    rest.append(b"".join(pending).decode(codec, "replace"))
 
 
 def _json_event(data: str, name: str = "") -> StreamEvent:
@@ -1098,8 +1098,11 @@ def _json_event(data: str, name: str = "") -> StreamEvent:
     return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
 
 
-def _block_events(block: str) -> list[StreamEvent]:
-    """The event of a block: several if blank lines were left out, none if there is no data."""
+def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
+    """The event of a block: several if blank lines were left out, none if there is no data.
+
+    Of a block that may not be `whole`, data that is not JSON is no event.
+    """
     name, lines = "", []
     for line in block.split("\n"):
         field, _, value = line.partition(":")
@@ -1111,14 +1114,20 @@ def _block_events(block: str) -> list[StreamEvent]:
     for candidates in ([data], lines):
         with suppress(ValueError, RecursionError):
             return [_json_event(candidate, name) for candidate in candidates if data]
+    if not whole and data != "[DONE]":
+        return []
     name = "done" if data == "[DONE]" else name
     event_type = _EVENT_TYPES.get(name, StreamEventType.CONTENT)
     return [StreamEvent(event_type, data, {"type": str(event_type), "data": data})]
 
 
-def _parse_events(chunks: Iterable[bytes]) -> Iterator[StreamEvent]:
-    """The events of a stream, each as soon as its blank line has arrived."""
-    for block in _event_blocks(chunks):
+def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[StreamEvent]:
+    """The events of a stream, each as soon as its blank line has arrived.
+
+    `framed`: the end of `chunks` is the stream's end, and not perhaps a break.
+    """
+    rest: list[str] = []
+    for block in _event_blocks(chunks, rest):
         if block.startswith("data: {") and "\n" not in block:
             # As nearly every block does; to read it at once saves half of an event's time.
             try:
@@ -1129,6 +1138,7 @@ def _parse_events(chunks: Iterable[bytes]) -> Iterator[StreamEvent]:
                 yield event
                 continue
         yield from _block_events(block)
+    yield from _block_events(*rest, whole=framed)
 
 
 class EventStream:
@@ -1178,7 +1188,7 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
     """
     ended = False
     try:
-        for event in _parse_events(response.chunks()):
+        for event in _parse_events(response.chunks(), framed=response.framed):
             if event.type in _LAST_EVENTS and not ended:
                 ended = True
                 if response.connection:
@@ -1278,7 +1288,7 @@ def _multipart(fields: Mapping[str, str], file: BinaryIO, on_progress: _Progress
     head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
     head += f'{part}"file"; filename="{name}"\r\nContent-Type: {media_type}\r\n\r\n'
     tail = f"\r\n--{boundary}--\r\n"
-    return f"multipart/form-data; boundary={boundary}", _Body(head.encode(), file, tail.encode(), on_progress)
+    return f"multipart/form-data; boundary={boundary}", _Body(head.encode(errors="replace"), file, tail.encode(), on_progress)
 
 
 class _Download:
@@ -1293,8 +1303,8 @@ class _Download:
         self._on_progress = on_progress or (lambda _done, _total: None)
         self._file: Any = None
         self._new_folders: list[str] = []
-        self._done = 0
-        self._etag = ""
+        self._done, self._etag = 0, ""
+        self._total: int | None = None
 
     def __enter__(self) -> _Download:
         return self
@@ -1320,25 +1330,27 @@ class _Download:
 
     def start_over(self) -> None:
         """Asks for the whole object next time."""
-        self._done, self._etag = 0, ""
+        self._done, self._etag, self._total = 0, "", None
         self._request.headers.clear()
 
     def receive(self, response: _Response) -> None:
         """Writes the body, and turns the request into one for what is still missing."""
-        if not response.framed:
-            raise _unusable(response, b"", "without a length: a part could pass for the whole")
+        if response.status not in (200, 206) or not response.framed:
+            raise _unusable(response, b"", "without a whole file, or without its length")
         self._file = self._file or self._open()
-        etag, total = response.headers.get("ETag", ""), response.length
+        etag = response.headers.get("ETag", "")
         if response.status == 206:
-            span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-            if not span or int(span[1]) != self._done or etag != self._etag:
+            given = response.headers.get("Content-Range", "")
+            span = re.match(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", given)
+            total = int(span[2]) if span and span[2] != "*" else self._total
+            if not span or (int(span[1]), total, etag) != (self._done, self._total or total, self._etag):
                 self.start_over()
                 raise ServiceUnavailableError(f"{self._request}: the object changed in between.")
-            total = None if total is None else self._done + total
         else:
             self.start_over()
-            self._etag = etag
+            total, self._etag = response.length, etag
             self._file.truncate(self._file.seek(0))
+        self._total = total
         try:
             self._on_progress(self._done, total)
             for chunk in response.chunks():
@@ -1348,6 +1360,8 @@ class _Download:
         finally:
             if self._etag.startswith('"'):  # a weak one cannot tell (RFC 9110 §13.1.5)
                 self._request.headers.update({"Range": f"bytes={self._done}-", "If-Range": self._etag})
+        if self._done != (self._done if total is None else total):
+            raise ServiceUnavailableError(f"{self._request}: only {self._done} of {total} bytes came.")
 
 
 # --- Client ---------------------------------------------------------------------------------------
@@ -1393,7 +1407,8 @@ def _require_call(call: Any) -> None:
 
 def _segment(name: str, value: Any) -> str:
     """`value` as one segment of a path, with its slashes encoded."""
-    _require(isinstance(value, str) and value not in ("", ".", ".."), f"{name} cannot be {value!r}.")
+    is_name = isinstance(value, str) and value not in ("", ".", "..") and value.isprintable()
+    _require(is_name, f"{name} cannot be {value!r}.")
     return urllib.parse.quote(value, safe="")
 
 
@@ -1539,7 +1554,8 @@ class GatewayClient:
         try:
             self._origin, target = _split_url(base_url)
         except ValueError as error:
-            raise ValidationError(f"base_url {error}. A token goes into internal_token=.") from None
+            message = f"base_url (or else GATEWAY_BASE_URL) {error}. A token goes into internal_token=."
+            raise ValidationError(message) from None
         _require("?" not in base_url and "#" not in base_url, "base_url must not have a query.")
         _require_timeout(timeout)
         if max_retries != 0:
@@ -1707,8 +1723,10 @@ class GatewayClient:
 
         def read(response: _Response) -> list[PrefabInfo]:
             entries = _read_json(response, list)
-            if not all(isinstance(entry, dict) and {"id", "version"} <= entry.keys() for entry in entries):
-                raise _unusable(response, json.dumps(entries).encode(), "an entry has no id and version")
+            for entry in entries:
+                names = (entry.get("id"), entry.get("version")) if isinstance(entry, dict) else (None,)
+                if not all(isinstance(name, str) for name in names):
+                    raise _unusable(response, json.dumps(entry).encode(), "an entry lacks its id or version")
             return [PrefabInfo._from_dict(entry) for entry in entries]
 
         return self._transport.send(self._request("GET", "/v1/prefabs", {"status": status}, prefab={}), read)
@@ -1798,7 +1816,7 @@ class GatewayClient:
         `POST /internal/files/upload_temp`; see `upload_file`
         """
         _require_positive("ttl", ttl)
-        session = {} if session_id is None else {"session_id": session_id}
+        session = {"session_id": session_id} if session_id else {}
         return self._upload("/internal/files/upload_temp", {"ttl": str(ttl), **session}, file_path, on_progress)
 
     def _upload(self, path: str, form: Mapping[str, str], file_path: _Path,
@@ -1878,7 +1896,9 @@ class GatewayClient:
             token = page.get("next_token")
             if not token:
                 return
-        raise GatewayError("The gateway gave a next_token twice: its listing has no end.")
+            if not isinstance(token, str):
+                break
+        raise GatewayError("The gateway gave a next_token that is no text, or was one before: the pages have no end.")
 
     def cleanup_temp_files(self, session_id: str) -> int:
         """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
@@ -1909,9 +1929,12 @@ class GatewayClient:
         _require_timeout(timeout)
         options.setdefault("repeatable", method in ("GET", "DELETE"))
         asked = {name: value for name, value in (query or {}).items() if value is not None}
-        encoded = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)
+        try:
+            encoded = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)
+            body = body if content is None else _encode_json(content).encode()
+        except UnicodeEncodeError:  # whose text is the argument, perhaps a secret
+            raise ValidationError("An argument has half a surrogate pair, which cannot be sent.") from None
         target = f"{self._prefix}{path}{'?' if encoded else ''}{encoded}"
-        body = body if content is None else _encode_json(content).encode()
         headers = {"Content-Type": content_type} if body else {}
         timeout = self.timeout if timeout is None else timeout
         hidden = (*self._hidden, *hidden)
