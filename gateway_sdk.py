@@ -653,8 +653,9 @@ class _Response(http.client.HTTPResponse):
         try:
             yield from self._dechunked() if self.chunked else self._take(self.length)
             if self.connection and not self.will_close:
-                self._pool.give(self.connection)
-                self.connection = None
+                connection, self.connection = self.connection, None
+                super().close()  # first: from now on the socket is another answer's
+                self._pool.give(connection)
         except _WIRE_FAULTS as error:
             raise _lost(self.request, error, f"the answer ({self.status}) was cut short")
         finally:
@@ -1288,7 +1289,8 @@ def _multipart(fields: Mapping[str, str], file: BinaryIO, on_progress: _Progress
     head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
     head += f'{part}"file"; filename="{name}"\r\nContent-Type: {media_type}\r\n\r\n'
     tail = f"\r\n--{boundary}--\r\n"
-    return f"multipart/form-data; boundary={boundary}", _Body(head.encode(errors="replace"), file, tail.encode(), on_progress)
+    body = _Body(head.encode(errors="replace"), file, tail.encode(), on_progress)
+    return f"multipart/form-data; boundary={boundary}", body
 
 
 class _Download:
