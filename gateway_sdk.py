@@ -2001,16 +2001,19 @@ def _document(result: PrefabResult) -> _Json:
 
 def _read_text(source: str) -> str:
     """The text of a file, or of stdin for `-`."""
-    if source == "-":
-        return sys.stdin.read()
-    with open(source, encoding="utf-8") as file:
-        return file.read()
+    try:
+        if source == "-":
+            return sys.stdin.read()
+        with open(source, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValidationError(f"{source} is not UTF-8 text: {error}.") from error
 
 
 def _json_or_text(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return _decode_answer(text)
+    except (ValueError, RecursionError):
         return text
 
 
@@ -2044,7 +2047,8 @@ def _print_events(stream: EventStream, as_json: bool) -> bool:
         if as_json:
             _print_json(event.raw)
         elif event.type == StreamEventType.CONTENT:
-            print(event.data if isinstance(event.data, str) else json.dumps(event.data), end="", flush=True)
+            text = event.data if isinstance(event.data, str) else f"{json.dumps(event.data, ensure_ascii=False)}\n"
+            print(text, end="", flush=True)
     if not as_json:
         print()
     return succeeded
@@ -2054,6 +2058,7 @@ def _run_command(client: GatewayClient, args: Any) -> bool:
     data = args.data
     parameters = _json_or_text(_read_text(data.lstrip("@")) if data == "-" or data[:1] == "@" else data)
     _require(isinstance(parameters, dict), "-d must be a JSON object.")
+    _require(not (args.stream and args.save), "--save does not go with --stream.")
     parameters.update((name, _json_or_text(value)) for name, value in _pairs("-p", args.parameter))
     files: dict[str, list[str]] = {}
     for name, path in _pairs("-f", args.file):
@@ -2074,10 +2079,10 @@ def _run_command(client: GatewayClient, args: Any) -> bool:
 
 
 def _batch_command(client: GatewayClient, args: Any) -> bool:
-    lines = filter(str.strip, _read_text(args.path).splitlines())
+    lines = filter(str.strip, _read_text(args.path).split("\n"))  # JSON may have other line ends in it
     try:
         calls = [PrefabCall(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValidationError(f"Each line of {args.path} must be a call's fields as JSON: {error}") from error
     show, printed = _progress_bar("calls", "calls"), 0
     waiting: dict[int, PrefabResult] = {}
@@ -2098,6 +2103,8 @@ def _batch_command(client: GatewayClient, args: Any) -> bool:
 
 
 def _upload_command(client: GatewayClient, args: Any) -> None:
+    _require(not (args.input and args.temp), "--input and --temp exclude each other.")
+    _require(args.temp or not args.session, "--session goes with --temp.")
     answers: list[Any] = []
     for path in args.path:
         show = _progress_bar(path)
@@ -2133,8 +2140,10 @@ def _secret_command(client: GatewayClient, args: Any) -> None:
     else:
         import getpass  # asks without an echo; an argument would show in the list of processes
 
-        piped = not sys.stdin.isatty()
-        value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
+        value = ""
+        with suppress(EOFError):  # Ctrl-D: an empty value, which is refused
+            piped = not sys.stdin.isatty()
+            value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
         client.set_secret(args.prefab, args.name, value)
     return _print_json({"prefab_id": args.prefab, "secret_name": args.name})
 
@@ -2217,6 +2226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - for good
     args = _parse_arguments(argv)
     if "verbose" in args:
         import logging
@@ -2230,12 +2242,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with GatewayClient.from_env(**options) as client:
             failed = _COMMANDS[args.command][0](client, args) is False
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; keep the interpreter from flushing again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130
     except (GatewayError, OSError) as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # keep the interpreter from trying it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+            return 0
         _print_error(str(error))
         return 2 if isinstance(error, ValidationError) and error.status_code is None else 1
     return int(failed)
