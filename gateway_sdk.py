@@ -1070,7 +1070,8 @@ def _event_blocks(chunks: Iterable[bytes], rest: list[str]) -> Iterator[str]:
     after_cr = False
     codec = "utf-8-sig"  # of the first block, in front of which a byte order mark may stand
     for chunk in chunks:
-        chunk = chunk[1:] if after_cr and chunk.startswith(b"\n") else chunk
+        if after_cr and chunk:
+            after_cr, chunk = False, chunk[chunk.startswith(b"\n") :]
         if not chunk:
             continue
         after_cr = chunk.endswith(b"\r")
