@@ -51,8 +51,8 @@ def use_processes(client: GatewayClient) -> None:
 
 def use_dask(client: GatewayClient) -> None:
     try:
-        import dask  # noqa: PLC0415 - there or not
-        from dask.distributed import Client, LocalCluster  # noqa: PLC0415
+        import dask
+        from dask.distributed import Client, LocalCluster
     except ImportError:
         print('Dask: not installed (pip install "dask[distributed]")')
         return

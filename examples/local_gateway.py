@@ -1263,7 +1263,7 @@ class LocalGateway:
             if value.startswith("user-"):
                 self._callers[header, value] = None
 
-    def __enter__(self) -> LocalGateway:  # noqa: PYI034 - Python 3.9 has no typing.Self
+    def __enter__(self) -> LocalGateway:
         with contextlib.ExitStack() as resources:
             listener = socket.create_server(("127.0.0.1", self._port), backlog=128)
             resources.enter_context(listener)
