@@ -5111,9 +5111,10 @@ def test_the_agent_answers_errors_with_a_fitting_status(
     functions = {"statistics": function, "words": function} if function else {"other": len_of}
     agent.gateway.add_prefab("text-tools", "1.1.0", functions, secrets=["KEY"] if function is refuse_secret else [])
     if token == "an API key's":
-        with GatewayClient.from_api_key(agent.gateway.api_key, agent.gateway.base_url):
-            pass
-        token = agent.gateway._exchanged[-1][1]
+        exchange = urllib.request.Request(f"{agent.gateway.base_url}/v1/auth/convert_to_internal_token",
+                                          b"", {"Authorization": f"Bearer {agent.gateway.api_key}"})
+        with urllib.request.urlopen(exchange) as exchanged:
+            token = json.load(exchanged)["internal_token"]
     with agent.post(path, {"text": "a b c"}, token) as response:
         answer = json.load(response)
         assert (response.status, answer.get("error")) == (status, error)
