@@ -138,8 +138,15 @@ class GatewayError(Exception):
         error._fill(message, body, remedy=True)
         return error
 
+    @classmethod
+    def _copy(cls, args: tuple[Any, ...], state: _Json) -> GatewayError:
+        error = cls.__new__(cls)
+        error.args = args
+        error.__dict__.update(state)
+        return error
+
     def __reduce__(self) -> tuple[Any, ...]:  # the default calls the class with `args`
-        return type(self)._new, ("", {}), {**self.__dict__, "args": self.args}
+        return self._copy, (self.args, self.__dict__)
 
 
 class AuthenticationError(GatewayError):
@@ -239,22 +246,38 @@ def _field_problem(entry: Any) -> str:
     return f"{path}: {entry.get('msg')}"
 
 
-def _read_problem(text: str) -> tuple[str, _Json]:
-    """Message and fields of an error body in any of its forms."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        xml = re.search(_XML_PROBLEM, text)
-        return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
+def _known_problem(content: Any) -> tuple[str, _Json]:
+    """Message and fields of an error body that is JSON."""
     problem = content.get("detail") or content if isinstance(content, dict) else content
     if isinstance(problem, list):  # of FastAPI
         return "".join(f"\n  {_field_problem(entry)}" for entry in problem), {"errors": problem}
     if isinstance(problem, dict):
-        more = problem.get("details")
-        message = problem.get("message") or problem.get("error") or text[:_SHOWN_CHARACTERS]
-        return str(message), {**problem, **more} if isinstance(more, dict) else problem
+        more, message = problem.get("details"), problem.get("message") or problem.get("error")
+        fields = {**problem, **more} if isinstance(more, dict) else problem
+        return str(message or json.dumps(problem)[:_SHOWN_CHARACTERS]), fields
     secret = re.search(_PLAIN_MISSING, str(problem))
     return str(problem), {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
+
+
+def _redacted(value: Any, hide: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with `hide` applied to every string in it."""
+    if isinstance(value, str):
+        return hide(value)
+    if isinstance(value, list):
+        return [_redacted(item, hide) for item in value]
+    if isinstance(value, dict):
+        return {hide(key): _redacted(item, hide) for key, item in value.items()}
+    return value
+
+
+def _read_problem(text: str, hide: Callable[[str], str]) -> tuple[str, _Json]:
+    """Message and fields of an error body in any of its forms; `hide` takes secrets out."""
+    try:
+        return _known_problem(_redacted(json.loads(text), hide))
+    except (ValueError, RecursionError):
+        text = hide(text)
+        xml = re.search(_XML_PROBLEM, text)
+        return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
 
 
 def _retry_after_seconds(value: str) -> float | None:
@@ -270,6 +293,14 @@ def _retry_after_seconds(value: str) -> float | None:
 def _require(condition: object, message: str) -> None:
     if not condition:
         raise ValidationError(message)
+
+
+def _brief(value: Any) -> str:
+    """A value as a message shows it: cheap, also if it is huge."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    small = isinstance(value, (int, float)) and not abs(value) > 1e15
+    return repr(value) if small or value is None else f"a {type(value).__name__}"
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -379,7 +410,8 @@ class PrefabResult:
         """The output files: name to list of `s3://` URLs."""
         for files in (self.get("files"), self.raw.get("files")):
             if isinstance(files, dict) and files:
-                return {name: [urls] if isinstance(urls, str) else list(urls or ()) for name, urls in files.items()}
+                lists = {name: [urls] if isinstance(urls, str) else urls for name, urls in files.items()}
+                return {name: list(urls) for name, urls in lists.items() if isinstance(urls, list)}
         return {}
 
     def get_file_urls(self) -> list[str]:
@@ -480,7 +512,8 @@ def _version_key(version: str) -> tuple[Any, ...]:
     """Sorts versions by precedence (SemVer §11): 1.10.0 after 1.9.0, 1.0.0-rc.1 before 1.0.0."""
 
     def identifiers(text: str) -> list[Any]:
-        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in text.split(".")]
+        parts = [part.lstrip("0") if part.isdecimal() else part for part in text.split(".")]
+        return [(not part.isdecimal() and part != "", len(part) * part.isdecimal(), part) for part in parts]
 
     release, _, pre_release = version.partition("+")[0].lstrip("v").partition("-")
     return identifiers(release), not pre_release, identifiers(pre_release)
@@ -572,7 +605,8 @@ class _Request:
         if not self.to_gateway:
             query = self.target.partition("?")[2]
             words |= {query, *(value for _, value in urllib.parse.parse_qsl(query))}
-        words |= {coded for word in words for coded in (urllib.parse.quote(word, ""), json.dumps(word)[1:-1])}
+        for code in (urllib.parse.quote, partial(urllib.parse.quote, safe=""), lambda word: json.dumps(word)[1:-1]):
+            words |= {code(word) for word in words} | {word.replace("/", "\\/") for word in words}
         for word in sorted(filter(None, words), key=len, reverse=True):
             # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
             edge = r"\b" if len(word) < 8 and word.isalnum() else ""
@@ -627,6 +661,7 @@ class _Response(http.client.HTTPResponse):
         self.fp = _HeadReader(self.fp.detach())
         self.request = request
         self.connection: _Connection | None = connection
+        self.abandoned = False  # by its reader, so that its end is no fault
         self._pool = pool
 
     def begin(self) -> None:
@@ -656,8 +691,9 @@ class _Response(http.client.HTTPResponse):
                 connection, self.connection = self.connection, None
                 super().close()  # first: from now on the socket is another answer's
                 self._pool.give(connection)
-        except _WIRE_FAULTS as error:
-            raise _lost(self.request, error, f"the answer ({self.status}) was cut short")
+        except (*_WIRE_FAULTS, AttributeError, ValueError) as error:  # the last two of a closed file
+            if not self.abandoned:
+                raise _lost(self.request, error, f"the answer ({self.status}) was cut short")
         finally:
             self.close()
 
@@ -774,12 +810,13 @@ class _Connection:
                     raise
                 broken = error  # the answer may be there all the same: 413, then a hang-up
                 self.sock.settimeout(request.timeout)
-            response.begin()
-        except BaseException as error:
+            try:
+                response.begin()
+            except _WIRE_FAULTS as error:
+                raise broken or _lost(request, error, "no answer")
+        except BaseException:
             response.close()
-            if isinstance(error, GatewayError) or not isinstance(error, _WIRE_FAULTS):
-                raise
-            raise broken or _lost(request, error, "no answer")
+            raise
         response.will_close = response.will_close or broken is not None
         return response
 
@@ -924,7 +961,7 @@ def _status_error(response: _Response) -> GatewayError:
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
-    message, given = _read_problem(request.hide(body.decode("utf-8", "replace")).strip())
+    message, given = _read_problem(body.decode("utf-8", "replace").strip(), request.hide)
     key = (status, str(given.get("error_code"))) if status == 400 else status
     error_class = _STATUS_ERRORS.get(key, ServiceUnavailableError if status >= 500 else GatewayError)
     if status < 500 and (not request.to_gateway or (status == 404 and request.prefab is None)):
@@ -1175,9 +1212,10 @@ class EventStream:
         self.close()
 
     def close(self) -> None:
-        """Ends the stream. May be called twice, and from another thread to end its wait."""
+        """Ends the stream, also for another thread that waits for an event. May be called twice."""
         self._events = iter(())
         if self._response:
+            self._response.abandoned = True
             self._response.close()
 
 
@@ -1191,6 +1229,8 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
     ended = False
     try:
         for event in _parse_events(response.chunks(), framed=response.framed):
+            if response.abandoned:
+                return
             if event.type in _LAST_EVENTS and not ended:
                 ended = True
                 if response.connection:
@@ -1199,7 +1239,7 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
     except ServiceUnavailableError:
         if not ended:
             raise
-    if not (ended or response.framed):
+    if not (ended or response.framed or response.abandoned):
         raise _lost(response.request, EOFError("no done or error event"), "the stream was cut short")
 
 
@@ -1209,8 +1249,9 @@ def _is_event_stream(response: _Response) -> bool:
 
 def _event_error(event: StreamEvent) -> _Json:
     """An error event's data as a result's `error`, with the `error_code` that may stand beside it."""
-    error = event.data if isinstance(event.data, dict) else {"message": str(event.data)}
-    return {**{key: event.raw[key] for key in ("message", "error_code") if key in event.raw}, **error}
+    given = {key: event.raw[key] for key in ("message", "error_code") if key in event.raw}
+    data = event.data if isinstance(event.data, dict) else {"message": str(event.data)} if event.data else {}
+    return {"message": "The function reported an error.", **given, **data}
 
 
 def _result_of_events(response: _Response) -> PrefabResult:
@@ -1269,7 +1310,7 @@ def _file_name(path: _Path) -> str:
 
 @contextmanager
 def _open_file(path: _Path) -> Iterator[BinaryIO]:
-    with open(path, "rb") as file:
+    with open(os.fspath(path), "rb") as file:  # not a number, which would be closed
         regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
         _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
         yield file
@@ -1313,15 +1354,18 @@ class _Download:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if self._file:
-            self._file.close()
-            if not error_type:
-                os.replace(self._file.name, self._target)
-                return
-            os.unlink(self._file.name)
-        for folder in self._new_folders:
-            with suppress(OSError):
-                os.rmdir(folder)
+        try:
+            if self._file:
+                self._file.close()  # writes what is left, which may fail
+                if not error_type:
+                    os.replace(self._file.name, self._target)
+                    return
+        finally:
+            with suppress(OSError, AttributeError):  # there is none, or it was renamed
+                os.unlink(self._file.name)
+            for folder in self._new_folders:
+                with suppress(OSError):  # it is not empty
+                    os.rmdir(folder)
 
     def _open(self) -> BinaryIO:
         folder = parent = os.path.dirname(self._target)
@@ -1390,7 +1434,7 @@ def _encode_calls(calls: Sequence[PrefabCall]) -> bytes:
 
 def _require_s3_url(what: str, url: Any) -> None:
     is_url = isinstance(url, str) and re.match("s3://.", url)
-    _require(is_url, f"{what} must be an s3:// URL, not {url!r}: client.upload_input_file(path) gives one.")
+    _require(is_url, f"{what} must be an s3:// URL, not {_brief(url)}: client.upload_input_file(path) gives one.")
 
 
 def _require_call(call: Any) -> None:
@@ -1400,29 +1444,30 @@ def _require_call(call: Any) -> None:
         _require(isinstance(value, str) and value, f"{name} must be a string that is not empty.")
     for name in ("parameters", "files"):
         value = getattr(call, name)
-        _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {value!r}.")
+        _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {_brief(value)}.")
     for name, urls in (call.files or {}).items():
         is_list = isinstance(urls, (list, tuple))
         for url in urls if is_list else [urls]:
             _require_s3_url(f"Each file of {name!r}", url)
-        _require(is_list, f"The files of {name!r} must be a list of what upload_input_file() gives: [{urls!r}].")
+        _require(is_list, f"The files of {name!r} must be a list of what upload_input_file() gives: [{_brief(urls)}].")
 
 
 def _segment(name: str, value: Any) -> str:
     """`value` as one segment of a path, with its slashes encoded."""
     is_name = isinstance(value, str) and value not in ("", ".", "..") and value.isprintable()
-    _require(is_name, f"{name} cannot be {value!r}.")
+    _require(is_name, f"{name} cannot be {_brief(value)}.")
     return urllib.parse.quote(value, safe="")
 
 
 def _require_positive(name: str, value: Any, kinds: Any = int) -> None:
     number = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e9
-    _require(number, f"{name} must be a positive number, not {value!r}.")
+    _require(number, f"{name} must be a positive number, not {_brief(value)}.")
 
 
 def _require_timeout(seconds: float | None) -> None:
     if seconds is not None:
         _require_positive("timeout", seconds, (int, float))
+        _require(seconds < 2**31 / 1000, "timeout is too long for this system; None waits for ever.")
 
 
 def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
@@ -1452,8 +1497,13 @@ class _Batch:
         results = [self._unsent] * len(self._requests)
         try:
             if executor is None:  # daemon threads: Ctrl-C does not wait for their answers
-                for _ in range(min(max_workers, len(self._requests))):
-                    threading.Thread(target=self._work, daemon=True).start()
+                for started in range(min(max_workers, len(self._requests))):
+                    try:
+                        threading.Thread(target=self._work, daemon=True).start()
+                    except RuntimeError:  # there can be no more
+                        if not started:
+                            raise
+                        break
             else:
                 while self._waiting:
                     self._submit(*self._waiting.popleft(), executor)
@@ -1477,7 +1527,8 @@ class _Batch:
         try:
             future = executor.submit(_run_one, self._client, request)
         except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
-            self._arrive(index, PrefabResult._from_exception(error))
+            unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
+            self._arrive(index, PrefabResult._from_exception(unsent))
         else:
             self._futures[index] = future
             future.add_done_callback(partial(self._done, index))
@@ -1563,6 +1614,7 @@ class GatewayClient:
         _require_timeout(timeout)
         if max_retries != 0:
             _require_positive("max_retries", max_retries)
+        _require(ssl_context is None or hasattr(ssl_context, "wrap_socket"), "ssl_context must be an SSLContext.")
         credentials = {"X-Internal-Token": internal_token, "X-API-Key": api_key, "Authorization": jwt_token}
         headers = {name: value for name, value in credentials.items() if value is not None}
         _require(len(headers) < 2, f"Give one credential, not {' and '.join(headers)}: who is the client?")
@@ -1700,6 +1752,8 @@ class GatewayClient:
         calls, job_id, report = list(calls), None, on_result or (lambda _index, _result: None)
         _require_positive("max_workers", max_workers)
         _require(not (single_request and executor), "A single request cannot have an executor.")
+        _require(executor is None or hasattr(executor, "submit"), "executor must be an Executor.")
+        _require(callable(report), "on_result must be a function.")
         if single_request and calls:
             read = partial(_read_results, count=len(calls))
             job_id, results = self._transport.send(self._run_request(calls, timeout), read)
@@ -1842,9 +1896,11 @@ class GatewayClient:
         Raises:
             OSError: the target cannot be written.
         """
-        _require(mode == "presigned", f"mode must be 'presigned', not {mode!r}.")
+        _require(mode == "presigned", f"mode must be 'presigned', not {_brief(mode)}.")
         target = os.path.realpath(local_path)
-        _require(os.path.isfile(target) or not os.path.exists(target), f"{target} is not a file's name.")
+        names_file = os.path.isfile(target) or not os.path.exists(target)
+        names_file = names_file and not os.fspath(local_path).endswith(("/", os.sep))
+        _require(names_file, f"{target} is not a file: local_path needs the file's name.")
         request = self._presigned("GET", self.get_presigned_url(s3_url))
         with _Download(request, target, on_progress) as download:
             try:
@@ -2005,7 +2061,7 @@ def _read_text(source: str) -> str:
     try:
         if source == "-":
             return sys.stdin.read()
-        with open(source, encoding="utf-8") as file:
+        with open(source, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise ValidationError(f"{source} is not UTF-8 text: {error}.") from error
@@ -2029,7 +2085,8 @@ def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
     """Downloads files by the names at the ends of their URLs, numbered where two are alike."""
     paths: list[str] = []
     for url in urls:
-        stem, extension = os.path.splitext(url.rpartition("/")[2] or "file")
+        name = re.sub(r"[\0\\:]", "_", url.rpartition("/")[2])
+        stem, extension = os.path.splitext("file" if name in ("", ".", "..") else name)
         path, number = os.path.join(folder, stem + extension), 1
         while path in paths:
             number += 1
@@ -2057,7 +2114,10 @@ def _print_events(stream: EventStream, as_json: bool) -> bool:
 
 def _run_command(client: GatewayClient, args: Any) -> bool:
     data = args.data
-    parameters = _json_or_text(_read_text(data.lstrip("@")) if data == "-" or data[:1] == "@" else data)
+    try:
+        parameters = _decode_answer(_read_text(data.lstrip("@")) if data == "-" or data[:1] == "@" else data)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValidationError(f"-d is not JSON: {error}") from error
     _require(isinstance(parameters, dict), "-d must be a JSON object.")
     _require(not (args.stream and args.save), "--save does not go with --stream.")
     parameters.update((name, _json_or_text(value)) for name, value in _pairs("-p", args.parameter))
@@ -2080,11 +2140,13 @@ def _run_command(client: GatewayClient, args: Any) -> bool:
 
 
 def _batch_command(client: GatewayClient, args: Any) -> bool:
-    lines = filter(str.strip, _read_text(args.path).split("\n"))  # JSON may have other line ends in it
-    try:
-        calls = [PrefabCall(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValidationError(f"Each line of {args.path} must be a call's fields as JSON: {error}") from error
+    calls = []
+    for number, line in enumerate(_read_text(args.path).split("\n"), 1):  # JSON may have other line ends in it
+        try:
+            calls += [PrefabCall(**json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError, RecursionError) as error:
+            message = f"Line {number} of {args.path} is not a call's fields as JSON: {error}"
+            raise ValidationError(message) from error
     show, printed = _progress_bar("calls", "calls"), 0
     waiting: dict[int, PrefabResult] = {}
 
@@ -2107,15 +2169,18 @@ def _upload_command(client: GatewayClient, args: Any) -> None:
     _require(not (args.input and args.temp), "--input and --temp exclude each other.")
     _require(args.temp or not args.session, "--session goes with --temp.")
     answers: list[Any] = []
-    for path in args.path:
-        show = _progress_bar(path)
-        if args.input:
-            answers.append({"s3_url": client.upload_input_file(path, on_progress=show)})
-        elif args.temp:
-            answers.append(client.upload_temp_file(path, args.ttl, args.session, on_progress=show))
-        else:
-            answers.append(client.upload_file(path, on_progress=show))
-    _print_json(answers if len(answers) > 1 else answers[0])
+    try:
+        for path in args.path:
+            show = _progress_bar(path)
+            if args.input:
+                answers.append({"s3_url": client.upload_input_file(path, on_progress=show)})
+            elif args.temp:
+                answers.append(client.upload_temp_file(path, args.ttl, args.session, on_progress=show))
+            else:
+                answers.append(client.upload_file(path, on_progress=show))
+    finally:  # what was uploaded is there, whatever becomes of the others
+        if answers:
+            _print_json(answers if len(args.path) > 1 else answers[0])
 
 
 def _download_command(client: GatewayClient, args: Any) -> None:
@@ -2245,7 +2310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except (GatewayError, OSError) as error:
+    except (GatewayError, OSError, ValueError) as error:
         try:
             sys.stdout.flush()
         except OSError:  # keep the interpreter from trying it again

@@ -85,6 +85,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from local_gateway import LocalGateway
 
+cpython_only = pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts on CPython's own ways")
 TOKEN = "token-of-the-agent"
 WAIT_SECONDS = 10.0  # for what must happen; only a failing test waits that long
 
@@ -383,7 +384,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trusting(certificate: Path) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certificate)
+    return ssl.create_default_context(cafile=str(certificate))
 
 
 @pytest.fixture
@@ -1987,6 +1988,7 @@ def test_a_failed_call_of_a_batch_does_not_cost_the_others(client: GatewayClient
     check_mixed(client.run_batch(mixed_calls()))
 
 
+@cpython_only
 def test_any_executor_runs_a_batch(client: GatewayClient) -> None:
     threads = concurrent.futures.ThreadPoolExecutor(2)
     spawning = multiprocessing.get_context("spawn")
@@ -2163,6 +2165,7 @@ def close_twice(stream: EventStream) -> None:
     stream.close()
 
 
+@cpython_only
 @pytest.mark.parametrize("leave", [leave_by_break, leave_with, leave_with_an_error, close_twice])
 def test_leaving_a_stream_frees_its_connection(leave: Any) -> None:
     with Script(Pause(HEAD + chunk(event("content", 1)) + chunk(event("content", 2)))) as server:
@@ -2172,6 +2175,7 @@ def test_leaving_a_stream_frees_its_connection(leave: Any) -> None:
         assert list(stream) == []
 
 
+@cpython_only
 def test_a_stream_that_nobody_has_any_more_frees_its_connection() -> None:
     with Script(Pause(HEAD + chunk(event("content", 1)))) as server:
         client = client_of(server)
@@ -4784,6 +4788,7 @@ sys.exit(gateway_sdk.main("run file-tools 1.0.0 checksum -f files=gateway_sdk.py
     assert "saved" in ended.error(out=ended.out)  # which cannot be made here
 
 
+@cpython_only
 def test_an_import_has_no_side_effects(lone: Path) -> None:
     code = """import logging, os, signal, socket, sys, threading
 def state():
