@@ -511,12 +511,12 @@ class PrefabInfo:
 def _version_key(version: str) -> tuple[Any, ...]:
     """Sorts versions by precedence (SemVer §11): 1.10.0 after 1.9.0, 1.0.0-rc.1 before 1.0.0."""
 
-    def identifiers(text: str) -> list[Any]:
-        parts = [part.lstrip("0") if part.isdecimal() else part for part in text.split(".")]
-        return [(not part.isdecimal() and part != "", len(part) * part.isdecimal(), part) for part in parts]
+    def identifiers(text: str, *, numbers_last: bool) -> list[tuple[bool, int, str]]:
+        parts = [(part.isdecimal(), part.lstrip("0") if part.isdecimal() else part) for part in text.split(".")]
+        return [(number == numbers_last, number * len(part), part) for number, part in parts]
 
     release, _, pre_release = version.partition("+")[0].lstrip("v").partition("-")
-    return identifiers(release), not pre_release, identifiers(pre_release)
+    return identifiers(release, numbers_last=True), not pre_release, identifiers(pre_release, numbers_last=False)
 
 
 # --- Requests -------------------------------------------------------------------------------------

@@ -4122,6 +4122,129 @@ def test_random_bytes_in_an_event_stream_give_events_or_a_gateway_error() -> Non
                 list(other.run("p", "1", "words", stream=True))
 
 
+# --- Callbacks, closing and odd values ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raised", [OSError("my disk"), TimeoutError("mine"), BrokenPipeError(), KeyError("k")])
+@pytest.mark.parametrize("upload", ["upload_input_file", "upload_file"])
+def test_an_error_of_a_callback_is_the_callers_and_nothing_is_sent_again(
+        upload: str, raised: Exception, tmp_path: Path) -> None:
+    def fail(done: int, total: int | None) -> None:
+        if done:
+            raise raised
+
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 1000)
+    with Script(*[answer({"upload_url": "http://127.0.0.1:1/", "s3_url": "s3://b/k"})] * 3) as server:
+        first = answer({"upload_url": f"{server.url}/put", "s3_url": "s3://b/k"})
+        server._answers.clear()
+        server._answers.extend([first] * 9)
+        with client_of(server) as client, pytest.raises(type(raised)) as caught:
+            getattr(client, upload)(path, on_progress=fail)
+        assert caught.value is raised
+        assert len([request for request in server.received if request.target != "/put"]) <= 1
+
+
+def test_a_stream_that_is_closed_in_its_own_loop_just_ends() -> None:
+    with Script(Pause(chunked(event("content", 1), event("content", 2), end=False))) as server:
+        client = client_of(server)
+        stream = client.run("p", "1", "f", stream=True)
+        seen = []
+        for item in stream:
+            seen.append(item.data)
+            stream.close()
+        assert seen == [1]
+        assert list(stream) == []
+
+
+def test_closing_a_stream_ends_another_threads_wait_without_an_error() -> None:
+    with Script(Pause(chunked(event("content", 1), end=False))) as server:
+        stream = client_of(server).run("p", "1", "f", stream=True)
+        first, ended = threading.Event(), []
+
+        def read() -> None:
+            for _ in stream:
+                first.set()
+            ended.append(True)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        assert first.wait(WAIT_SECONDS)
+        stream.close()
+        thread.join(WAIT_SECONDS)
+        assert ended == [True]
+
+
+@pytest.mark.parametrize("escaped", [r"ab\/cdefghij-secret", r"\u0061b/cdefghij-secret"])
+def test_a_secret_that_json_escapes_is_not_shown_in_the_details_either(escaped: str) -> None:
+    token = "ab/cdefghij-secret"
+    body = b'{"detail": {"message": "bad %b", "list": ["%b"], "%b": 1}}' % ((escaped.encode(),) * 3)
+    with Script(answer(status=401, body=body)) as server, pytest.raises(AuthenticationError) as caught:
+        client_of(server, internal_token=token).list_prefabs()
+    assert token not in f"{caught.value} {caught.value.details}"
+    assert "***" in str(caught.value)
+
+
+@pytest.mark.parametrize("timeout", [2**31 / 1000, 4294968, 1e9, float("inf"), float("nan"), 0, -1, True, "60"])
+def test_a_timeout_that_cannot_be_kept_is_refused(timeout: Any) -> None:
+    with pytest.raises(ValidationError, match="timeout"):
+        GatewayClient("http://127.0.0.1", timeout=timeout)
+
+
+@pytest.mark.parametrize("value", [10**5000, [[]] * 3, object()], ids=["huge", "list", "object"])
+def test_a_refused_value_is_named_briefly(value: Any) -> None:
+    client = GatewayClient("http://127.0.0.1:1")
+    for refused in (lambda: client.list_files(limit=value), lambda: client.run("p", "1", "f", [value]),
+                    lambda: client.run("p", "1", "f", files={"a": value}), lambda: client.download_file(value, "x"),
+                    lambda: client.upload_temp_file(__file__, ttl=value)):
+        with pytest.raises(ValidationError) as caught:
+            refused()
+        assert len(str(caught.value)) < 300
+
+
+def test_a_download_that_the_disk_has_no_room_for_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    with Script(answer({"presigned_url": "http://127.0.0.1:1/"})) as server:
+        server._answers.clear()
+        server._answers.extend([answer({"presigned_url": f"{server.url}/o"}), answer(body=b"x" * 3000)])
+        code = f"""import resource, signal, sys
+from gateway_sdk import GatewayClient
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))
+try:
+    GatewayClient({server.url!r}).download_file("s3://b/k", "new/folder/file")
+except OSError as error:
+    print(type(error).__name__, error.errno)
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert done.stdout.startswith("OSError"), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_of_the_directory_may_be_any_text() -> None:
+    entries = [{"id": "p", "version": version} for version in ("9" * 5000, "1.0", "a b", "")]
+    with Script(answer(entries), answer({"id": "p"})) as server, client_of(server) as client:
+        assert client.get_prefab_spec("p") == {"id": "p"}
+        assert server.received[1].target == f"/v1/prefabs/p/{'9' * 5000}/spec"
+
+
+@pytest.mark.parametrize("files", [5, True, {"a": 5}, {"a": {"b": 1}}, ["s3://b/k"]], ids=str)
+def test_files_of_an_odd_shape_are_no_files(files: Any) -> None:
+    result = PrefabResult(CallStatus.SUCCESS, {"status": "SUCCESS", "output": 1, "files": files})
+    assert (result.get_files(), result.get_file_urls()) == ({}, [])
+
+
+def test_an_executor_that_takes_nothing_says_that_nothing_ran(client: GatewayClient) -> None:
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        pass
+    batch = client.run_batch([PrefabCall("text-tools", "1.1.0", "echo", {"value": 1})] * 2, executor=executor)
+    assert batch.status == "FAILED"
+    assert not any(result.exception.may_have_run for result in batch.results if result.exception)
+    with pytest.raises(ValidationError, match="executor"):
+        client.run_batch([], executor=5)  # type: ignore[arg-type]
+
+
 # --- Command line ---------------------------------------------------------------------------------
 
 SDK = ROOT / "gateway_sdk.py"

@@ -1471,6 +1471,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--port", type=int, default=8080, help="0 takes any free one (default: %(default)s)")
     add("--prefab", action="append", default=[], metavar="DIR", help="a prefab folder to serve")
     add("--any-credential", action="store_true", help="admit any credential")
+    add("--quota", type=int, metavar="N", help="answer calls after the first N with 429")
+    add("--down", action="store_true", help="answer everything with 503")
     add("-v", "--verbose", action="store_true", help="log every request")
     arguments = parser.parse_args(argv)
     level = logging.DEBUG if arguments.verbose else logging.INFO
@@ -1479,13 +1481,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with LocalGateway(*arguments.prefab, port=arguments.port,
                           any_credential=arguments.any_credential) as gateway:
+            gateway.quota, gateway.down = arguments.quota, arguments.down
             _announce(gateway)
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:  # the way to stop it
         return 0
-    except (OSError, ValueError) as error:  # a port that is taken, a manifest that is broken
-        print(f"local_gateway: {error}", file=sys.stderr)
+    except (OSError, OverflowError, ValueError) as error:  # a taken port, a broken manifest
+        print(f"local_gateway: {error} (--port 0 takes any free port)", file=sys.stderr)
         return 1
 
 

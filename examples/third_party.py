@@ -22,7 +22,10 @@ from gateway_sdk import AgentContextRequiredError, GatewayClient
 
 def make_client() -> GatewayClient:
     """A client that exchanged its key for a token, and does so again when that has expired."""
-    return GatewayClient.from_api_key(os.environ["AGENT_BUILDER_API_KEY"])
+    api_key = os.environ.get("AGENT_BUILDER_API_KEY")
+    if not api_key:
+        sys.exit("Set AGENT_BUILDER_API_KEY for the gateway of GATEWAY_BASE_URL, or unset both.")
+    return GatewayClient.from_api_key(api_key)
 
 
 def call_with_files(client: GatewayClient, path: Path) -> str:
