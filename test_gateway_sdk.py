@@ -359,7 +359,7 @@ class TlsScript(Script):
 
     def __init__(self, certificate: Path, *answers: Answer) -> None:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(certificate)
+        self._context.load_cert_chain(str(certificate))
         super().__init__(*answers)
         self.url = f"https://localhost:{self.port}"
 
@@ -1244,7 +1244,7 @@ def test_https_goes_through_a_tunnel(
 ) -> None:
     inside: list[bytes] = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
+    context.load_cert_chain(str(certificate))
 
     def serve(sock: socket.socket) -> None:
         with context.wrap_socket(sock.dup(), server_side=True) as tls:
@@ -2724,8 +2724,12 @@ def nothing_left(*folders: Path) -> Iterator[None]:
     def files() -> list[Path]:
         return sorted(path for folder in folders for path in folder.rglob("*"))
 
+    if sys.implementation.name != "cpython":
+        gc.collect()  # what earlier tests let go of, where nothing counts references
     before = descriptors(), files(), set(threading.enumerate())
     yield
+    if sys.implementation.name != "cpython":
+        gc.collect()
     for thread in set(threading.enumerate()) - before[2]:
         thread.join(WAIT_SECONDS)
         assert not thread.is_alive(), thread
@@ -5009,8 +5013,15 @@ EXPECTED_LINES = {
 }
 
 
+EXAMPLES = [
+    # PyPy 7.3.11 has a process pool that cannot start.
+    pytest.param(example, marks=cpython_only) if example == "distributed_batch" else example
+    for example in EXPECTED_LINES
+]
+
+
 @pytest.mark.parametrize("whose", ["its own gateway", "a gateway that runs already"])
-@pytest.mark.parametrize("example", EXPECTED_LINES)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_shows_what_it_promises(
     example: str, whose: str, gateway: LocalGateway, tmp_path: Path
 ) -> None:
@@ -5027,7 +5038,7 @@ def test_an_example_shows_what_it_promises(
         assert secret not in done.stdout
 
 
-@pytest.mark.parametrize("example", EXPECTED_LINES)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_fails_loudly(example: str, tmp_path: Path) -> None:
     with LocalGateway() as gateway:
         gateway.quota = 0
