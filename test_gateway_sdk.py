@@ -5013,7 +5013,7 @@ EXPECTED_LINES = {
 }
 
 
-EXAMPLES = [
+RUNNABLE_EXAMPLES = [
     # PyPy 7.3.11 has a process pool that cannot start.
     pytest.param(example, marks=cpython_only) if example == "distributed_batch" else example
     for example in EXPECTED_LINES
@@ -5021,7 +5021,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("whose", ["its own gateway", "a gateway that runs already"])
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", RUNNABLE_EXAMPLES)
 def test_an_example_shows_what_it_promises(
     example: str, whose: str, gateway: LocalGateway, tmp_path: Path
 ) -> None:
@@ -5038,7 +5038,7 @@ def test_an_example_shows_what_it_promises(
         assert secret not in done.stdout
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", RUNNABLE_EXAMPLES)
 def test_an_example_fails_loudly(example: str, tmp_path: Path) -> None:
     with LocalGateway() as gateway:
         gateway.quota = 0
