@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, cast, overload
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -647,7 +647,7 @@ class _HeadReader(io.BufferedReader):
     """Makes an end inside of a head an error; `http.client` takes it for the end of the head."""
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(size)
+        line = io.BufferedReader.readline(self, size)
         if not line.endswith(b"\n") and len(line) != size:
             raise http.client.RemoteDisconnected("the connection was closed before an answer")
         return line
@@ -657,8 +657,7 @@ class _Response(http.client.HTTPResponse):
     """An answer. It has its connection until its body was read to the end."""
 
     def __init__(self, request: _Request, connection: _Connection, pool: _Pool) -> None:
-        super().__init__(connection.sock, method=request.method)
-        self.fp = _HeadReader(self.fp.detach())
+        super().__init__(cast(Any, connection), method=request.method)  # of which it wants `makefile`
         self.request = request
         self.connection: _Connection | None = connection
         self.abandoned = False  # by its reader, so that its end is no fault
@@ -695,7 +694,8 @@ class _Response(http.client.HTTPResponse):
             if not self.abandoned:
                 raise _lost(self.request, error, f"the answer ({self.status}) was cut short")
         finally:
-            self.close()
+            if self.connection:
+                self.close()
 
     def _take(self, left: int | None) -> Iterator[bytes]:
         while left != 0:
@@ -780,6 +780,10 @@ class _Connection:
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """A reader of the socket for one answer."""
+        return _HeadReader(self.sock.makefile(cast(Any, mode), buffering=0))
+
     def usable(self) -> bool:
         """Whether it may be used again: not idle for long, and nothing to read, not even an end."""
         return time.monotonic() - self.idle_since < _IDLE_SECONDS and not self._readable()
@@ -821,8 +825,7 @@ class _Connection:
         return response
 
     def _send(self, request: _Request) -> None:
-        body = request.body if isinstance(request.body, _Body) else _Body(request.body)
-        headers = {**request.headers, **self._proxy_headers}
+        body, headers = request.body, {**request.headers, **self._proxy_headers}
         if request.method in ("POST", "PUT"):
             headers["Content-Length"] = str(len(body))
         lines = [
@@ -833,8 +836,9 @@ class _Connection:
             *(f"{name}: {value}" for name, value in headers.items()),
         ]
         # One write for both: a body by itself would be a packet by itself.
-        self._write(request, "\r\n".join((*lines, "\r\n")).encode("latin-1") + body.head)
-        if body.file:
+        head = "\r\n".join((*lines, "\r\n")).encode("latin-1")
+        self._write(request, head + (body if isinstance(body, bytes) else body.head))
+        if isinstance(body, _Body) and body.file:
             self._send_file(request, body, body.file)
             self._write(request, body.tail)
 
@@ -884,12 +888,14 @@ class _Pool:
     def take(self, origin: _Origin) -> _Connection | None:
         """An idle connection that can be used, or None."""
         idle = self._idle.get((os.getpid(), origin))
-        with suppress(IndexError):  # another thread took the last one
-            while idle:
+        while idle:
+            try:
                 connection = idle.pop()
-                if connection.usable():
-                    return connection
-                connection.close()
+            except IndexError:  # another thread took the last one
+                break
+            if connection.usable():
+                return connection
+            connection.close()
         return None
 
     def give(self, connection: _Connection) -> None:
@@ -908,9 +914,11 @@ class _Pool:
 
     def _drop(self, keep: int, idle_since: float) -> None:
         for idle in list(self._idle.values()):
-            with suppress(IndexError):
+            try:
                 while len(idle) > keep or idle[0].idle_since < idle_since:
                     idle.popleft().sock.close()
+            except IndexError:  # there are none any more
+                pass
 
 
 # --- Transport ------------------------------------------------------------------------------------
@@ -1227,11 +1235,12 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
             without them where a break would look just like the end.
     """
     ended = False
+    done, error = _LAST_EVENTS
     try:
         for event in _parse_events(response.chunks(), framed=response.framed):
             if response.abandoned:
                 return
-            if event.type in _LAST_EVENTS and not ended:
+            if (event.type is done or event.type is error) and not ended:
                 ended = True
                 if response.connection:
                     response.connection.sock.settimeout(_AFTER_DONE_SECONDS)
@@ -1439,12 +1448,13 @@ def _require_s3_url(what: str, url: Any) -> None:
 
 def _require_call(call: Any) -> None:
     _require(isinstance(call, PrefabCall), f"A call must be a PrefabCall, not {type(call).__name__}.")
-    for name in ("prefab_id", "version", "function_name"):
-        value = getattr(call, name)
-        _require(isinstance(value, str) and value, f"{name} must be a string that is not empty.")
-    for name in ("parameters", "files"):
-        value = getattr(call, name)
-        _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {_brief(value)}.")
+    for value in (call.prefab_id, call.version, call.function_name):
+        if not isinstance(value, str) or not value:
+            names = "prefab_id, version and function_name"
+            raise ValidationError(f"{names} must be strings that are not empty, not {_brief(value)}.")
+    for name, value in (("parameters", call.parameters), ("files", call.files)):
+        if value is not None and not isinstance(value, dict):
+            raise ValidationError(f"{name} must be a dict, not {_brief(value)}.")
     for name, urls in (call.files or {}).items():
         is_list = isinstance(urls, (list, tuple))
         for url in urls if is_list else [urls]:
@@ -1989,7 +1999,7 @@ class GatewayClient:
         options.setdefault("repeatable", method in ("GET", "DELETE"))
         asked = {name: value for name, value in (query or {}).items() if value is not None}
         try:
-            encoded = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)
+            encoded = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote) if asked else ""
             body = body if content is None else _encode_json(content).encode()
         except UnicodeEncodeError:  # whose text is the argument, perhaps a secret
             raise ValidationError("An argument has half a surrogate pair, which cannot be sent.") from None
