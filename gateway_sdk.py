@@ -20,8 +20,6 @@ event stream, files, client, command line.
 
 from __future__ import annotations
 
-import base64
-import collections
 import email.utils
 import enum
 import http.client
@@ -37,11 +35,12 @@ import sys
 import threading
 import time
 import urllib.parse
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Optional, TypeVar, Union, cast, overload
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -85,6 +84,10 @@ def _log(level: str, message: str, *args: object) -> None:
         getattr(logging.getLogger("gateway_sdk"), level)(message, *args)
 
 
+def _ignore(*_: object) -> None:
+    """The callback of a caller who gave none."""
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 #
 #   GatewayError
@@ -111,41 +114,35 @@ class GatewayError(Exception):
     """
 
     _remedy: ClassVar[str] = ""
-    _fields: ClassVar[Mapping[str, Any]] = {}  # attributes that an error's body gives, with their defaults
+    _fields: ClassVar[_Json] = {}  # attributes that an error's body gives, with their defaults
+    status_code: int | None = None
+    retry_after: float | None = None
+    may_have_run: bool = False
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
-        self._fill(message, details or {})
-
-    def _fill(self, message: str, body: Mapping[str, Any], *, remedy: bool = False) -> None:
+        body = details or {}
         values = {name: body.get(name) or default for name, default in self._fields.items()}
-        if remedy:
-            shown = {name: value or "" for name, value in values.items()}
-            message = f"{message}\n{self._remedy.format(**shown)}".strip()
-        self.args = (message,)
+        super().__init__(message)
         self.message = message
         self.details = {**values, **body}
-        self.status_code: int | None = None
         self.error_code: str | None = body.get("error_code")
-        self.retry_after: float | None = None
-        self.may_have_run = False
         self.__dict__.update(values)
 
     @classmethod
-    def _new(cls, message: str, body: Mapping[str, Any]) -> GatewayError:
-        """The error for an answer with this body."""
+    def _make(cls, message: str, details: Mapping[str, Any], **attributes: Any) -> GatewayError:
+        """An error with these attributes, whatever the constructor of its class takes."""
         error = cls.__new__(cls)
-        error._fill(message, body, remedy=True)
-        return error
-
-    @classmethod
-    def _copy(cls, args: tuple[Any, ...], state: _Json) -> GatewayError:
-        error = cls.__new__(cls)
-        error.args = args
-        error.__dict__.update(state)
+        GatewayError.__init__(error, message, details)
+        error.__dict__.update(attributes)
         return error
 
     def __reduce__(self) -> tuple[Any, ...]:  # the default calls the class with `args`
-        return self._copy, (self.args, self.__dict__)
+        return partial(self._make, **self.__dict__), ()
+
+    def _advise(self) -> None:
+        known = {name: value or "" for name, value in self.__dict__.items()}
+        self.message = f"{self.message}\n{self._remedy.format_map(known)}".strip()
+        self.args = (self.message,)
 
 
 class AuthenticationError(GatewayError):
@@ -161,13 +158,13 @@ class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404). Has `prefab_id` and `version`."""
 
     _remedy = "client.list_prefabs() shows what is deployed."
-    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "version": "unknown"}
+    _fields: ClassVar[_Json] = {"prefab_id": "unknown", "version": "unknown"}
     prefab_id: str
     version: str
 
     def __init__(self, prefab_id: str, version: str, message: str | None = None) -> None:
-        body = {"prefab_id": prefab_id, "version": version}
-        self._fill(message or f"Prefab {prefab_id}@{version} not found", body)
+        message = message or f"Prefab {prefab_id}@{version} not found"
+        super().__init__(message, {"prefab_id": prefab_id, "version": version})
 
 
 class ValidationError(GatewayError, ValueError):
@@ -178,28 +175,29 @@ class QuotaExceededError(GatewayError):
     """A quota is used up (429). Has `limit`, `used` and `quota_type`."""
 
     _remedy = "Wait, or have the quota raised: the SDK does not repeat such a call."
-    _fields: ClassVar[Mapping[str, Any]] = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    _fields: ClassVar[_Json] = {"limit": 0, "used": 0, "quota_type": "unknown"}
     limit: int
     used: int
     quota_type: str
 
     def __init__(self, message: str, limit: int, used: int, quota_type: str) -> None:
-        self._fill(message, {"limit": limit, "used": used, "quota_type": quota_type})
+        super().__init__(message, {"limit": limit, "used": used, "quota_type": quota_type})
 
 
 class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours. Has `prefab_id`, `secret_name` and `instructions`."""
 
     _remedy = "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).\n{instructions}"
-    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
+    _fields: ClassVar[_Json] = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
     prefab_id: str
     secret_name: str
     instructions: str | None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
         body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
-        body["error_code"] = "MISSING_SECRET"
-        self._fill(f"Missing required secret '{secret_name}' for prefab '{prefab_id}'", body, remedy=True)
+        message = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
+        super().__init__(message, {**body, "error_code": "MISSING_SECRET"})
+        self._advise()
 
 
 class AgentContextRequiredError(GatewayError):
@@ -238,16 +236,30 @@ _XML_PROBLEM = r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>"  # of S3
 
 def _field_problem(entry: Any) -> str:
     """One line for an entry of a 422's list, such as `body.calls.0.version: Field required`."""
-    if not isinstance(entry, dict):
-        return str(entry)
-    place = entry.get("loc")
-    path = ".".join(map(str, place)) if isinstance(place, list) else str(place)
-    return f"{path}: {entry.get('msg')}"
+    with suppress(TypeError, KeyError):
+        return f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}"
+    return str(entry)
 
 
-def _known_problem(content: Any) -> tuple[str, _Json]:
-    """Message and fields of an error body that is JSON."""
-    problem = content.get("detail") or content if isinstance(content, dict) else content
+def _redacted(value: Any, hide: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with `hide` applied to every string in it."""
+    if isinstance(value, list):
+        return [_redacted(item, hide) for item in value]
+    if isinstance(value, dict):
+        return {hide(key): _redacted(item, hide) for key, item in value.items()}
+    return hide(value) if isinstance(value, str) else value
+
+
+def _read_problem(text: str, hide: Callable[[str], str]) -> tuple[str, _Json]:
+    """Message and fields of an error body in any of its forms; `hide` takes secrets out."""
+    try:
+        problem = _redacted(json.loads(text), hide)
+    except (ValueError, RecursionError):
+        text = hide(text)
+        xml = re.search(_XML_PROBLEM, text)
+        return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
+    if isinstance(problem, dict):
+        problem = problem.get("detail") or problem
     if isinstance(problem, list):  # of FastAPI
         return "".join(f"\n  {_field_problem(entry)}" for entry in problem), {"errors": problem}
     if isinstance(problem, dict):
@@ -256,27 +268,6 @@ def _known_problem(content: Any) -> tuple[str, _Json]:
         return str(message or json.dumps(problem)[:_SHOWN_CHARACTERS]), fields
     secret = re.search(_PLAIN_MISSING, str(problem))
     return str(problem), {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
-
-
-def _redacted(value: Any, hide: Callable[[str], str]) -> Any:
-    """A copy of a JSON value with `hide` applied to every string in it."""
-    if isinstance(value, str):
-        return hide(value)
-    if isinstance(value, list):
-        return [_redacted(item, hide) for item in value]
-    if isinstance(value, dict):
-        return {hide(key): _redacted(item, hide) for key, item in value.items()}
-    return value
-
-
-def _read_problem(text: str, hide: Callable[[str], str]) -> tuple[str, _Json]:
-    """Message and fields of an error body in any of its forms; `hide` takes secrets out."""
-    try:
-        return _known_problem(_redacted(json.loads(text), hide))
-    except (ValueError, RecursionError):
-        text = hide(text)
-        xml = re.search(_XML_PROBLEM, text)
-        return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
 
 
 def _retry_after_seconds(value: str) -> float | None:
@@ -328,7 +319,6 @@ class StreamEventType(str, enum.Enum):
 
 _CALL_STATUSES = {str(status): status for status in CallStatus}
 _EVENT_TYPES = {str(event_type): event_type for event_type in StreamEventType}
-_LAST_EVENTS = (StreamEventType.DONE, StreamEventType.ERROR)
 
 
 @dataclass
@@ -451,7 +441,7 @@ class BatchResult:
     results: list[PrefabResult]
 
     @classmethod
-    def _of(cls, results: list[PrefabResult], job_id: str | None = None) -> BatchResult:
+    def _of(cls, results: list[PrefabResult], job_id: str | None) -> BatchResult:
         batch = cls(job_id, "COMPLETED", results)
         if failed := len(batch.get_failed()):
             batch.status = "FAILED" if failed == len(results) else "PARTIAL_SUCCESS"
@@ -508,14 +498,13 @@ class PrefabInfo:
 
 
 def _version_key(version: str) -> tuple[Any, ...]:
-    """Sorts versions by precedence (SemVer §11): 1.10.0 after 1.9.0, 1.0.0-rc.1 before 1.0.0."""
+    """Sorts versions by their numbers: 1.10.0 after 1.9.0, 1.0.0-rc.1 before 1.0.0."""
 
-    def identifiers(text: str, *, numbers_last: bool) -> list[tuple[bool, int, str]]:
-        parts = [(part.isdecimal(), part.lstrip("0") if part.isdecimal() else part) for part in text.split(".")]
-        return [(number == numbers_last, number * len(part), part) for number, part in parts]
+    def key(text: str) -> list[tuple[int, str]]:
+        return [(int(part[:99]) if part.isdecimal() else -1, part) for part in text.split(".")]
 
     release, _, pre_release = version.partition("+")[0].lstrip("v").partition("-")
-    return identifiers(release, numbers_last=True), not pre_release, identifiers(pre_release, numbers_last=False)
+    return key(release), not pre_release, key(pre_release)
 
 
 # --- Requests -------------------------------------------------------------------------------------
@@ -524,32 +513,15 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _CREDENTIAL_HEADERS = ("X-Internal-Token", "X-API-Key", "Authorization")
 
 
-class _Origin(NamedTuple):
-    """What a connection leads to (RFC 6454)."""
-
-    scheme: str
-    host: str
-    port: int
-
-    @property
-    def netloc(self) -> str:
-        """The value of `Host`: the port only where it is not the scheme's own."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-    def __str__(self) -> str:
-        return f"{self.scheme}://{self.netloc}"
-
-
-def _split_url(url: str) -> tuple[_Origin, str]:
-    """Origin and request target of an http(s) URL.
+def _split_url(url: str) -> tuple[str, str]:
+    """Origin (RFC 6454), such as `https://host:8443`, and request target of an http(s) URL.
 
     Raises:
         ValueError: it is none. The text does not show it, as it may be a secret.
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname or "", parts.port or _DEFAULT_PORTS.get(parts.scheme, 0)
+        host, port = parts.hostname or "", parts.port
         host = host if host.isascii() else host.encode("idna").decode("ascii")
     except (ValueError, AttributeError, TypeError):
         raise ValueError("is not a URL") from None
@@ -557,22 +529,11 @@ def _split_url(url: str) -> tuple[_Origin, str]:
         raise ValueError("is not an http:// or https:// URL")
     if "@" in parts.netloc:
         raise ValueError("must not contain a user name")
+    netloc = f"[{host}]" if ":" in host else host
+    netloc += f":{port}" if port and port != _DEFAULT_PORTS[parts.scheme] else ""
     target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
     # A presigned URL must arrive as it was signed: only what HTTP cannot carry is encoded.
-    return _Origin(parts.scheme, host, port), urllib.parse.quote(target, safe="!#$%&'()*+,/:;=?@[]~")
-
-
-class _Body:
-    """A request's body, of known length and made to be sent again: bytes, a file's bytes, bytes."""
-
-    def __init__(self, head: bytes = b"", file: BinaryIO | None = None, tail: bytes = b"",
-                 on_progress: _Progress | None = None) -> None:
-        self.head, self.file, self.tail = head, file, tail
-        self.file_length = os.fstat(file.fileno()).st_size if file else 0
-        self.on_progress = on_progress or (lambda _done, _total: None)
-
-    def __len__(self) -> int:
-        return len(self.head) + self.file_length + len(self.tail)
+    return f"{parts.scheme}://{netloc}", urllib.parse.quote(target, safe="!#$%&'()*+,/:;=?@[]~")
 
 
 @dataclass
@@ -580,14 +541,16 @@ class _Request:
     """All that is sent, and how it may be treated. As text it shows no query and no header."""
 
     method: str
-    origin: _Origin
+    origin: str
     target: str
     timeout: float | None
-    body: bytes | _Body = b""
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    file: BinaryIO | None = None  # comes after `body`, from its start on each attempt
+    tail: bytes = b""  # comes after `file`
+    on_progress: _Progress | None = None  # of `file`
     repeatable: bool = False  # sent twice, it does no more than once
-    to_gateway: bool = True  # which answers in its way; else to a storage
-    authenticated: bool = True  # takes the client's credential along
+    to_gateway: bool = True  # which knows the credential and answers in its way; else to a storage
     prefab: dict[str, str] | None = None  # what a 404 is about
     hidden: tuple[str, ...] = ()  # not to be shown
 
@@ -632,11 +595,11 @@ def _lost(request: _Request, error: BaseException, doing: str, *, sent: bool = T
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     reason = f"nothing for {request.timeout} s" if timed_out else str(error) or type(error).__name__
     may_have_run = sent and not request.repeatable
-    remedy = "It may have run all the same, so it was not sent again. " if may_have_run else ""
-    remedy += "A larger timeout= waits longer." if timed_out else ""
+    remedy = "It may have run all the same, so it was not sent again. " * may_have_run
+    remedy += "A larger timeout= waits longer." * timed_out
     lost_class = GatewayTimeoutError if timed_out else ServiceUnavailableError
-    lost = lost_class(request.hide(f"{request}: {doing}: {reason}\n{remedy}".strip()))
-    lost.may_have_run = may_have_run
+    message = request.hide(f"{request}: {doing}: {reason}\n{remedy}".strip())
+    lost = lost_class._make(message, {}, may_have_run=may_have_run)
     # A cause that quotes a secret, as a garbled status line may, would show it in the traceback.
     lost.__cause__ = error if request.hide(str(error)) == str(error) else None
     return lost
@@ -728,43 +691,46 @@ class _Response(http.client.HTTPResponse):
         super().close()
 
 
-def _proxy_for(origin: _Origin) -> tuple[_Origin, dict[str, str]] | None:
-    """The proxy that the environment or the system sets for an origin, and the header it wants."""
+def _proxy_for(origin: str) -> tuple[str, dict[str, str]] | None:
+    """Address of the proxy that is set for an origin, and the header that it wants."""
     if sys.platform not in ("win32", "darwin") and not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # before an import that takes as long as twenty calls
     from urllib.request import getproxies, proxy_bypass
 
-    proxy = getproxies().get(origin.scheme)
-    if not proxy or any(map(proxy_bypass, (origin.host, f"{origin.host}:{origin.port}"))):
+    parts = urllib.parse.urlsplit(origin)
+    proxy = getproxies().get(parts.scheme)
+    port = parts.port or _DEFAULT_PORTS[parts.scheme]
+    if not proxy or any(map(proxy_bypass, (str(parts.hostname), f"{parts.hostname}:{port}"))):
         return None
     scheme, _, rest = (proxy if "://" in proxy else f"http://{proxy}").partition("://")
     login, _, address = rest.rpartition("@")
     try:
-        hop, _ = _split_url(f"{scheme}://{address}")
+        hop = urllib.parse.urlsplit(_split_url(f"{scheme}://{address}")[0])
         if hop.scheme != "http":
             raise ValueError("is not an http:// URL")
     except ValueError as error:
-        raise GatewayError(f"The environment's {origin.scheme}_proxy {error}.") from None
-    encoded = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
-    return hop, {"Proxy-Authorization": f"Basic {encoded}"} if login else {}
+        raise GatewayError(f"The environment's {parts.scheme}_proxy {error}.") from None
+    encoded = b64encode(urllib.parse.unquote(login).encode()).decode()
+    return f"{hop.netloc}{'' if hop.port else ':80'}", {"Proxy-Authorization": f"Basic {encoded}"} if login else {}
 
 
 class _Connection:
     """An open socket to an origin, straight or through a proxy."""
 
-    def __init__(self, origin: _Origin, timeout: float | None, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, origin: str, timeout: float | None, tls: ssl.SSLContext | None) -> None:
         self.origin = origin
         self.idle_since = 0.0
         self._process = os.getpid()
         self._target_prefix, self._proxy_headers = "", dict[str, str]()
-        hop, headers = _proxy_for(origin) or (origin, None)
-        opener = http.client.HTTPConnection(hop.host, hop.port, timeout=timeout)
+        netloc = origin.partition("://")[2]
+        address, headers = _proxy_for(origin) or (netloc, None)
+        opener = http.client.HTTPConnection(address, timeout=timeout)
         if tls:
-            opener = http.client.HTTPSConnection(hop.host, hop.port, timeout=timeout, context=tls)
+            opener = http.client.HTTPSConnection(address, timeout=timeout, context=tls)
             if headers is not None:
-                opener.set_tunnel(origin.host, origin.port, headers)
+                opener.set_tunnel(netloc, headers=headers)
         elif headers is not None:  # a proxy wants the whole URL (RFC 9112 §3.2.2)
-            self._target_prefix, self._proxy_headers = str(origin), headers
+            self._target_prefix, self._proxy_headers = origin, headers
         try:
             opener.connect()  # with TCP_NODELAY
         except BaseException:
@@ -824,35 +790,35 @@ class _Connection:
         return response
 
     def _send(self, request: _Request) -> None:
-        body, headers = request.body, {**request.headers, **self._proxy_headers}
+        file, size = request.file, os.fstat(request.file.fileno()).st_size if request.file else 0
+        headers = {**request.headers, **self._proxy_headers}
         if request.method in ("POST", "PUT"):
-            headers["Content-Length"] = str(len(body))
+            headers["Content-Length"] = str(len(request.body) + size + len(request.tail))
         lines = [
             f"{request.method} {self._target_prefix}{request.target} HTTP/1.1",
-            f"Host: {request.origin.netloc}",
+            f"Host: {request.origin.partition('://')[2]}",
             f"User-Agent: agent-builder-gateway-sdk/{__version__}",
             "Accept: */*\r\nAccept-Encoding: identity",
             *(f"{name}: {value}" for name, value in headers.items()),
         ]
         # One write for both: a body by itself would be a packet by itself.
-        head = "\r\n".join((*lines, "\r\n")).encode("latin-1")
-        self._write(request, head + (body if isinstance(body, bytes) else body.head))
-        if isinstance(body, _Body) and body.file:
-            self._send_file(request, body, body.file)
-            self._write(request, body.tail)
+        self._write(request, "\r\n".join((*lines, "\r\n")).encode("latin-1") + request.body)
+        if file:
+            self._send_file(request, file, size)
+            self._write(request, request.tail)
 
-    def _send_file(self, request: _Request, body: _Body, file: BinaryIO) -> None:
-        done, total = 0, body.file_length
+    def _send_file(self, request: _Request, file: BinaryIO, size: int) -> None:
+        done, on_progress = 0, request.on_progress or _ignore
         file.seek(0)
-        body.on_progress(0, total)
-        while done < total:
+        on_progress(0, size)
+        while done < size:
             # Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
-            block = file.read(min(total - done, _BLOCK_BYTES))
+            block = file.read(min(size - done, _BLOCK_BYTES))
             if not block:
                 raise GatewayError(f"{request}: the file became shorter while it was being sent.")
             self._write(request, block)
             done += len(block)
-            body.on_progress(done, total)
+            on_progress(done, size)
 
     def _write(self, request: _Request, data: bytes) -> None:
         left = memoryview(data)
@@ -866,35 +832,29 @@ class _Connection:
 class _Pool:
     """Idle connections by origin; the last one used is the first to be used again.
 
-    Needs no lock, as a deque's `append` and `pop` are atomic, so a fork can't leave one held. A
+    Needs no lock, as a list's `append` and `pop` are atomic, so a fork can't leave one held. A
     child process does not see its parent's connections: the keys have the process id.
     """
 
     def __init__(self) -> None:
-        self._idle: dict[tuple[int, _Origin], collections.deque[_Connection]] = {}
+        self._idle: dict[tuple[int, str], list[_Connection]] = {}
         self._closed = False
 
-    def __reduce__(self) -> tuple[type[_Pool], tuple[()]]:
-        return _Pool, ()  # sockets stay where they are
-
-    def take(self, origin: _Origin) -> _Connection | None:
+    def take(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
-        idle = self._idle.get((os.getpid(), origin))
-        while idle:
-            try:
+        idle = self._idle.get((os.getpid(), origin), [])
+        with suppress(IndexError):  # there is none, or another thread took the last one
+            while True:
                 connection = idle.pop()
-            except IndexError:  # another thread took the last one
-                break
-            if connection.usable():
-                return connection
-            connection.close()
+                if connection.usable():
+                    return connection
+                connection.close()
         return None
 
     def give(self, connection: _Connection) -> None:
         """Keeps a connection for its next use, and drops those that were idle for too long."""
         connection.idle_since = time.monotonic()
-        key = (os.getpid(), connection.origin)
-        self._idle.setdefault(key, collections.deque()).append(connection)
+        self._idle.setdefault((os.getpid(), connection.origin), []).append(connection)
         self._drop(0 if self._closed else _MAX_IDLE_CONNECTIONS, connection.idle_since - _IDLE_SECONDS)
 
     def close(self) -> None:
@@ -906,30 +866,22 @@ class _Pool:
 
     def _drop(self, keep: int, idle_since: float) -> None:
         for idle in list(self._idle.values()):
-            try:
+            with suppress(IndexError):  # there are none any more
                 while len(idle) > keep or idle[0].idle_since < idle_since:
-                    idle.popleft().sock.close()
-            except IndexError:  # there are none any more
-                pass
+                    idle.pop(0).sock.close()
 
 
 # --- Transport ------------------------------------------------------------------------------------
 
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_decode_answer = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_decode_answer = json.JSONDecoder(parse_constant=int).decode  # int() refuses NaN and infinities
 
 
 def _unusable(response: _Response, body: bytes, problem: str) -> GatewayError:
     """The error for a 2xx that is not what the endpoint promises; its `details` keep the body."""
-    text = response.request.hide(body.decode("utf-8", "replace"))
-    message = f"{response.request} answered {response.status}, but {problem}: {text[:_SHOWN_CHARACTERS]}"
-    error = GatewayError(message, {"body": text})
-    error.status_code, error.may_have_run = response.status, not response.request.repeatable
-    return error
+    request, text = response.request, response.request.hide(body.decode("utf-8", "replace"))
+    message = f"{request} answered {response.status}, but {problem}: {text[:_SHOWN_CHARACTERS]}"
+    state = {"status_code": response.status, "may_have_run": not request.repeatable}
+    return GatewayError._make(message, {"body": text}, **state)
 
 
 def _read_json(response: _Response, kind: Any, fields: Mapping[str, type] = {}) -> Any:
@@ -967,12 +919,16 @@ def _status_error(response: _Response) -> GatewayError:
     if status < 500 and (not request.to_gateway or (status == 404 and request.prefab is None)):
         error_class = GatewayError
     if status < 400:
-        address = request.hide(response.headers.get("Location", "nowhere").partition("?")[0])
+        address = response.headers.get("Location", "nowhere").partition("?")[0]
         message = f"a redirect to {address}, which is not followed.{' Is base_url right?' * request.to_gateway}"
-    message = request.hide(f"{request} answered {status}: {message or response.reason}")
-    error = error_class._new(message, {**(request.prefab or {}), **given})
-    error.status_code, error.may_have_run = status, status >= 500 and not request.repeatable
-    error.retry_after = _retry_after_seconds(response.headers.get("Retry-After", ""))
+    error = error_class._make(
+        request.hide(f"{request} answered {status}: {message or response.reason}"),
+        {**(request.prefab or {}), **given},
+        status_code=status,
+        retry_after=_retry_after_seconds(response.headers.get("Retry-After", "")),
+        may_have_run=status >= 500 and not request.repeatable,
+    )
+    error._advise()
     return error
 
 
@@ -982,7 +938,7 @@ def _redirected(response: _Response) -> _Request:
     request, location = response.request, response.headers.get("Location", "")
     try:
         origin, target = _split_url(urllib.parse.urljoin(f"{request.origin}{request.target}", location))
-        if (request.origin.scheme, origin.scheme) == ("https", "http"):
+        if request.origin.startswith("https:") and origin.startswith("http:"):
             raise ValueError("leads from https to http")
     except ValueError as error:
         raise GatewayError(f"{request} answered {response.status}, but its Location {error}.") from None
@@ -1013,7 +969,7 @@ class _Transport:
     def __getstate__(self) -> _Json:
         if self._given_tls:
             raise TypeError("A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do.")
-        return {**self.__dict__, "_tls": None, "_locks": {}}
+        return {**self.__dict__, "pool": _Pool(), "_tls": None, "_locks": {}}
 
     def send(self, request: _Request, read: Callable[[_Response], _T]) -> _T:
         """What `read` makes of the answer to `request`, after as many attempts as are allowed.
@@ -1024,7 +980,8 @@ class _Transport:
         attempt, renewed = 1, False
         while True:
             credential = self.credential
-            if request.authenticated:
+            authenticated = request.to_gateway and request is not self.exchange
+            if authenticated:
                 request.headers.update(credential)
             try:
                 response = self._open(request, attempt)
@@ -1034,8 +991,7 @@ class _Transport:
                     response.close()
                     raise
             except GatewayError as error:
-                renewable = request.authenticated and self.exchange and not renewed
-                if error.status_code == 401 and renewable:
+                if error.status_code == 401 and authenticated and self.exchange and not renewed:
                     self.renew(credential)
                     renewed = True
                     continue
@@ -1079,7 +1035,7 @@ class _Transport:
             _log("debug", "%s %s %.0f ms, attempt %d", request, outcome, milliseconds, attempt)
 
     def _connect(self, request: _Request) -> _Connection:
-        is_tls = request.origin.scheme == "https"
+        is_tls = request.origin.startswith("https:")
         if is_tls and not self._tls:
             try:
                 import ssl  # there are Pythons without it; they can do http
@@ -1227,7 +1183,7 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
             without them where a break would look just like the end.
     """
     ended = False
-    done, error = _LAST_EVENTS
+    done, error = StreamEventType.DONE, StreamEventType.ERROR
     try:
         for event in _parse_events(response.chunks(), framed=response.framed):
             if response.abandoned:
@@ -1244,10 +1200,6 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
         raise _lost(response.request, EOFError("no done or error event"), "the stream was cut short")
 
 
-def _is_event_stream(response: _Response) -> bool:
-    return str(response.headers.get("Content-Type", "")).lower().startswith("text/event-stream")
-
-
 def _event_error(event: StreamEvent) -> _Json:
     """An error event's data as a result's `error`, with the `error_code` that may stand beside it."""
     given = {key: event.raw[key] for key in ("message", "error_code") if key in event.raw}
@@ -1258,23 +1210,26 @@ def _event_error(event: StreamEvent) -> _Json:
 def _result_of_events(response: _Response) -> PrefabResult:
     """The result of a streaming function that was called without `stream=True`."""
     contents: list[Any] = []
-    last: dict[StreamEventType, StreamEvent] = {}
+    error = files = None
     try:
         for event in _read_events(response):
-            last[event.type] = event
             if event.type is StreamEventType.CONTENT:
                 contents.append(event.data)
+            elif event.type is StreamEventType.ERROR:
+                error = _event_error(event)
+            elif event.type is StreamEventType.DONE and isinstance(event.data, dict):
+                files = event.data.get("files")
     except ServiceUnavailableError as broken:
         broken.details["partial_output"] = contents  # which was paid for
         raise
     value = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
-    output = {"status": "SUCCESS", "output": value}
-    if StreamEventType.ERROR in last:
-        error = _event_error(last[StreamEventType.ERROR])
-        return PrefabResult(CallStatus.FAILED, {**output, "status": "FAILED"}, error)
-    done = last.get(StreamEventType.DONE)
-    files = done.data.get("files") if done and isinstance(done.data, dict) else None
-    return PrefabResult(CallStatus.SUCCESS, {**output, "files": files} if files else output)
+    status = CallStatus.FAILED if error else CallStatus.SUCCESS
+    output = {"status": str(status), "output": value, **({"files": files} if files else {})}
+    return PrefabResult(status, output, error)
+
+
+def _is_event_stream(response: _Response) -> bool:
+    return str(response.headers.get("Content-Type", "")).lower().startswith("text/event-stream")
 
 
 def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list[PrefabResult]]:
@@ -1317,23 +1272,21 @@ def _open_file(path: _Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _multipart(fields: Mapping[str, str], file: BinaryIO, on_progress: _Progress | None) -> tuple[str, _Body]:
-    """Content type and body of `fields`, then `file`, as `multipart/form-data` (RFC 7578).
+def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
+    """Content type of `fields`, then a file, as `multipart/form-data`, and what stands around the file.
 
-    File names go out as browsers send them: UTF-8, with quotes and line breaks percent-encoded.
+    File names go out as browsers send them: UTF-8, quotes and line breaks percent-encoded (RFC 7578).
     """
     import mimetypes  # reads the system's tables: for uploads only
 
-    boundary, name = os.urandom(16).hex(), _file_name(file.name)
+    boundary, name = os.urandom(16).hex(), _file_name(path)
     media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-    for character, escaped in (('"', "%22"), ("\r", "%0D"), ("\n", "%0A")):
-        name = name.replace(character, escaped)
+    name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
     part = f"--{boundary}\r\nContent-Disposition: form-data; name="
     head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
     head += f'{part}"file"; filename="{name}"\r\nContent-Type: {media_type}\r\n\r\n'
     tail = f"\r\n--{boundary}--\r\n"
-    body = _Body(head.encode(errors="replace"), file, tail.encode(), on_progress)
-    return f"multipart/form-data; boundary={boundary}", body
+    return f"multipart/form-data; boundary={boundary}", head.encode(errors="replace"), tail.encode()
 
 
 class _Download:
@@ -1345,7 +1298,7 @@ class _Download:
     def __init__(self, request: _Request, target: str, on_progress: _Progress | None) -> None:
         self._request = request
         self._target = target
-        self._on_progress = on_progress or (lambda _done, _total: None)
+        self._on_progress = on_progress or _ignore
         self._file: Any = None
         self._new_folders: list[str] = []
         self._done, self._etag = 0, ""
@@ -1438,27 +1391,21 @@ def _require_s3_url(what: str, url: Any) -> None:
     _require(is_url, f"{what} must be an s3:// URL, not {_brief(url)}: client.upload_input_file(path) gives one.")
 
 
+def _require_text(**values: Any) -> None:
+    for name, value in values.items():
+        _require(isinstance(value, str) and value, f"{name} must be a string that is not empty, not {_brief(value)}.")
+
+
 def _require_call(call: Any) -> None:
     _require(isinstance(call, PrefabCall), f"A call must be a PrefabCall, not {type(call).__name__}.")
-    for value in (call.prefab_id, call.version, call.function_name):
-        if not isinstance(value, str) or not value:
-            names = "prefab_id, version and function_name"
-            raise ValidationError(f"{names} must be strings that are not empty, not {_brief(value)}.")
+    _require_text(prefab_id=call.prefab_id, version=call.version, function_name=call.function_name)
     for name, value in (("parameters", call.parameters), ("files", call.files)):
-        if value is not None and not isinstance(value, dict):
-            raise ValidationError(f"{name} must be a dict, not {_brief(value)}.")
+        _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {_brief(value)}.")
     for name, urls in (call.files or {}).items():
         is_list = isinstance(urls, (list, tuple))
         for url in urls if is_list else [urls]:
             _require_s3_url(f"Each file of {name!r}", url)
         _require(is_list, f"The files of {name!r} must be a list of what upload_input_file() gives: [{_brief(urls)}].")
-
-
-def _segment(name: str, value: Any) -> str:
-    """`value` as one segment of a path, with its slashes encoded."""
-    is_name = isinstance(value, str) and value not in ("", ".", "..") and value.isprintable()
-    _require(is_name, f"{name} cannot be {_brief(value)}.")
-    return urllib.parse.quote(value, safe="")
 
 
 def _require_positive(name: str, value: Any, kinds: Any = int) -> None:
@@ -1470,6 +1417,14 @@ def _require_timeout(seconds: float | None) -> None:
     if seconds is not None:
         _require_positive("timeout", seconds, (int, float))
         _require(seconds < 2**31 / 1000, "timeout is too long for this system; None waits for ever.")
+
+
+def _path(*names: Any) -> str:
+    """A path of one segment for each name, with the slashes in them encoded."""
+    for name in names:
+        is_name = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
+        _require(is_name, f"{_brief(name)} cannot be the name of a prefab, a version or a secret.")
+    return "/".join(urllib.parse.quote(name, safe="") for name in names)
 
 
 def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
@@ -1485,8 +1440,7 @@ class _Batch:
 
     def __init__(self, client: GatewayClient, requests: Sequence[_Request]) -> None:
         self._client = client
-        self._requests = requests
-        self._waiting = collections.deque(enumerate(requests))
+        self._waiting = list(enumerate(requests))[::-1]
         self._futures: dict[int, concurrent.futures.Future[PrefabResult]] = {}
         self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
         self._refused: GatewayError | None = None
@@ -1496,22 +1450,19 @@ class _Batch:
     def run(self, max_workers: int, executor: concurrent.futures.Executor | None,
             on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
         """The results, in order. Raises the 401 if that is all there is."""
-        results = [self._unsent] * len(self._requests)
+        results = [self._unsent] * len(self._waiting)
         try:
-            if executor is None:  # daemon threads: Ctrl-C does not wait for their answers
-                for started in range(min(max_workers, len(self._requests))):
-                    try:
-                        threading.Thread(target=self._work, daemon=True).start()
-                    except RuntimeError:  # there can be no more
-                        if not started:
-                            raise
-                        break
-            else:
-                while self._waiting:
-                    self._submit(*self._waiting.popleft(), executor)
-            for _ in self._requests:
-                index, results[index] = self._arrived.get()
-                on_result(index, results[index])
+            while executor and self._waiting:
+                self._submit(executor, *self._waiting.pop())
+            for _ in range(min(max_workers, len(self._waiting))):
+                try:  # daemons, so that Ctrl-C does not wait for their answers
+                    threading.Thread(target=self._work, daemon=True).start()
+                except RuntimeError:  # there can be no more threads: this one helps
+                    self._work()
+            for _ in results:
+                index, result = self._arrived.get()
+                results[index] = result
+                on_result(index, result)
         finally:  # interrupted, it sends nothing more
             self._waiting.clear()
             self._cancel()
@@ -1520,12 +1471,12 @@ class _Batch:
         return results
 
     def _work(self) -> None:
-        with suppress(IndexError):
+        with suppress(IndexError):  # nothing waits any more
             while True:
-                index, request = self._waiting.popleft()
+                index, request = self._waiting.pop()
                 self._arrive(index, self._unsent if self._refused else _run_one(self._client, request))
 
-    def _submit(self, index: int, request: _Request, executor: concurrent.futures.Executor) -> None:
+    def _submit(self, executor: concurrent.futures.Executor, index: int, request: _Request) -> None:
         try:
             future = executor.submit(_run_one, self._client, request)
         except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
@@ -1594,11 +1545,12 @@ class GatewayClient:
 
     Without a credential, the gateway must have this machine's address on its allow-list.
 
-    Whatever sends may raise AuthenticationError, ServiceUnavailableError (no answer, or a 5xx),
-    its subclass GatewayTimeoutError, and GatewayError (any other answer that is no use).
+    Every method that sends may raise AuthenticationError, ServiceUnavailableError (no answer, or a
+    5xx), its subclass GatewayTimeoutError, GatewayError (any other answer that is no use), and
+    ValidationError for an argument that cannot be right, before anything is sent.
 
     Raises:
-        ValidationError: a value that cannot be right, or more than one credential.
+        ValidationError: an argument cannot be right, or there is more than one credential.
     """
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None,
@@ -1643,16 +1595,11 @@ class GatewayClient:
         """
         _require_header_value("api_key", api_key)
         client = cls(base_url, timeout=timeout, **options)
+        client._hidden = (api_key,)
         exchange = client._request("POST", "/v1/auth/convert_to_internal_token", repeatable=True)
         exchange.headers["Authorization"] = f"Bearer {api_key}"
-        exchange.authenticated = False
-        client._hidden = (api_key,)
         client._transport.exchange = exchange
-        try:
-            client._transport.renew(client._transport.credential)
-        except BaseException:
-            client.close()
-            raise
+        client._transport.renew(client._transport.credential)
         return client
 
     @classmethod
@@ -1666,12 +1613,10 @@ class GatewayClient:
             ValidationError: more than one of them is set.
         """
         names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
-        given = {name: os.environ[name] for name in names if os.environ.get(name)}
+        token, key, jwt = values = [os.environ.get(name) or None for name in names]
+        given = [name for name, value in zip(names, values) if value]
         _require(len(given) < 2, f"Set one credential, not {' and '.join(given)}: who is the client?")
-        if "AGENT_BUILDER_API_KEY" in given:
-            return cls.from_api_key(given["AGENT_BUILDER_API_KEY"], **options)
-        jwt_token, internal_token = given.get("GATEWAY_JWT_TOKEN"), given.get("X_INTERNAL_TOKEN")
-        return cls(jwt_token=jwt_token, internal_token=internal_token, **options)
+        return cls.from_api_key(key, **options) if key else cls(internal_token=token, jwt_token=jwt, **options)
 
     def __repr__(self) -> str:
         return f"GatewayClient({self.base_url!r}, {next(iter(self._transport.credential), 'allow-list')})"
@@ -1721,7 +1666,7 @@ class GatewayClient:
             The result, also of a function that failed: see `is_success()`. With `stream`, the events.
 
         Raises:
-            ValidationError, PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
+            PrefabNotFoundError, MissingSecretError, QuotaExceededError, ValidationError: nothing ran.
             ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
         """
         request = self._run_request([PrefabCall(prefab_id, version, function_name, parameters, files)], timeout)
@@ -1748,10 +1693,9 @@ class GatewayClient:
             The results in the order of the calls; one that raised is FAILED and has `exception`.
 
         Raises:
-            ValidationError: a call is bad; nothing was sent.
             AuthenticationError: a 401, and no call has a result; nothing was sent after it.
         """
-        calls, job_id, report = list(calls), None, on_result or (lambda _index, _result: None)
+        calls, job_id, report = list(calls), None, on_result or _ignore
         _require_positive("max_workers", max_workers)
         _require(not (single_request and executor), "A single request cannot have an executor.")
         _require(executor is None or hasattr(executor, "submit"), "executor must be an Executor.")
@@ -1779,16 +1723,13 @@ class GatewayClient:
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
         """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
-
-        def read(response: _Response) -> list[PrefabInfo]:
-            entries = _read_json(response, list)
-            for entry in entries:
-                names = (entry.get("id"), entry.get("version")) if isinstance(entry, dict) else (None,)
-                if not all(isinstance(name, str) for name in names):
-                    raise _unusable(response, json.dumps(entry).encode(), "an entry lacks its id or version")
-            return [PrefabInfo._from_dict(entry) for entry in entries]
-
-        return self._transport.send(self._request("GET", "/v1/prefabs", {"status": status}, prefab={}), read)
+        entries = self._fetch("GET", "/v1/prefabs", {"status": status}, kind=list, prefab={})
+        for entry in entries:
+            names = (entry.get("id"), entry.get("version")) if isinstance(entry, dict) else (None,)
+            if not all(isinstance(name, str) for name in names):
+                message = "GET /v1/prefabs answered 200, but an entry lacks its id or version."
+                raise GatewayError._make(message, {"body": str(entries)}, status_code=200)
+        return [PrefabInfo._from_dict(entry) for entry in entries]
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
         """A prefab's functions. `GET /v1/prefabs/{prefab_id}/{version}/spec`
@@ -1799,38 +1740,36 @@ class GatewayClient:
         Raises:
             PrefabNotFoundError.
         """
-        segment = _segment("prefab_id", prefab_id)
+        path = _path(prefab_id)
         if version is None:
             found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
             if not found:
                 raise PrefabNotFoundError(prefab_id, "latest")
             found = [prefab for prefab in found if prefab.status != "failed"] or found
             version = max((prefab.version for prefab in found), key=_version_key)
-        path = f"/v1/prefabs/{segment}/{_segment('version', version)}/spec"
-        return self._fetch("GET", path, prefab={"prefab_id": prefab_id, "version": version})
+        prefab = {"prefab_id": prefab_id, "version": version}
+        return dict(self._fetch("GET", f"/v1/prefabs/{path}/{_path(version)}/spec", prefab=prefab))
 
     # Secrets
 
     def set_secret(self, prefab_id: str, secret_name: str, secret_value: str) -> None:
         """Stores a secret of yours for a prefab. `POST /v1/secrets`"""
         content = {"prefab_id": prefab_id, "secret_name": secret_name, "secret_value": secret_value}
-        for name, value in content.items():
-            _require(isinstance(value, str) and value, f"{name} must be a string that is not empty.")
+        _require_text(prefab_id=prefab_id, secret_name=secret_name)
+        _require(isinstance(secret_value, str) and secret_value, "secret_value must be a string that is not empty.")
         request = self._request("POST", "/v1/secrets", content=content, hidden=(secret_value,))
         self._transport.send(request, _drain)
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
         """Deletes a secret of yours. `DELETE /v1/secrets/{prefab_id}/{secret_name}`"""
-        names = f"{_segment('prefab_id', prefab_id)}/{_segment('secret_name', secret_name)}"
-        self._transport.send(self._request("DELETE", f"/v1/secrets/{names}"), _drain)
+        self._transport.send(self._request("DELETE", f"/v1/secrets/{_path(prefab_id, secret_name)}"), _drain)
 
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
             return list(self._fetch("GET", "/v1/secrets", fields={"secrets": list})["secrets"])
-        path = f"/v1/secrets/{_segment('prefab_id', prefab_id)}"
-        names = self._fetch("GET", path, fields={"secret_names": list})["secret_names"]
-        return [{"prefab_id": prefab_id, "secret_name": name} for name in names]
+        answer = self._fetch("GET", f"/v1/secrets/{_path(prefab_id)}", fields={"secret_names": list})
+        return [{"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]]
 
     # Files. All but upload_input_file raise AgentContextRequiredError without an agent's token.
 
@@ -1854,8 +1793,7 @@ class GatewayClient:
             content = {"filename": _file_name(file_path), "content_type": content_type}
             answer = self._fetch("POST", "/internal/files/generate_upload_url", repeatable=True,
                                  fields={"upload_url": str, "s3_url": str}, content=content)
-            request = self._presigned("PUT", answer["upload_url"])
-            request.body = _Body(file=file, on_progress=on_progress)
+            request = self._presigned("PUT", answer["upload_url"], file=file, on_progress=on_progress)
             if content_type is not None:  # it is part of the signature, and so is its absence
                 request.headers["Content-Type"] = content_type
             self._transport.send(request, _drain)
@@ -1881,9 +1819,10 @@ class GatewayClient:
     def _upload(self, path: str, form: Mapping[str, str], file_path: _Path,
                 on_progress: _Progress | None) -> _Json:
         with _open_file(file_path) as file:
-            content_type, body = _multipart(form, file, on_progress)
-            fields = {"s3_url": str}
-            return self._fetch("POST", path, fields=fields, body=body, content_type=content_type)
+            content_type, head, tail = _multipart(form, file_path)
+            answer: _Json = self._fetch("POST", path, fields={"s3_url": str}, content_type=content_type, body=head,
+                                        file=file, tail=tail, on_progress=on_progress)
+            return answer
 
     def download_file(self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
                       on_progress: _Progress | None = None) -> None:
@@ -1918,7 +1857,7 @@ class GatewayClient:
         _require_s3_url("s3_url", s3_url)
         _require_positive("expires_in", expires_in)
         query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        answer = self._fetch("GET", "/internal/files/download", query, {"presigned_url": str})
+        answer = self._fetch("GET", "/internal/files/download", query, fields={"presigned_url": str})
         return str(answer["presigned_url"])
 
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
@@ -1928,44 +1867,42 @@ class GatewayClient:
             `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`. The last page has
             no `next_token`; it is the `continuation_token` of the next one.
         """
-        _require_positive("limit", limit)
-        query = {"limit": limit, "continuation_token": continuation_token}
-        return self._fetch("GET", "/internal/files/list", query, {"files": list})
+        return self._list("list", limit, continuation_token)
 
     def list_temp_files(self, session_id: str | None = None, limit: int = 100,
                         continuation_token: str | None = None) -> _Json:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
-        _require_positive("limit", limit)
-        query = {"limit": limit, "session_id": session_id, "continuation_token": continuation_token}
-        return self._fetch("GET", "/internal/files/list_temp", query, {"files": list})
+        return self._list("list_temp", limit, continuation_token, session_id)
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
-        return self._pages(partial(self.list_files, page_size))
+        return self._pages("list", page_size)
 
     def iter_temp_files(self, session_id: str | None = None, page_size: int = 100) -> Iterator[_Json]:
         """The temporary files of all pages: see `list_files`."""
-        return self._pages(partial(self.list_temp_files, session_id, page_size))
+        return self._pages("list_temp", page_size, session_id)
 
-    def _pages(self, get_page: Callable[[str | None], _Json]) -> Iterator[_Json]:
-        seen: set[str | None] = set()
-        token: str | None = None
+    def _list(self, name: str, limit: int, token: str | None, session_id: str | None = None) -> _Json:
+        _require_positive("limit", limit)
+        query = {"limit": limit, "session_id": session_id, "continuation_token": token}
+        return dict(self._fetch("GET", f"/internal/files/{name}", query, fields={"files": list}))
+
+    def _pages(self, name: str, limit: int, session_id: str | None = None) -> Iterator[_Json]:
+        token, seen = "", set[str]()
         while token not in seen:
             seen.add(token)
-            page = get_page(token)
+            page = self._list(name, limit, token or None, session_id)
             yield from page["files"]
-            token = page.get("next_token")
+            token = str(page.get("next_token") or "")
             if not token:
                 return
-            if not isinstance(token, str):
-                break
-        raise GatewayError("The gateway gave a next_token that is no text, or was one before: the pages have no end.")
+        raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
 
     def cleanup_temp_files(self, session_id: str) -> int:
         """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
-        _require(isinstance(session_id, str) and session_id, "session_id must be a string, not empty.")
+        _require_text(session_id=session_id)
         path, query = "/internal/files/cleanup_temp", {"session_id": session_id}
-        return int(self._fetch("DELETE", path, query, {"deleted_count": int})["deleted_count"])
+        return int(self._fetch("DELETE", path, query, fields={"deleted_count": int})["deleted_count"])
 
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
@@ -1974,17 +1911,15 @@ class GatewayClient:
         try:
             yield session_id
         except BaseException:
-            try:
+            with suppress(GatewayError):  # the first error says more
                 self.cleanup_temp_files(session_id)
-            except GatewayError as error:  # the first error says more
-                _log("warning", "temporary files were not deleted: %s", error.message)
             raise
         self.cleanup_temp_files(session_id)
 
     # What the endpoints are made of
 
     def _request(self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-                 content: Any = None, body: bytes | _Body = b"", content_type: str = "application/json",
+                 content: Any = None, body: bytes = b"", content_type: str = "application/json",
                  timeout: float | None = None, hidden: tuple[str, ...] = (), **options: Any) -> _Request:
         """A request to the gateway. GET and DELETE may be repeated, others if they say so."""
         _require_timeout(timeout)
@@ -1999,30 +1934,28 @@ class GatewayClient:
         headers = {"Content-Type": content_type} if body else {}
         timeout = self.timeout if timeout is None else timeout
         hidden = (*self._hidden, *hidden)
-        return _Request(method, self._origin, target, timeout, body, headers, hidden=hidden, **options)
+        return _Request(method, self._origin, target, timeout, headers, body, hidden=hidden, **options)
 
-    def _presigned(self, method: str, url: str) -> _Request:
+    def _presigned(self, method: str, url: str, **options: Any) -> _Request:
         """A request to the storage, which must not see the credential."""
         try:
             origin, target = _split_url(url)
         except ValueError as error:
             raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
-        return _Request(method, origin, target, self.timeout, repeatable=True, to_gateway=False,
-                        authenticated=False)
+        return _Request(method, origin, target, self.timeout, repeatable=True, to_gateway=False, **options)
 
-    def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None,
-               fields: Mapping[str, type] = {}, **options: Any) -> _Json:
-        """The JSON object of an answer, in which `fields` must be, with their types."""
-        read = partial(_read_json, kind=dict, fields=fields)
-        answer: _Json = self._transport.send(self._request(method, path, query, **options), read)
-        return answer
+    def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None, *, kind: type = dict,
+               fields: Mapping[str, type] = {}, **options: Any) -> Any:
+        """The JSON of an answer: of type `kind`, and `fields` in it, with their types."""
+        request = self._request(method, path, query, **options)
+        return self._transport.send(request, partial(_read_json, kind=kind, fields=fields))
 
 
 # --- Command line ---------------------------------------------------------------------------------
 
 
 def _progress_bar(label: str, unit: str = "B") -> _Progress:
-    """A function that shows share, rate and time left on stderr, if that is a terminal."""
+    """A callback that shows rate and time left on stderr, if that is a terminal."""
     started = shown = time.monotonic()
 
     def show(done: int, total: int | None) -> None:
@@ -2046,8 +1979,7 @@ def _print_json(document: Any) -> None:
 
 
 def _print_error(message: str) -> None:
-    lines = (line.strip() for line in message.splitlines())
-    print("error:", "; ".join(filter(None, lines)), file=sys.stderr)
+    print("error:", "; ".join(filter(None, map(str.strip, message.splitlines()))), file=sys.stderr)
 
 
 def _document(result: PrefabResult) -> _Json:
@@ -2058,22 +1990,21 @@ def _document(result: PrefabResult) -> _Json:
     return {name: getattr(result, name) for name in ("status", "output", "error", "job_id")}
 
 
-def _read_text(source: str) -> str:
+def _read_text(path: str) -> str:
     """The text of a file, or of stdin for `-`."""
     try:
-        if source == "-":
+        if path == "-":
             return sys.stdin.read()
-        with open(source, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise ValidationError(f"{source} is not UTF-8 text: {error}.") from error
+        raise ValidationError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def _json_or_text(text: str) -> Any:
-    try:
+    with suppress(ValueError, RecursionError):
         return _decode_answer(text)
-    except (ValueError, RecursionError):
-        return text
+    return text
 
 
 def _pairs(option: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -2099,19 +2030,18 @@ def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
 
 
 def _print_events(stream: EventStream, as_json: bool) -> bool:
-    succeeded = True
+    failed = False
     for event in stream:
         if event.type == StreamEventType.ERROR:
-            _print_error(str(_event_error(event).get("message", event.data)))
-            succeeded = False
+            failed = True
+            _print_error(str(_event_error(event)["message"]))
         if as_json:
             _print_json(event.raw)
         elif event.type == StreamEventType.CONTENT:
             text = event.data if isinstance(event.data, str) else f"{json.dumps(event.data, ensure_ascii=False)}\n"
             print(text, end="", flush=True)
-    if not as_json:
-        print()
-    return succeeded
+    print(end="" if as_json else "\n")
+    return not failed
 
 
 def _run_command(client: GatewayClient, args: Any) -> bool:
@@ -2131,14 +2061,14 @@ def _run_command(client: GatewayClient, args: Any) -> bool:
     call = (args.prefab, args.version, args.function, parameters, files)
     if args.stream:
         return _print_events(client.run(*call, stream=True), args.json)
-    result = client.run(*call)
+    result: PrefabResult = client.run(*call)
     document = _document(result)
     try:
         if args.save:
             document["saved"] = _save(client, result.get_file_urls(), args.save)
     finally:  # the result was paid for, whatever becomes of its files
         _print_json(document)
-    return bool(result.is_success())
+    return result.is_success()
 
 
 def _batch_command(client: GatewayClient, args: Any) -> bool:
@@ -2167,7 +2097,7 @@ def _batch_command(client: GatewayClient, args: Any) -> bool:
             _print_json(_document(result))
 
 
-def _upload_command(client: GatewayClient, args: Any) -> None:
+def _upload_command(client: GatewayClient, args: Any) -> bool:
     _require(not (args.input and args.temp), "--input and --temp exclude each other.")
     _require(args.temp or not args.session, "--session goes with --temp.")
     answers: list[Any] = []
@@ -2183,25 +2113,25 @@ def _upload_command(client: GatewayClient, args: Any) -> None:
     finally:  # what was uploaded is there, whatever becomes of the others
         if answers:
             _print_json(answers if len(args.path) > 1 else answers[0])
+    return True
 
 
-def _download_command(client: GatewayClient, args: Any) -> None:
+def _download_command(client: GatewayClient, args: Any) -> _Json:
     path = args.path
     if os.path.isdir(path) or path.endswith(("/", os.sep)):
         (path,) = _save(client, [args.s3_url], path)
     else:
         client.download_file(args.s3_url, path, on_progress=_progress_bar(path))
-    _print_json({"path": path, "size": os.path.getsize(path)})
+    return {"path": path, "size": os.path.getsize(path)}
 
 
-def _ls_command(client: GatewayClient, args: Any) -> None:
-    temporary = args.temp or args.session
-    _print_json(list(client.iter_temp_files(args.session) if temporary else client.iter_files()))
+def _ls_command(client: GatewayClient, args: Any) -> list[_Json]:
+    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
 
 
-def _secret_command(client: GatewayClient, args: Any) -> None:
+def _secret_command(client: GatewayClient, args: Any) -> Any:
     if args.action == "list":
-        return _print_json(client.list_secrets(args.prefab))
+        return client.list_secrets(args.prefab)
     _require(args.prefab and args.name, f"secret {args.action} needs a prefab and a name.")
     if args.action == "delete":
         client.delete_secret(args.prefab, args.name)
@@ -2213,13 +2143,15 @@ def _secret_command(client: GatewayClient, args: Any) -> None:
             piped = not sys.stdin.isatty()
             value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
         client.set_secret(args.prefab, args.name, value)
-    return _print_json({"prefab_id": args.prefab, "secret_name": args.name})
+    return {"prefab_id": args.prefab, "secret_name": args.name}
 
 
-_FLAG = {"action": "store_true"}
+_FLAG: _Json = {"action": "store_true"}
 _LIST: _Json = {"action": "append", "default": []}
-_MAYBE = {"nargs": "?"}
-_COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], object], str, str, Mapping[str, Any]]] = {
+_MAYBE: _Json = {"nargs": "?"}
+# Name to function, help, example and arguments. The function gives what is to be printed, or, if it
+# printed that itself, whether all went well.
+_COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], Any], str, str, Mapping[str, _Json]]] = {
     "run": (_run_command, "run a function", "text-tools 1.1.0 statistics -p text='Hello you'", {
         "prefab": {}, "version": {}, "function": {},
         "-p --parameter": {**_LIST, "metavar": "NAME=VALUE", "help": "JSON, else text"},
@@ -2232,14 +2164,10 @@ _COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], object], str, str, 
     "batch": (_batch_command, "run the calls of a file of JSON lines", "calls.jsonl --workers 4", {
         "path": {}, "--workers": {"type": int, "default": 8, "metavar": "N", "help": "calls at a time"},
     }),
-    "list": (
-        lambda client, args: _print_json([prefab.raw for prefab in client.list_prefabs(args.status)]),
-        "list the prefabs", "--status deployed", {"--status": {"help": "deployed or failed"}},
-    ),
-    "spec": (
-        lambda client, args: _print_json(client.get_prefab_spec(args.prefab, args.version)),
-        "show the functions of a prefab", "text-tools", {"prefab": {}, "version": _MAYBE},
-    ),
+    "list": (lambda client, args: [prefab.raw for prefab in client.list_prefabs(args.status)],
+             "list the prefabs", "--status deployed", {"--status": {"help": "deployed or failed"}}),
+    "spec": (lambda client, args: client.get_prefab_spec(args.prefab, args.version),
+             "show the functions of a prefab", "text-tools", {"prefab": {}, "version": _MAYBE}),
     "upload": (_upload_command, "upload files", "--input report.txt", {
         "path": {"nargs": "+"},
         "--input": {**_FLAG, "help": "as the input of a call; needs no agent's token"},
@@ -2250,18 +2178,14 @@ _COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], object], str, str, 
     "download": (_download_command, "download a file", "s3://bucket/key/report.txt downloads/", {
         "s3_url": {}, "path": {**_MAYBE, "default": ".", "help": "a file or a folder"},
     }),
-    "url": (
-        lambda client, args: _print_json({"presigned_url": client.get_presigned_url(args.s3_url)}),
-        "print a URL that anyone can download from", "s3://bucket/key/report.txt", {"s3_url": {}},
-    ),
+    "url": (lambda client, args: {"presigned_url": client.get_presigned_url(args.s3_url)},
+            "print a URL that anyone can download from", "s3://bucket/key/report.txt", {"s3_url": {}}),
     "ls": (_ls_command, "list the agent's files", "--temp", {
         "--temp": {**_FLAG, "help": "the temporary ones"},
         "--session": {"metavar": "ID", "help": "the temporary ones of a session"},
     }),
-    "cleanup": (
-        lambda client, args: _print_json({"deleted_count": client.cleanup_temp_files(args.session)}),
-        "delete a session's temporary files", "session-1", {"session": {}},
-    ),
+    "cleanup": (lambda client, args: {"deleted_count": client.cleanup_temp_files(args.session)},
+                "delete a session's temporary files", "session-1", {"session": {}}),
     "secret": (_secret_command, "set (from stdin), list or delete your secrets", "list", {
         "action": {"choices": ("set", "list", "delete")}, "prefab": _MAYBE, "name": _MAYBE,
     }),
@@ -2308,7 +2232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: getattr(args, name) for name in ("base_url", "timeout") if name in args}
     try:
         with GatewayClient.from_env(**options) as client:
-            failed = _COMMANDS[args.command][0](client, args) is False
+            outcome = _COMMANDS[args.command][0](client, args)
+        if not isinstance(outcome, bool):
+            _print_json(outcome)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -2321,7 +2247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         _print_error(str(error))
         return 2 if isinstance(error, ValidationError) and error.status_code is None else 1
-    return int(failed)
+    return int(outcome is False)
 
 
 # `from gateway_sdk.exceptions import ...` and `gateway_sdk.models`, as in the older SDK: the import
