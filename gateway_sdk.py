@@ -13,9 +13,6 @@ One module, standard library only, CPython 3.9+ or PyPy: copy it, `pip install` 
 A gateway runs prefabs: deployed components with an id, a version and named functions. A call may
 cost money and minutes, so one that may have run is never sent twice, and a result that arrived is
 never lost. `GatewayClient` is what can be called; every failure is a `GatewayError`.
-
-Top to bottom, each section uses those above it: errors, data, requests, connections, transport,
-event stream, files, client, command line.
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ import queue
 import random
 import re
 import socket
-import stat
 import sys
 import threading
 import time
@@ -40,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Optional, TypeVar, Union, cast, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Optional, TypeVar, Union, overload
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -65,7 +61,6 @@ _AFTER_DONE_SECONDS = 5.0  # how long a stream may linger when it has said that 
 _MAX_REDIRECTS = 5
 _MAX_IDLE_CONNECTIONS = 100  # per origin
 _MAX_INTERIM_ANSWERS = 100
-_MAX_LINE_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
 _BLOCK_BYTES = 256 * 1024  # fits the processor's cache: larger blocks cost more
 _SHOWN_CHARACTERS = 500
@@ -78,9 +73,8 @@ _Progress = Callable[[int, Optional[int]], object]  # bytes done, bytes in all (
 
 
 def _log(level: str, message: str, *args: object) -> None:
-    """Logs as `gateway_sdk`, if the program uses `logging`. Its import would cost a tenth of a start."""
-    logging = sys.modules.get("logging")
-    if logging:
+    """Logs as `gateway_sdk`, if the program uses `logging`, whose import would cost a tenth of a start."""
+    if logging := sys.modules.get("logging"):
         getattr(logging.getLogger("gateway_sdk"), level)(message, *args)
 
 
@@ -89,16 +83,8 @@ def _ignore(*_: object) -> None:
 
 
 # --- Errors ---------------------------------------------------------------------------------------
-#
-#   GatewayError
-#   ├─ AuthenticationError
-#   ├─ PrefabNotFoundError
-#   ├─ ValidationError (also ValueError)
-#   ├─ QuotaExceededError
-#   ├─ MissingSecretError
-#   ├─ AgentContextRequiredError
-#   └─ ServiceUnavailableError
-#      └─ GatewayTimeoutError (also TimeoutError)
+
+_BODY_FIELDS = ("error_code", "prefab_id", "version", "limit", "used", "quota_type", "secret_name", "instructions")
 
 
 class GatewayError(Exception):
@@ -114,19 +100,16 @@ class GatewayError(Exception):
     """
 
     _remedy: ClassVar[str] = ""
-    _fields: ClassVar[_Json] = {}  # attributes that an error's body gives, with their defaults
     status_code: int | None = None
+    error_code: str | None = None
     retry_after: float | None = None
     may_have_run: bool = False
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
-        body = details or {}
-        values = {name: body.get(name) or default for name, default in self._fields.items()}
         super().__init__(message)
         self.message = message
-        self.details = {**values, **body}
-        self.error_code: str | None = body.get("error_code")
-        self.__dict__.update(values)
+        self.details = dict(details or {})
+        self.__dict__.update({name: self.details[name] for name in _BODY_FIELDS if self.details.get(name)})
 
     @classmethod
     def _make(cls, message: str, details: Mapping[str, Any], **attributes: Any) -> GatewayError:
@@ -140,31 +123,27 @@ class GatewayError(Exception):
         return partial(self._make, **self.__dict__), ()
 
     def _advise(self) -> None:
-        known = {name: value or "" for name, value in self.__dict__.items()}
-        self.message = f"{self.message}\n{self._remedy.format_map(known)}".strip()
+        lines = (self.message, self._remedy.format(self), self.__dict__.get("instructions"))
+        self.message = "\n".join(str(line) for line in lines if line)
         self.args = (self.message,)
 
 
 class AuthenticationError(GatewayError):
     """The gateway refused the credential (401, 403)."""
 
-    _remedy = (
-        "Check the credential: it may be wrong, expired or another gateway's. Without one, this "
-        "machine's address must be on the gateway's allow-list."
-    )
+    _remedy = "Check the credential. Without one, this machine's address must be on the gateway's allow-list."
 
 
 class PrefabNotFoundError(GatewayError):
-    """There is no such prefab, version or function (404). Has `prefab_id` and `version`."""
+    """There is no such prefab, version or function (404)."""
 
     _remedy = "client.list_prefabs() shows what is deployed."
-    _fields: ClassVar[_Json] = {"prefab_id": "unknown", "version": "unknown"}
-    prefab_id: str
-    version: str
+    prefab_id: str = "unknown"
+    version: str = "unknown"
 
     def __init__(self, prefab_id: str, version: str, message: str | None = None) -> None:
-        message = message or f"Prefab {prefab_id}@{version} not found"
-        super().__init__(message, {"prefab_id": prefab_id, "version": version})
+        body = {"prefab_id": prefab_id, "version": version}
+        super().__init__(message or f"Prefab {prefab_id}@{version} not found", body)
 
 
 class ValidationError(GatewayError, ValueError):
@@ -172,30 +151,28 @@ class ValidationError(GatewayError, ValueError):
 
 
 class QuotaExceededError(GatewayError):
-    """A quota is used up (429). Has `limit`, `used` and `quota_type`."""
+    """A quota is used up (429)."""
 
     _remedy = "Wait, or have the quota raised: the SDK does not repeat such a call."
-    _fields: ClassVar[_Json] = {"limit": 0, "used": 0, "quota_type": "unknown"}
-    limit: int
-    used: int
-    quota_type: str
+    limit: int = 0
+    used: int = 0
+    quota_type: str = "unknown"
 
     def __init__(self, message: str, limit: int, used: int, quota_type: str) -> None:
         super().__init__(message, {"limit": limit, "used": used, "quota_type": quota_type})
 
 
 class MissingSecretError(GatewayError):
-    """The prefab needs a secret of yours. Has `prefab_id`, `secret_name` and `instructions`."""
+    """The prefab needs a secret of yours; `instructions` say how to get it."""
 
-    _remedy = "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).\n{instructions}"
-    _fields: ClassVar[_Json] = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
-    prefab_id: str
-    secret_name: str
-    instructions: str | None
+    _remedy = "Set it with client.set_secret({0.prefab_id!r}, {0.secret_name!r}, value)."
+    prefab_id: str = "unknown"
+    secret_name: str = "unknown"  # noqa: S105
+    instructions: str | None = None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
         message = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
+        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
         super().__init__(message, {**body, "error_code": "MISSING_SECRET"})
         self._advise()
 
@@ -209,8 +186,7 @@ class AgentContextRequiredError(GatewayError):
     )
 
     def __init__(self, message: str | None = None) -> None:
-        message = message or f"File operations need an agent context.\n{self._remedy}"
-        super().__init__(message, {"error_code": "MISSING_AGENT_CONTEXT"})
+        super().__init__(message or self._remedy, {"error_code": "MISSING_AGENT_CONTEXT"})
 
 
 class ServiceUnavailableError(GatewayError):
@@ -230,19 +206,18 @@ _STATUS_ERRORS: Mapping[Any, type[GatewayError]] = {
     (400, "MISSING_SECRET"): MissingSecretError,
     (400, "MISSING_AGENT_CONTEXT"): AgentContextRequiredError,
 }
-_PLAIN_MISSING = r"Secret '(?P<secret_name>.*)' for prefab '(?P<prefab_id>.*)' is not configured"
-_XML_PROBLEM = r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>"  # of S3
 
 
 def _field_problem(entry: Any) -> str:
-    """One line for an entry of a 422's list, such as `body.calls.0.version: Field required`."""
-    with suppress(TypeError, KeyError):
+    """An entry of a 422's list, such as `body.calls.0.version: Field required`."""
+    try:
         return f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}"
-    return str(entry)
+    except (TypeError, KeyError):
+        return str(entry)
 
 
 def _redacted(value: Any, hide: Callable[[str], str]) -> Any:
-    """A copy of a JSON value with `hide` applied to every string in it."""
+    """A JSON value, with `hide` applied to every string in it."""
     if isinstance(value, list):
         return [_redacted(item, hide) for item in value]
     if isinstance(value, dict):
@@ -256,28 +231,27 @@ def _read_problem(text: str, hide: Callable[[str], str]) -> tuple[str, _Json]:
         problem = _redacted(json.loads(text), hide)
     except (ValueError, RecursionError):
         text = hide(text)
-        xml = re.search(_XML_PROBLEM, text)
-        return (f"{xml[1]}: {xml[2]}", {"error_code": xml[1]}) if xml else (text[:_SHOWN_CHARACTERS], {})
+        found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", text)  # of S3
+        return (f"{found[1]}: {found[2]}", {"error_code": found[1]}) if found else (text[:_SHOWN_CHARACTERS], {})
     if isinstance(problem, dict):
         problem = problem.get("detail") or problem
     if isinstance(problem, list):  # of FastAPI
-        return "".join(f"\n  {_field_problem(entry)}" for entry in problem), {"errors": problem}
+        return "\n  ".join(["", *map(_field_problem, problem)]), {"errors": problem}
     if isinstance(problem, dict):
         more, message = problem.get("details"), problem.get("message") or problem.get("error")
         fields = {**problem, **more} if isinstance(more, dict) else problem
         return str(message or json.dumps(problem)[:_SHOWN_CHARACTERS]), fields
-    secret = re.search(_PLAIN_MISSING, str(problem))
-    return str(problem), {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
+    found = re.search(r"Secret '(?P<secret_name>.*)' for prefab '(?P<prefab_id>.*)' is not configured", str(problem))
+    return str(problem), {"error_code": "MISSING_SECRET", **found.groupdict()} if found else {}
 
 
 def _retry_after_seconds(value: str) -> float | None:
     """Seconds that a `Retry-After` in either form asks for (RFC 9110 §10.2.3); None if unreadable."""
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value, re.ASCII):
-        return float(value)
-    try:
+    with suppress(TypeError, ValueError, IndexError, OverflowError):
+        if re.fullmatch(r"[\d. ]+", value, re.ASCII):
+            return float(value)
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return None
+    return None
 
 
 def _require(condition: object, message: str) -> None:
@@ -286,11 +260,9 @@ def _require(condition: object, message: str) -> None:
 
 
 def _brief(value: Any) -> str:
-    """A value as a message shows it: cheap, also if it is huge."""
-    if isinstance(value, str):
-        return repr(value[:80])
-    small = isinstance(value, (int, float)) and not abs(value) > 1e15
-    return repr(value) if small or value is None else f"a {type(value).__name__}"
+    """A value as a message shows it, also if it is huge."""
+    shown = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 1e15)
+    return f"{value!r:.80}" if shown else f"a {type(value).__name__}"
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -317,7 +289,6 @@ class StreamEventType(str, enum.Enum):
     __str__ = str.__str__
 
 
-_CALL_STATUSES = {str(status): status for status in CallStatus}
 _EVENT_TYPES = {str(event_type): event_type for event_type in StreamEventType}
 
 
@@ -363,9 +334,9 @@ class PrefabResult:
     @classmethod
     def _from_dict(cls, entry: _Json, job_id: str | None) -> PrefabResult:
         status, error = str(entry.get("status")), entry.get("error")
-        if error is not None and not isinstance(error, dict):
+        if not isinstance(error, (dict, type(None))):
             error = {"message": str(error)}
-        return cls(_CALL_STATUSES.get(status, status), entry.get("output"), error, job_id, raw=entry)
+        return cls(CallStatus.__members__.get(status, status), entry.get("output"), error, job_id, raw=entry)
 
     @classmethod
     def _from_exception(cls, exception: BaseException) -> PrefabResult:
@@ -373,9 +344,8 @@ class PrefabResult:
             lost = ServiceUnavailableError(f"The call was lost: {type(exception).__name__}: {exception}")
             lost.__cause__, lost.may_have_run = exception, True
             exception = lost
-        error = {"message": exception.message, "type": type(exception).__name__}
-        if exception.error_code:
-            error["error_code"] = exception.error_code
+        code = {"error_code": exception.error_code} if exception.error_code else {}
+        error = {"message": exception.message, "type": type(exception).__name__, **code}
         return cls(CallStatus.FAILED, error=error, exception=exception)
 
     def is_success(self) -> bool:
@@ -397,11 +367,11 @@ class PrefabResult:
 
     def get_files(self) -> dict[str, list[str]]:
         """The output files: name to list of `s3://` URLs."""
-        for files in (self.get("files"), self.raw.get("files")):
-            if isinstance(files, dict) and files:
-                lists = {name: [urls] if isinstance(urls, str) else urls for name, urls in files.items()}
-                return {name: list(urls) for name, urls in lists.items() if isinstance(urls, list)}
-        return {}
+        files = self.get("files") or self.raw.get("files")
+        if not isinstance(files, dict):
+            return {}
+        lists = {name: [urls] if isinstance(urls, str) else urls for name, urls in files.items()}
+        return {name: urls for name, urls in lists.items() if isinstance(urls, list)}
 
     def get_file_urls(self) -> list[str]:
         """The `s3://` URLs of all output files."""
@@ -442,10 +412,9 @@ class BatchResult:
 
     @classmethod
     def _of(cls, results: list[PrefabResult], job_id: str | None) -> BatchResult:
-        batch = cls(job_id, "COMPLETED", results)
-        if failed := len(batch.get_failed()):
-            batch.status = "FAILED" if failed == len(results) else "PARTIAL_SUCCESS"
-        return batch
+        failed = sum(not result.is_success() for result in results)
+        status = "COMPLETED" if not failed else "FAILED" if failed == len(results) else "PARTIAL_SUCCESS"
+        return cls(job_id, status, results)
 
     def all_success(self) -> bool:
         """Whether every call succeeded."""
@@ -468,8 +437,8 @@ class StreamEvent:
     def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
         event_type: Any = data.get("type")
-        known = event_type.__class__ is str and event_type in _EVENT_TYPES
-        return cls(_EVENT_TYPES[event_type] if known else StreamEventType.CONTENT, data.get("data"), data)
+        name = event_type if event_type.__class__ is str else "content"
+        return cls(_EVENT_TYPES.get(name) or StreamEventType.CONTENT, data.get("data"), data)
 
 
 @dataclass
@@ -491,38 +460,30 @@ class PrefabInfo:
 
     @classmethod
     def _from_dict(cls, entry: _Json) -> PrefabInfo:
-        names = {"prefab_id": "id", "status": "deployment_status"}
-        given = {known.name: entry.get(names.get(known.name, known.name)) for known in fields(cls)}
-        values: Any = {name: value for name, value in given.items() if value is not None}
-        return cls(**{**values, "raw": entry})
+        values = {**entry, "prefab_id": entry["id"], "status": entry.get("deployment_status"), "raw": entry}
+        names = {known.name for known in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names and value is not None})
 
 
-def _version_key(version: str) -> tuple[Any, ...]:
-    """Sorts versions by their numbers: 1.10.0 after 1.9.0, 1.0.0-rc.1 before 1.0.0."""
-
-    def key(text: str) -> list[tuple[int, str]]:
-        return [(int(part[:99]) if part.isdecimal() else -1, part) for part in text.split(".")]
-
-    release, _, pre_release = version.partition("+")[0].lstrip("v").partition("-")
-    return key(release), not pre_release, key(pre_release)
+def _version_key(version: str) -> list[Any]:
+    """Sorts versions by their numbers: 1.10.0 after 1.9.0, 1.0.0-rc.1 before 1.0.0 (hence the `-~`)."""
+    parts = re.split(r"(\d+)", f"{version.lstrip('v')}-~")
+    return [not parts[0], *(int(part[:99]) if part.isdecimal() else part for part in parts)]
 
 
 # --- Requests -------------------------------------------------------------------------------------
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_CREDENTIAL_HEADERS = ("X-Internal-Token", "X-API-Key", "Authorization")
 
 
 def _split_url(url: str) -> tuple[str, str]:
     """Origin (RFC 6454), such as `https://host:8443`, and request target of an http(s) URL.
 
-    Raises:
-        ValueError: it is none. The text does not show it, as it may be a secret.
+    A `ValueError` says what is wrong with it, but does not show it, as it may be a secret.
     """
     try:
         parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-        host = host if host.isascii() else host.encode("idna").decode("ascii")
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
     except (ValueError, AttributeError, TypeError):
         raise ValueError("is not a URL") from None
     if parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", host):
@@ -554,16 +515,13 @@ class _Request:
     prefab: dict[str, str] | None = None  # what a 404 is about
     hidden: tuple[str, ...] = ()  # not to be shown
 
-    def __str__(self) -> str:
-        path = self.target.partition("?")[0]
-        return f"{self.method} {path if self.to_gateway else f'{self.origin}{path}'}"
-
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return f"{self.method} {'' if self.to_gateway else self.origin}{self.target.partition('?')[0]}"
 
     def hide(self, text: str) -> str:
         """`text` without the credential, secrets and the query of a presigned URL."""
-        values = (self.headers.get(name, "") for name in _CREDENTIAL_HEADERS)
-        words = {*self.hidden, *(value[value.startswith("Bearer ") and 7 :] for value in values)}
+        credentials = (self.headers.get(name, "") for name in ("X-Internal-Token", "X-API-Key", "Authorization"))
+        words = {*self.hidden, *(value.rpartition("Bearer ")[2] for value in credentials)}
         if not self.to_gateway:
             query = self.target.partition("?")[2]
             words |= {query, *(value for _, value in urllib.parse.parse_qsl(query))}
@@ -586,8 +544,6 @@ def _require_header_value(name: str, value: Any) -> None:
 # --- Connections ----------------------------------------------------------------------------------
 
 _WIRE_FAULTS = (OSError, http.client.HTTPException)
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;.*)?\r?\n")
-_EMPTY_LINES = (b"\r\n", b"\n")
 
 
 def _lost(request: _Request, error: BaseException, doing: str, *, sent: bool = True) -> GatewayError:
@@ -597,21 +553,22 @@ def _lost(request: _Request, error: BaseException, doing: str, *, sent: bool = T
     may_have_run = sent and not request.repeatable
     remedy = "It may have run all the same, so it was not sent again. " * may_have_run
     remedy += "A larger timeout= waits longer." * timed_out
-    lost_class = GatewayTimeoutError if timed_out else ServiceUnavailableError
     message = request.hide(f"{request}: {doing}: {reason}\n{remedy}".strip())
+    lost_class = GatewayTimeoutError if timed_out else ServiceUnavailableError
     lost = lost_class._make(message, {}, may_have_run=may_have_run)
-    # A cause that quotes a secret, as a garbled status line may, would show it in the traceback.
+    # What quotes a secret, as a garbled status line or chunk size may, would show it in the traceback.
     lost.__cause__ = error if request.hide(str(error)) == str(error) else None
+    error.__context__ = None
     return lost
 
 
 class _HeadReader(io.BufferedReader):
-    """Makes an end inside of a head an error; `http.client` takes it for the end of the head."""
+    """Makes an end inside of a head an error, which `http.client` takes for the end of the head."""
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        line = io.BufferedReader.readline(self, size)
+        line = super().readline(size)
         if not line.endswith(b"\n") and len(line) != size:
-            raise http.client.RemoteDisconnected("the connection was closed before an answer")
+            raise http.client.RemoteDisconnected("the connection was closed before the end")
         return line
 
 
@@ -619,21 +576,29 @@ class _Response(http.client.HTTPResponse):
     """An answer. It has its connection until its body was read to the end."""
 
     def __init__(self, request: _Request, connection: _Connection, pool: _Pool) -> None:
-        super().__init__(cast(Any, connection), method=request.method)  # of which it wants `makefile`
+        super().__init__(connection.sock, method=request.method)
+        self.fp = _HeadReader(self.fp.detach())
         self.request = request
         self.connection: _Connection | None = connection
         self.abandoned = False  # by its reader, so that its end is no fault
         self._pool = pool
 
-    def begin(self) -> None:
-        """Reads the head, past all interim answers (RFC 9110 §15.2); `http.client` skips 100 only."""
-        for _ in range(_MAX_INTERIM_ANSWERS):
-            super().begin()
-            if self.status >= 200:
-                break
-            vars(self)["headers"] = None  # by which `http.client` knows that it is to read one
-        if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
-            raise http.client.HTTPException("an answer without an end")
+    def begin(self, broken: OSError | None = None) -> None:
+        """Reads the head, past all interim answers (RFC 9110 §15.2); `http.client` skips 100 only.
+
+        `broken`: what broke sending off. The answer may be there all the same: 413, then a hang-up.
+        """
+        try:
+            for _ in range(_MAX_INTERIM_ANSWERS):
+                super().begin()
+                if self.status >= 200:
+                    break
+                vars(self)["headers"] = None  # by which `http.client` knows that it is to read one
+            if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
+                raise http.client.HTTPException("an answer without an end")
+        except _WIRE_FAULTS as error:
+            raise _lost(self.request, broken or error, "sending broke off" if broken else "no answer")
+        self.will_close |= broken is not None
 
     @property
     def framed(self) -> bool:
@@ -641,47 +606,22 @@ class _Response(http.client.HTTPResponse):
         return self.chunked or self.length is not None
 
     def chunks(self) -> Iterator[bytes]:
-        """The body as it arrives. At its end the connection goes back to the pool.
-
-        Raises:
-            ServiceUnavailableError: it was cut short, or nothing came for too long.
-        """
+        """The body as it arrives. At its end the connection goes back to the pool."""
+        left = self.length
         try:
-            yield from self._dechunked() if self.chunked else self._take(self.length)
+            while left != 0 and (chunk := self.read1(min(left or _BLOCK_BYTES, _BLOCK_BYTES))):
+                left = left and left - len(chunk)
+                yield chunk
+            if left:  # of which `http.client` makes nothing
+                raise http.client.IncompleteRead(b"", left)
             if self.connection and not self.will_close:
                 connection, self.connection = self.connection, None
-                super().close()  # first: from now on the socket is another answer's
                 self._pool.give(connection)
         except (*_WIRE_FAULTS, AttributeError, ValueError) as error:  # the last two of a closed file
             if not self.abandoned:
                 raise _lost(self.request, error, f"the answer ({self.status}) was cut short")
         finally:
-            if self.connection:
-                self.close()
-
-    def _take(self, left: int | None) -> Iterator[bytes]:
-        while left != 0:
-            chunk = self.fp.read1(_BLOCK_BYTES if left is None else min(left, _BLOCK_BYTES))
-            if not chunk and left is None:
-                return
-            if not chunk:  # which the `read1` of http.client takes for the end
-                raise http.client.IncompleteRead(b"", left)
-            left = None if left is None else left - len(chunk)
-            yield chunk
-
-    def _dechunked(self) -> Iterator[bytes]:
-        """The payload of a chunked body (RFC 9112 §7.1); http.client accepts a size of "-5"."""
-        readline = partial(io.BufferedReader.readline, self.fp)
-        while size := _CHUNK_SIZE.fullmatch(readline(_MAX_LINE_BYTES)):
-            left = int(size[1], 16)
-            if not left:
-                while readline(_MAX_LINE_BYTES) not in (*_EMPTY_LINES, b""):
-                    pass  # trailers
-                return
-            yield from self._take(left)
-            if readline(2) not in _EMPTY_LINES:
-                break
-        raise http.client.HTTPException("a chunk without its size, or of another size")
+            self.close()
 
     def close(self) -> None:
         """Closes the connection too, unless it went back to the pool."""
@@ -699,175 +639,131 @@ def _proxy_for(origin: str) -> tuple[str, dict[str, str]] | None:
 
     parts = urllib.parse.urlsplit(origin)
     proxy = getproxies().get(parts.scheme)
-    port = parts.port or _DEFAULT_PORTS[parts.scheme]
-    if not proxy or any(map(proxy_bypass, (str(parts.hostname), f"{parts.hostname}:{port}"))):
+    if not proxy or proxy_bypass(f"{parts.hostname}:{parts.port or _DEFAULT_PORTS[parts.scheme]}"):
         return None
-    scheme, _, rest = (proxy if "://" in proxy else f"http://{proxy}").partition("://")
-    login, _, address = rest.rpartition("@")
-    try:
-        hop = urllib.parse.urlsplit(_split_url(f"{scheme}://{address}")[0])
-        if hop.scheme != "http":
-            raise ValueError("is not an http:// URL")
-    except ValueError as error:
-        raise GatewayError(f"The environment's {parts.scheme}_proxy {error}.") from None
-    encoded = b64encode(urllib.parse.unquote(login).encode()).decode()
-    return f"{hop.netloc}{'' if hop.port else ':80'}", {"Proxy-Authorization": f"Basic {encoded}"} if login else {}
+    found = re.fullmatch(r"(?i:http://)?(?!\w+://)(?:(.*)@)?([^/@]+?)(:\d+)?(?:/.*)?", proxy)
+    if not found:
+        raise GatewayError(f"The environment's {parts.scheme}_proxy is not an http:// URL.")
+    login, host, port = found.groups()
+    encoded = b64encode(urllib.parse.unquote(login or "").encode()).decode()
+    return f"{host}{port or ':80'}", {"Proxy-Authorization": f"Basic {encoded}"} if login else {}
 
 
 class _Connection:
     """An open socket to an origin, straight or through a proxy."""
 
     def __init__(self, origin: str, timeout: float | None, tls: ssl.SSLContext | None) -> None:
-        self.origin = origin
+        self.key = os.getpid(), origin
         self.idle_since = 0.0
-        self._process = os.getpid()
-        self._target_prefix, self._proxy_headers = "", dict[str, str]()
-        netloc = origin.partition("://")[2]
+        scheme, _, netloc = origin.partition("://")
         address, headers = _proxy_for(origin) or (netloc, None)
+        self._proxy_headers = headers if scheme == "http" else None
         opener = http.client.HTTPConnection(address, timeout=timeout)
-        if tls:
+        if scheme == "https":
             opener = http.client.HTTPSConnection(address, timeout=timeout, context=tls)
             if headers is not None:
                 opener.set_tunnel(netloc, headers=headers)
-        elif headers is not None:  # a proxy wants the whole URL (RFC 9112 §3.2.2)
-            self._target_prefix, self._proxy_headers = origin, headers
-        try:
+        with closing(opener):  # which keeps the socket only if it fails
             opener.connect()  # with TCP_NODELAY
-        except BaseException:
-            opener.close()
-            raise
-        self.sock: socket.socket = opener.sock
+            self.sock: socket.socket = opener.sock
+            opener.sock = None
 
     def close(self) -> None:
         """Closes the socket, and ends another thread's wait for it."""
-        if self._process == os.getpid():  # after a fork, it is still the parent's
+        if self.key[0] == os.getpid():  # after a fork, it is still the parent's
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
-    def makefile(self, mode: str) -> io.BufferedReader:
-        """A reader of the socket for one answer."""
-        return _HeadReader(self.sock.makefile(cast(Any, mode), buffering=0))
-
     def usable(self) -> bool:
         """Whether it may be used again: not idle for long, and nothing to read, not even an end."""
-        return time.monotonic() - self.idle_since < _IDLE_SECONDS and not self._readable()
-
-    def _readable(self) -> bool:
         self.sock.setblocking(False)
         try:  # past TLS, which refuses to peek; when no answer is due, there is nothing to decrypt
             socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass
-        return True
+        except OSError as error:
+            return isinstance(error, BlockingIOError) and time.monotonic() - self.idle_since < _IDLE_SECONDS
+        return False
 
-    def exchange(self, request: _Request, pool: _Pool) -> _Response:
-        """Sends a request and reads the head of its answer.
-
-        Raises:
-            ServiceUnavailableError: there was none.
-        """
+    def send(self, request: _Request) -> OSError | None:
+        """Sends a request. Gives what broke it off: from then on, only what is there is read."""
         self.sock.settimeout(request.timeout)
-        response, broken = _Response(request, self, pool), None
-        try:
+        for block in self._blocks(request):
+            left = memoryview(block)
             try:
-                self._send(request)
-            except ServiceUnavailableError as error:
-                if isinstance(error, GatewayTimeoutError) and not self._readable():
-                    raise
-                broken = error  # the answer may be there all the same: 413, then a hang-up
-                self.sock.settimeout(request.timeout)
-            try:
-                response.begin()
-            except _WIRE_FAULTS as error:
-                raise broken or _lost(request, error, "no answer")
-        except BaseException:
-            response.close()
-            raise
-        response.will_close = response.will_close or broken is not None
-        return response
+                while left:  # not sendall: its timeout would be for the whole of it
+                    left = left[self.sock.send(left) :]
+            except OSError as error:
+                self.sock.settimeout(0)
+                return error
+        return None
 
-    def _send(self, request: _Request) -> None:
-        file, size = request.file, os.fstat(request.file.fileno()).st_size if request.file else 0
-        headers = {**request.headers, **self._proxy_headers}
+    def _blocks(self, request: _Request) -> Iterator[bytes]:
+        file, done, on_progress = request.file, 0, request.on_progress or _ignore
+        size = os.fstat(file.fileno()).st_size if file else 0
+        headers = {
+            "Host": request.origin.partition("://")[2],
+            "User-Agent": f"agent-builder-gateway-sdk/{__version__}",
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            **request.headers,
+            **(self._proxy_headers or {}),
+        }
         if request.method in ("POST", "PUT"):
             headers["Content-Length"] = str(len(request.body) + size + len(request.tail))
-        lines = [
-            f"{request.method} {self._target_prefix}{request.target} HTTP/1.1",
-            f"Host: {request.origin.partition('://')[2]}",
-            f"User-Agent: agent-builder-gateway-sdk/{__version__}",
-            "Accept: */*\r\nAccept-Encoding: identity",
-            *(f"{name}: {value}" for name, value in headers.items()),
-        ]
-        # One write for both: a body by itself would be a packet by itself.
-        self._write(request, "\r\n".join((*lines, "\r\n")).encode("latin-1") + request.body)
+        prefix = "" if self._proxy_headers is None else request.origin  # for a proxy (RFC 9112 §3.2.2)
+        head = f"{request.method} {prefix}{request.target} HTTP/1.1\r\n"
+        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        # One block for both: a body by itself would be a packet by itself.
+        yield f"{head}\r\n".encode("latin-1") + request.body
         if file:
-            self._send_file(request, file, size)
-            self._write(request, request.tail)
-
-    def _send_file(self, request: _Request, file: BinaryIO, size: int) -> None:
-        done, on_progress = 0, request.on_progress or _ignore
-        file.seek(0)
-        on_progress(0, size)
-        while done < size:
+            file.seek(0)
+            on_progress(0, size)
             # Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
-            block = file.read(min(size - done, _BLOCK_BYTES))
-            if not block:
+            while block := file.read(min(size - done, _BLOCK_BYTES)):
+                yield block
+                done += len(block)
+                on_progress(done, size)
+            if done < size:
                 raise GatewayError(f"{request}: the file became shorter while it was being sent.")
-            self._write(request, block)
-            done += len(block)
-            on_progress(done, size)
-
-    def _write(self, request: _Request, data: bytes) -> None:
-        left = memoryview(data)
-        try:
-            while left:  # not sendall: its timeout would be for the whole of it
-                left = left[self.sock.send(left) :]
-        except OSError as error:
-            raise _lost(request, error, "sending broke off")
+            yield request.tail
 
 
 class _Pool:
-    """Idle connections by origin; the last one used is the first to be used again.
+    """Idle connections by process and origin; the last one used is the first to be used again.
 
-    Needs no lock, as a list's `append` and `pop` are atomic, so a fork can't leave one held. A
-    child process does not see its parent's connections: the keys have the process id.
+    Needs no lock, as a list's `append` and `pop` are atomic, so a fork can't leave one held.
     """
 
     def __init__(self) -> None:
         self._idle: dict[tuple[int, str], list[_Connection]] = {}
-        self._closed = False
+        self._limit = _MAX_IDLE_CONNECTIONS
 
     def take(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
         idle = self._idle.get((os.getpid(), origin), [])
         with suppress(IndexError):  # there is none, or another thread took the last one
-            while True:
-                connection = idle.pop()
-                if connection.usable():
-                    return connection
+            while not (connection := idle.pop()).usable():
                 connection.close()
+            return connection
         return None
 
     def give(self, connection: _Connection) -> None:
         """Keeps a connection for its next use, and drops those that were idle for too long."""
         connection.idle_since = time.monotonic()
-        self._idle.setdefault((os.getpid(), connection.origin), []).append(connection)
-        self._drop(0 if self._closed else _MAX_IDLE_CONNECTIONS, connection.idle_since - _IDLE_SECONDS)
+        self._idle.setdefault(connection.key, []).append(connection)
+        self._drop()
 
     def close(self) -> None:
         """Closes the idle connections now, and those in use when they come back."""
-        self._closed = True
-        self._drop(0, 0.0)
+        self._limit = 0
+        self._drop()
 
     __del__ = close
 
-    def _drop(self, keep: int, idle_since: float) -> None:
+    def _drop(self) -> None:
         for idle in list(self._idle.values()):
             with suppress(IndexError):  # there are none any more
-                while len(idle) > keep or idle[0].idle_since < idle_since:
+                while len(idle) > self._limit or time.monotonic() - idle[0].idle_since > _IDLE_SECONDS:
                     idle.pop(0).sock.close()
 
 
@@ -878,10 +774,10 @@ _decode_answer = json.JSONDecoder(parse_constant=int).decode  # int() refuses Na
 
 def _unusable(response: _Response, body: bytes, problem: str) -> GatewayError:
     """The error for a 2xx that is not what the endpoint promises; its `details` keep the body."""
-    request, text = response.request, response.request.hide(body.decode("utf-8", "replace"))
-    message = f"{request} answered {response.status}, but {problem}: {text[:_SHOWN_CHARACTERS]}"
-    state = {"status_code": response.status, "may_have_run": not request.repeatable}
-    return GatewayError._make(message, {"body": text}, **state)
+    request, status = response.request, response.status
+    text = request.hide(body.decode("utf-8", "replace"))
+    message = f"{request} answered {status}, but {problem}: {text[:_SHOWN_CHARACTERS]}"
+    return GatewayError._make(message, {"body": text}, status_code=status, may_have_run=not request.repeatable)
 
 
 def _read_json(response: _Response, kind: Any, fields: Mapping[str, type] = {}) -> Any:
@@ -908,16 +804,16 @@ def _drain(response: _Response) -> None:
 def _status_error(response: _Response) -> GatewayError:
     """The error for an answer that is not a 2xx, whatever its body looks like."""
     request, status, body = response.request, response.status, b""
-    with closing(response), suppress(ServiceUnavailableError):  # the status says enough
+    with suppress(ServiceUnavailableError):  # the status says enough
         for chunk in response.chunks():
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
     message, given = _read_problem(body.decode("utf-8", "replace").strip(), request.hide)
-    key = (status, str(given.get("error_code"))) if status == 400 else status
-    error_class = _STATUS_ERRORS.get(key, ServiceUnavailableError if status >= 500 else GatewayError)
-    if status < 500 and (not request.to_gateway or (status == 404 and request.prefab is None)):
-        error_class = GatewayError
+    error_class = ServiceUnavailableError if status >= 500 else GatewayError
+    if request.to_gateway and (status != 404 or request.prefab is not None):
+        key = (status, str(given.get("error_code"))) if status == 400 else status
+        error_class = _STATUS_ERRORS.get(key, error_class)
     if status < 400:
         address = response.headers.get("Location", "nowhere").partition("?")[0]
         message = f"a redirect to {address}, which is not followed.{' Is base_url right?' * request.to_gateway}"
@@ -933,9 +829,10 @@ def _status_error(response: _Response) -> GatewayError:
 
 
 def _redirected(response: _Response) -> _Request:
-    """The request that a redirect asks for (RFC 9110 §15.4)."""
-    response.close()
+    """The request that a redirect asks for (RFC 9110 §15.4). Raises the error of any other answer."""
     request, location = response.request, response.headers.get("Location", "")
+    if request.to_gateway or request.method != "GET" or response.status not in (301, 302, 303, 307, 308):
+        raise _status_error(response)
     try:
         origin, target = _split_url(urllib.parse.urljoin(f"{request.origin}{request.target}", location))
         if request.origin.startswith("https:") and origin.startswith("http:"):
@@ -947,8 +844,8 @@ def _redirected(response: _Response) -> _Request:
 
 def _retry_delay(error: GatewayError, attempt: int, max_retries: int) -> float | None:
     """Seconds before the request that failed like this may be sent again; None if it must not be."""
-    passing = isinstance(error, ServiceUnavailableError) and error.status_code in (None, 502, 503, 504)
-    if error.may_have_run or not passing or isinstance(error, GatewayTimeoutError) or attempt > max_retries:
+    passing = type(error) is ServiceUnavailableError and error.status_code in (None, 502, 503, 504)
+    if error.may_have_run or not passing or attempt > max_retries:
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
@@ -972,24 +869,15 @@ class _Transport:
         return {**self.__dict__, "pool": _Pool(), "_tls": None, "_locks": {}}
 
     def send(self, request: _Request, read: Callable[[_Response], _T]) -> _T:
-        """What `read` makes of the answer to `request`, after as many attempts as are allowed.
-
-        Raises:
-            GatewayError: there was no answer, or none with a status of 2xx.
-        """
+        """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed."""
         attempt, renewed = 1, False
+        authenticated = request.to_gateway and request is not self.exchange
         while True:
             credential = self.credential
-            authenticated = request.to_gateway and request is not self.exchange
             if authenticated:
                 request.headers.update(credential)
             try:
-                response = self._open(request, attempt)
-                try:
-                    return read(response)
-                except BaseException:
-                    response.close()
-                    raise
+                return self._attempt(request, attempt, read)
             except GatewayError as error:
                 if error.status_code == 401 and authenticated and self.exchange and not renewed:
                     self.renew(credential)
@@ -1011,39 +899,34 @@ class _Transport:
                 _require_header_value("The gateway's internal_token", token)
                 self.credential = {"X-Internal-Token": token}
 
-    def _open(self, request: _Request, attempt: int) -> _Response:
-        """An answer with a status of 2xx, its body still to be read."""
+    def _attempt(self, request: _Request, attempt: int, read: Callable[[_Response], _T]) -> _T:
         for _ in range(1 + _MAX_REDIRECTS):
-            response = self._exchange(request, attempt)
-            if response.status < 300:
-                return response
-            presigned_get = request.method == "GET" and not request.to_gateway
-            if not (presigned_get and response.status in (301, 302, 303, 307, 308)):
-                raise _status_error(response)
-            request = _redirected(response)
+            started = time.perf_counter()
+            connection = (attempt == 1 and self.pool.take(request.origin)) or self._connect(request)
+            response = _Response(request, connection, self.pool)
+            try:
+                response.begin(connection.send(request))
+                if response.status < 300:
+                    return read(response)
+                request = _redirected(response)
+            except BaseException:
+                response.close()
+                raise
+            finally:
+                milliseconds = 1000 * (time.perf_counter() - started)
+                _log("debug", "%s %s %.0f ms, attempt %d", response.request, response.status, milliseconds, attempt)
+            response.close()
         raise GatewayError(f"{request}: more than {_MAX_REDIRECTS} redirects")
 
-    def _exchange(self, request: _Request, attempt: int) -> _Response:
-        started, outcome = time.perf_counter(), "failed"
-        connection = self.pool.take(request.origin) if attempt == 1 else None
-        try:
-            response = (connection or self._connect(request)).exchange(request, self.pool)
-            outcome = str(response.status)
-            return response
-        finally:
-            milliseconds = 1000 * (time.perf_counter() - started)
-            _log("debug", "%s %s %.0f ms, attempt %d", request, outcome, milliseconds, attempt)
-
     def _connect(self, request: _Request) -> _Connection:
-        is_tls = request.origin.startswith("https:")
-        if is_tls and not self._tls:
-            try:
-                import ssl  # there are Pythons without it; they can do http
-            except ImportError as error:
-                raise GatewayError("https needs Python's ssl module, which is missing here.") from error
-            self._tls = ssl.create_default_context()  # dear: once a client
         try:
-            return _Connection(request.origin, request.timeout, self._tls if is_tls else None)
+            if request.origin.startswith("https:") and not self._tls:
+                import ssl  # there are Pythons without it; they can do http
+
+                self._tls = ssl.create_default_context()  # dear: once a client
+            return _Connection(request.origin, request.timeout, self._tls)
+        except ImportError as error:
+            raise GatewayError("https needs Python's ssl module, which is missing here.") from error
         except (*_WIRE_FAULTS, UnicodeError) as error:
             raise _lost(request, error, f"no connection to {request.origin}", sent=False)
 
@@ -1053,95 +936,83 @@ class _Transport:
 _decode_json = json.JSONDecoder().raw_decode
 
 
-def _event_blocks(chunks: Iterable[bytes], rest: list[str]) -> Iterator[str]:
-    """The texts between blank lines, as they arrive, with LF for line ends (WHATWG HTML §9.2.6).
-
-    What follows the last blank line comes into `rest`. A line that ended with CR is not held back
-    to see whether LF follows.
-    """
-    pending = [b""]  # joined once per block: a large event comes in very many pieces
-    after_cr = False
-    codec = "utf-8-sig"  # of the first block, in front of which a byte order mark may stand
-    for chunk in chunks:
-        if after_cr and chunk:
-            after_cr, chunk = False, chunk[chunk.startswith(b"\n") :]
-        if not chunk:
-            continue
-        after_cr = chunk.endswith(b"\r")
-        if b"\r" in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        blank = b"\n\n" in chunk or (chunk.startswith(b"\n") and pending[-1].endswith(b"\n"))
-        pending.append(chunk)
-        if blank:
-            *blocks, begun = b"".join(pending).split(b"\n\n")
-            pending = [begun]
-            for block in blocks:
-                yield block.decode(codec, "replace")
-                codec = "utf-8"
-    rest.append(b"".join(pending).decode(codec, "replace"))
-
-
-def _json_event(data: str, name: str = "") -> StreamEvent:
-    """The event whose data is JSON; `name`, its `event` field, counts where the JSON has no type."""
-    data = data.strip(" \t\n\r")
-    value, end = _decode_json(data)
-    if end != len(data):
+def _load(text: str) -> Any:
+    """As `json.loads`, but it costs half."""
+    text = text.strip(" \t\n\r")
+    value, end = _decode_json(text)
+    if end != len(text):
         raise ValueError("text behind the JSON")
-    if value.__class__ is dict and value.get("type").__class__ is str:
-        return StreamEvent.from_dict(value)
-    raw = value if isinstance(value, dict) else {"data": value}
-    return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
+    return value
+
+
+def _event(value: Any, name: str = "") -> StreamEvent:
+    """The event of decoded data; `name`, its `event` field, counts where that has no type."""
+    data = raw = value
+    if value.__class__ is not dict:
+        raw = {"type": name or "content", "data": value}
+    elif value.get("type").__class__ is str:
+        name, data = value["type"], value.get("data")
+    return StreamEvent(_EVENT_TYPES.get(name) or StreamEventType.CONTENT, data, raw)
 
 
 def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     """The event of a block: several if blank lines were left out, none if there is no data.
 
-    Of a block that may not be `whole`, data that is not JSON is no event.
+    If the block may not be `whole`, what is not JSON is none.
     """
     name, lines = "", []
     for line in block.split("\n"):
         field, _, value = line.partition(":")
         if field == "data":
-            lines.append(value[value.startswith(" ") :])
+            lines.append(value.removeprefix(" "))
         elif field == "event":
-            name = value[value.startswith(" ") :]
+            name = value.removeprefix(" ")
     data = "\n".join(lines)
     for candidates in ([data], lines):
         with suppress(ValueError, RecursionError):
-            return [_json_event(candidate, name) for candidate in candidates if data]
-    if not whole and data != "[DONE]":
-        return []
-    name = "done" if data == "[DONE]" else name
-    event_type = _EVENT_TYPES.get(name, StreamEventType.CONTENT)
-    return [StreamEvent(event_type, data, {"type": str(event_type), "data": data})]
+            return [_event(_load(candidate), name) for candidate in candidates if data]
+    if data == "[DONE]":
+        return [_event(data, "done")]
+    return [_event(data, name)] if whole else []
 
 
 def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[StreamEvent]:
-    """The events of a stream, each as soon as its blank line has arrived.
+    """The events of a stream (WHATWG HTML §9.2.6), each as soon as its blank line has arrived.
 
     `framed`: the end of `chunks` is the stream's end, and not perhaps a break.
     """
-    rest: list[str] = []
-    for block in _event_blocks(chunks, rest):
-        if block.startswith("data: {") and "\n" not in block:
-            # As nearly every block does; to read it at once saves half of an event's time.
-            try:
-                event = _json_event(block[6:])
-            except (ValueError, RecursionError):
-                pass
-            else:
-                yield event
-                continue
-        yield from _block_events(block)
-    yield from _block_events(*rest, whole=framed)
+    pending, last = [b""], b""  # joined once per block: a large event comes in very many pieces
+    after_cr = False
+    codec = "utf-8-sig"  # of the first block, in front of which a byte order mark may stand
+    for chunk in filter(None, chunks):
+        after_cr, chunk = chunk.endswith(b"\r"), chunk.removeprefix(b"\n") if after_cr else chunk
+        if b"\r" in chunk:  # the last one too, which does not wait for its LF
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        pending.append(chunk)
+        blank = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
+        last = chunk[-1:] or last
+        if blank:
+            *blocks, begun = b"".join(pending).split(b"\n\n")
+            pending = [begun]
+            for block in blocks:
+                text, codec = block.decode(codec, "replace"), "utf-8"
+                if text.startswith("data: {") and "\n" not in text:  # as nearly all do: in half the time
+                    try:
+                        value, end = _decode_json(text, 6)
+                    except (ValueError, RecursionError):
+                        value, end = None, 0
+                    if end == len(text):
+                        yield _event(value)
+                        continue
+                yield from _block_events(text)
+    yield from _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
 
 
 class EventStream:
     """The events of one call, each handed over as it arrives: an iterator and a context manager.
 
     Leaving a `for` loop over it, `close()`, the end of a `with` and garbage collection end the
-    stream and free its connection; `next()` takes events in portions. An `error` event is yielded,
-    not raised.
+    stream and free its connection. An `error` event is yielded, not raised.
 
     Raises (from iterating):
         ServiceUnavailableError: the connection broke: the stream is not complete.
@@ -1182,13 +1053,12 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
         ServiceUnavailableError: the connection broke before `done` or `error`, or the stream ended
             without them where a break would look just like the end.
     """
-    ended = False
-    done, error = StreamEventType.DONE, StreamEventType.ERROR
+    ended, last_types = False, (StreamEventType.DONE, StreamEventType.ERROR)
     try:
         for event in _parse_events(response.chunks(), framed=response.framed):
             if response.abandoned:
                 return
-            if (event.type is done or event.type is error) and not ended:
+            if not ended and event.type in last_types:
                 ended = True
                 if response.connection:
                     response.connection.sock.settimeout(_AFTER_DONE_SECONDS)
@@ -1224,17 +1094,12 @@ def _result_of_events(response: _Response) -> PrefabResult:
         raise
     value = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
     status = CallStatus.FAILED if error else CallStatus.SUCCESS
-    output = {"status": str(status), "output": value, **({"files": files} if files else {})}
-    return PrefabResult(status, output, error)
-
-
-def _is_event_stream(response: _Response) -> bool:
-    return str(response.headers.get("Content-Type", "")).lower().startswith("text/event-stream")
+    return PrefabResult(status, {"status": str(status), "output": value, "files": files}, error)
 
 
 def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list[PrefabResult]]:
     """The job id and the results of a run request with `count` calls."""
-    if _is_event_stream(response):
+    if response.headers.get_content_type() == "text/event-stream":
         return None, [_result_of_events(response)]
     answer = _read_json(response, dict, {"results": list})
     job_id, entries = answer.get("job_id"), answer["results"]
@@ -1246,7 +1111,7 @@ def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list
 
 def _read_stream(response: _Response) -> EventStream:
     """The events of a run request, also of a function that does not stream."""
-    if _is_event_stream(response):
+    if response.headers.get_content_type() == "text/event-stream":
         return EventStream(_read_events(response), response)
     (result,) = _read_results(response)[1]
     if result.is_success():
@@ -1264,12 +1129,10 @@ def _file_name(path: _Path) -> str:
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
 
-@contextmanager
-def _open_file(path: _Path) -> Iterator[BinaryIO]:
-    with open(os.fspath(path), "rb") as file:  # not a number, which would be closed
-        regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
-        yield file
+def _open_file(path: _Path) -> BinaryIO:
+    regular = os.path.isfile(path) or not os.path.exists(path)
+    _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
+    return open(os.fspath(path), "rb")  # not a number, which would be closed
 
 
 def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
@@ -1289,111 +1152,101 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
     return f"multipart/form-data; boundary={boundary}", head.encode(errors="replace"), tail.encode()
 
 
-class _Download:
-    """Writes answers to a file: after a break, the next one goes on where the last one ended.
+def _open_part(target: str) -> BinaryIO:
+    """A new file beside the target; if its folder is missing, in the one where that will be made."""
+    folder = os.path.dirname(target)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return open(os.path.join(folder, f".{os.urandom(16).hex()}.part"), "xb")
 
-    The bytes go to a new file beside the target, which takes the target's place when it is whole.
-    """
+
+class _Download:
+    """Writes answers to a new file, each where the last one ended. Whole, it takes the target's place."""
 
     def __init__(self, request: _Request, target: str, on_progress: _Progress | None) -> None:
         self._request = request
         self._target = target
         self._on_progress = on_progress or _ignore
-        self._file: Any = None
-        self._new_folders: list[str] = []
-        self._done, self._etag = 0, ""
-        self._total: int | None = None
+        self._file = _open_part(target)
+        self.start_over()
 
     def __enter__(self) -> _Download:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         try:
-            if self._file:
-                self._file.close()  # writes what is left, which may fail
-                if not error_type:
-                    os.replace(self._file.name, self._target)
-                    return
+            self._file.close()  # writes what is left, which may fail
+            if not error_type:
+                os.makedirs(os.path.dirname(self._target), exist_ok=True)
+                os.replace(self._file.name, self._target)
         finally:
-            with suppress(OSError, AttributeError):  # there is none, or it was renamed
+            with suppress(OSError):  # it was renamed
                 os.unlink(self._file.name)
-            for folder in self._new_folders:
-                with suppress(OSError):  # it is not empty
-                    os.rmdir(folder)
-
-    def _open(self) -> BinaryIO:
-        folder = parent = os.path.dirname(self._target)
-        while not os.path.isdir(parent):
-            self._new_folders.append(parent)
-            parent = os.path.dirname(parent)
-        os.makedirs(folder, exist_ok=True)
-        return open(os.path.join(folder, f".{os.urandom(16).hex()}.part"), "xb")
 
     def start_over(self) -> None:
-        """Asks for the whole object next time."""
-        self._done, self._etag, self._total = 0, "", None
+        """Forgets what came, and asks for the whole object next time."""
+        self._file.truncate(self._file.seek(0))
+        self._done = 0
+        self._total: int | None = None
         self._request.headers.clear()
 
     def receive(self, response: _Response) -> None:
         """Writes the body, and turns the request into one for what is still missing."""
         if response.status not in (200, 206) or not response.framed:
             raise _unusable(response, b"", "without a whole file, or without its length")
-        self._file = self._file or self._open()
-        etag = response.headers.get("ETag", "")
-        if response.status == 206:
+        etag, resume = response.headers.get("ETag", ""), self._request.headers
+        if response.status == 200:
+            self.start_over()
+            self._total = response.length
+        else:
             given = response.headers.get("Content-Range", "")
-            span = re.match(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", given)
-            total = int(span[2]) if span and span[2] != "*" else self._total
-            if not span or (int(span[1]), total, etag) != (self._done, self._total or total, self._etag):
+            span = re.fullmatch(rf"bytes {self._done}-\d+/(\d{{1,18}})", given)
+            if not span or etag != resume.get("If-Range") or self._total not in (None, int(span[1])):
                 self.start_over()
                 raise ServiceUnavailableError(f"{self._request}: the object changed in between.")
-        else:
-            self.start_over()
-            total, self._etag = response.length, etag
-            self._file.truncate(self._file.seek(0))
-        self._total = total
+            self._total = int(span[1])
         try:
-            self._on_progress(self._done, total)
+            self._on_progress(self._done, self._total)
             for chunk in response.chunks():
                 self._file.write(chunk)
                 self._done += len(chunk)
-                self._on_progress(self._done, total)
+                self._on_progress(self._done, self._total)
         finally:
-            if self._etag.startswith('"'):  # a weak one cannot tell (RFC 9110 §13.1.5)
-                self._request.headers.update({"Range": f"bytes={self._done}-", "If-Range": self._etag})
-        if self._done != (self._done if total is None else total):
-            raise ServiceUnavailableError(f"{self._request}: only {self._done} of {total} bytes came.")
+            if etag.startswith('"'):  # a weak one cannot tell (RFC 9110 §13.1.5)
+                resume.update({"Range": f"bytes={self._done}-", "If-Range": etag})
+        if self._total not in (None, self._done):
+            raise ServiceUnavailableError(f"{self._request}: only {self._done} of {self._total} bytes came.")
 
 
 # --- Client ---------------------------------------------------------------------------------------
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_ENCODE_FAULTS = (TypeError, ValueError, RecursionError)
 
 
-def _encode_calls(calls: Sequence[PrefabCall]) -> bytes:
-    """The body of a run request. A parameter that JSON cannot carry is named in the error."""
+def _encode(content: Any, name: str = "The request") -> bytes:
     try:
-        return _encode_json({"calls": [call.to_dict() for call in calls]}).encode()
-    except _ENCODE_FAULTS as error:
-        for call in calls:
-            for key, value in (call.parameters or {}).items():
-                try:
-                    _encode_json({key: value}).encode()
-                except _ENCODE_FAULTS:
-                    where = f"Parameter {key!r} of {call.function_name!r}"
-                    raise ValidationError(f"{where} cannot be sent as JSON: {error}.") from error
-        raise ValidationError(f"The call cannot be sent as JSON: {error}.") from error
-
-
-def _require_s3_url(what: str, url: Any) -> None:
-    is_url = isinstance(url, str) and re.match("s3://.", url)
-    _require(is_url, f"{what} must be an s3:// URL, not {_brief(url)}: client.upload_input_file(path) gives one.")
+        return _encode_json(content).encode()
+    except (TypeError, ValueError, RecursionError) as error:  # whose `repr` may have a secret in it
+        raise ValidationError(f"{name} cannot be sent as JSON: {error}.") from None
 
 
 def _require_text(**values: Any) -> None:
     for name, value in values.items():
-        _require(isinstance(value, str) and value, f"{name} must be a string that is not empty, not {_brief(value)}.")
+        _require(isinstance(value, str) and value, f"{name} must be a string that is not empty.")
+
+
+def _require_number(name: str, value: Any, kind: Any = int, above: int = 0, below: int = 10**9) -> None:
+    number = isinstance(value, (int, kind)) and not isinstance(value, bool) and above < value < below
+    _require(number, f"{name} ({kind.__name__}) must be above {above} and below {below}, not {_brief(value)}.")
+
+
+def _require_timeout(seconds: float | None) -> None:
+    _require_number("timeout", 1 if seconds is None else seconds, float, below=2**31 // 1000)  # for poll()
+
+
+def _require_s3_url(name: str, url: Any) -> None:
+    is_url = isinstance(url, str) and re.match("s3://.", url)
+    _require(is_url, f"{name} must be an s3:// URL, not {_brief(url)}: client.upload_input_file(path) gives one.")
 
 
 def _require_call(call: Any) -> None:
@@ -1402,21 +1255,9 @@ def _require_call(call: Any) -> None:
     for name, value in (("parameters", call.parameters), ("files", call.files)):
         _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {_brief(value)}.")
     for name, urls in (call.files or {}).items():
-        is_list = isinstance(urls, (list, tuple))
-        for url in urls if is_list else [urls]:
-            _require_s3_url(f"Each file of {name!r}", url)
-        _require(is_list, f"The files of {name!r} must be a list of what upload_input_file() gives: [{_brief(urls)}].")
-
-
-def _require_positive(name: str, value: Any, kinds: Any = int) -> None:
-    number = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 1e9
-    _require(number, f"{name} must be a positive number, not {_brief(value)}.")
-
-
-def _require_timeout(seconds: float | None) -> None:
-    if seconds is not None:
-        _require_positive("timeout", seconds, (int, float))
-        _require(seconds < 2**31 / 1000, "timeout is too long for this system; None waits for ever.")
+        _require(isinstance(urls, (list, tuple)), f"files[{name!r}] must be a list, as [upload_input_file(path)] is.")
+        for url in urls:
+            _require_s3_url(f"Each of files[{name!r}]", url)
 
 
 def _path(*names: Any) -> str:
@@ -1425,6 +1266,18 @@ def _path(*names: Any) -> str:
         is_name = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
         _require(is_name, f"{_brief(name)} cannot be the name of a prefab, a version or a secret.")
     return "/".join(urllib.parse.quote(name, safe="") for name in names)
+
+
+def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
+    token: Any = None
+    last: Any = ""
+    while token != last:
+        page = list_page(page_size, token)
+        yield from page["files"]
+        token, last = page.get("next_token"), token
+        if not token:
+            return
+    raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
 
 
 def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
@@ -1438,8 +1291,10 @@ def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
 class _Batch:
     """Single calls on their way, in threads or on an executor. Their results arrive in a queue."""
 
-    def __init__(self, client: GatewayClient, requests: Sequence[_Request]) -> None:
+    def __init__(self, client: GatewayClient, requests: Sequence[_Request],
+                 executor: concurrent.futures.Executor | None) -> None:
         self._client = client
+        self._executor = executor
         self._waiting = list(enumerate(requests))[::-1]
         self._futures: dict[int, concurrent.futures.Future[PrefabResult]] = {}
         self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
@@ -1447,13 +1302,12 @@ class _Batch:
         error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
         self._unsent = PrefabResult._from_exception(error)
 
-    def run(self, max_workers: int, executor: concurrent.futures.Executor | None,
-            on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
+    def run(self, max_workers: int, on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
         """The results, in order. Raises the 401 if that is all there is."""
         results = [self._unsent] * len(self._waiting)
         try:
-            while executor and self._waiting:
-                self._submit(executor, *self._waiting.pop())
+            if self._executor:
+                self._work()
             for _ in range(min(max_workers, len(self._waiting))):
                 try:  # daemons, so that Ctrl-C does not wait for their answers
                     threading.Thread(target=self._work, daemon=True).start()
@@ -1463,9 +1317,8 @@ class _Batch:
                 index, result = self._arrived.get()
                 results[index] = result
                 on_result(index, result)
-        finally:  # interrupted, it sends nothing more
-            self._waiting.clear()
-            self._cancel()
+        finally:
+            self._stop()
         if self._refused and all(result.exception for result in results):
             raise self._refused
         return results
@@ -1474,20 +1327,18 @@ class _Batch:
         with suppress(IndexError):  # nothing waits any more
             while True:
                 index, request = self._waiting.pop()
-                self._arrive(index, self._unsent if self._refused else _run_one(self._client, request))
-
-    def _submit(self, executor: concurrent.futures.Executor, index: int, request: _Request) -> None:
-        try:
-            future = executor.submit(_run_one, self._client, request)
-        except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
-            unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
-            self._arrive(index, PrefabResult._from_exception(unsent))
-        else:
-            self._futures[index] = future
-            future.add_done_callback(partial(self._done, index))
+                if not self._executor:
+                    self._arrive(index, _run_one(self._client, request))
+                    continue
+                try:
+                    self._futures[index] = future = self._executor.submit(_run_one, self._client, request)
+                    future.add_done_callback(partial(self._done, index))
+                except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
+                    unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
+                    self._arrive(index, PrefabResult._from_exception(unsent))
 
     def _done(self, index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
-        self._futures.pop(index, None)  # while it is held, a cluster may run it again for its result
+        self._futures.pop(index)  # while it is held, a cluster may run it again for its result
         if future.cancelled():
             self._arrive(index, self._unsent)
         else:
@@ -1497,24 +1348,25 @@ class _Batch:
     def _arrive(self, index: int, result: PrefabResult) -> None:
         if result.exception and result.exception.status_code == 401:
             self._refused = result.exception
-            self._cancel()
+            self._stop()
         self._arrived.put((index, result))
 
-    def _cancel(self) -> None:
+    def _stop(self) -> None:
+        """Sends nothing more."""
+        with suppress(IndexError):
+            while True:
+                self._arrived.put((self._waiting.pop()[0], self._unsent))
         for future in list(self._futures.values()):
             future.cancel()
 
 
+@dataclass(eq=False)
 class Prefab:
     """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`."""
 
-    def __init__(self, client: GatewayClient, prefab_id: str, version: str) -> None:
-        self._client = client
-        self.prefab_id = prefab_id
-        self.version = version
-
-    def __repr__(self) -> str:
-        return f"Prefab({self.prefab_id!r}, {self.version!r})"
+    _client: GatewayClient = field(repr=False)
+    prefab_id: str
+    version: str
 
     def call(self, function_name: str, /, *, files: _Files | None = None, **parameters: Any) -> PrefabResult:
         """Runs a function: see `GatewayClient.run`."""
@@ -1534,28 +1386,28 @@ class GatewayClient:
     """A client of one gateway. Threads can share it; it can be pickled, and used after a fork.
 
     Args:
-        base_url: An http(s) URL, path prefix included; None: the environment's `GATEWAY_BASE_URL`,
-            else `DEFAULT_BASE_URL`.
-        api_key: An API key to be sent as such; `from_api_key` exchanges one.
-        jwt_token: A JWT, with or without `Bearer `.
-        timeout: Seconds for connecting, and for each wait for bytes; None waits for ever.
-        internal_token: The token that the gateway gave to an agent or a prefab.
+        base_url: http(s), path prefix included; None: `GATEWAY_BASE_URL`, else `DEFAULT_BASE_URL`.
+        api_key: Sent as such; `from_api_key` exchanges one.
+        jwt_token: With or without `Bearer `.
+        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. A call's own
+            counts instead, unless it is None.
+        internal_token: What the gateway gave to an agent or a prefab. Without any credential, it must
+            have this machine's address on its allow-list.
         max_retries: How often a request is sent again, if that can do no harm.
         ssl_context: For https; None trusts what the system does, or `SSL_CERT_FILE`.
 
-    Without a credential, the gateway must have this machine's address on its allow-list.
+    `on_progress` is called with the bytes done and the bytes in all (None: unknown), from 0 on; an
+    upload that is sent again starts over.
 
-    Every method that sends may raise AuthenticationError, ServiceUnavailableError (no answer, or a
-    5xx), its subclass GatewayTimeoutError, GatewayError (any other answer that is no use), and
-    ValidationError for an argument that cannot be right, before anything is sent.
-
-    Raises:
-        ValidationError: an argument cannot be right, or there is more than one credential.
+    Raises (every method that sends):
+        ValidationError, OSError: an argument or a file cannot be used; nothing was sent.
+        AuthenticationError, ServiceUnavailableError (no answer, or a 5xx), GatewayTimeoutError.
+        AgentContextRequiredError: a file operation but `upload_input_file`, without an agent's token.
+        GatewayError: any other answer that is no use.
     """
 
-    def __init__(self, base_url: str | None = None, api_key: str | None = None,
-                 jwt_token: str | None = None, timeout: float | None = 60, *,
-                 internal_token: str | None = None, max_retries: int = 2,
+    def __init__(self, base_url: str | None = None, api_key: str | None = None, jwt_token: str | None = None,
+                 timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
                  ssl_context: ssl.SSLContext | None = None) -> None:
         if base_url is None:
             base_url = os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL
@@ -1564,11 +1416,9 @@ class GatewayClient:
         except ValueError as error:
             message = f"base_url (or else GATEWAY_BASE_URL) {error}. A token goes into internal_token=."
             raise ValidationError(message) from None
-        _require("?" not in base_url and "#" not in base_url, "base_url must not have a query.")
+        _require("?" not in target, "base_url must not have a query.")
         _require_timeout(timeout)
-        if max_retries != 0:
-            _require_positive("max_retries", max_retries)
-        _require(ssl_context is None or hasattr(ssl_context, "wrap_socket"), "ssl_context must be an SSLContext.")
+        _require_number("max_retries", max_retries, above=-1)
         credentials = {"X-Internal-Token": internal_token, "X-API-Key": api_key, "Authorization": jwt_token}
         headers = {name: value for name, value in credentials.items() if value is not None}
         _require(len(headers) < 2, f"Give one credential, not {' and '.join(headers)}: who is the client?")
@@ -1589,9 +1439,6 @@ class GatewayClient:
         """A client with the token that the gateway gives for an API key, now and when it expires.
 
         `POST /v1/auth/convert_to_internal_token`; `options` are `max_retries` and `ssl_context`.
-
-        Raises:
-            AuthenticationError: the key is wrong or expired.
         """
         _require_header_value("api_key", api_key)
         client = cls(base_url, timeout=timeout, **options)
@@ -1605,12 +1452,9 @@ class GatewayClient:
     @classmethod
     def from_env(cls, **options: Any) -> GatewayClient:
         """A client with the environment's credential: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
-        (which is exchanged), `GATEWAY_JWT_TOKEN`, or none.
+        (which is exchanged), `GATEWAY_JWT_TOKEN`, or none; two are an error.
 
         `options` are `base_url`, `timeout`, `max_retries` and `ssl_context`.
-
-        Raises:
-            ValidationError: more than one of them is set.
         """
         names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
         token, key, jwt = values = [os.environ.get(name) or None for name in names]
@@ -1640,8 +1484,7 @@ class GatewayClient:
 
     @overload
     def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
-            files: _Files | None = None, *, stream: Literal[True],
-            timeout: float | None = None) -> EventStream: ...
+            files: _Files | None = None, *, stream: Literal[True], timeout: float | None = None) -> EventStream: ...
 
     @overload
     def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
@@ -1659,14 +1502,13 @@ class GatewayClient:
 
         Args:
             files: An input's name to a list of `s3://` URLs.
-            stream: Gives the function's events as they come, not its result at the end.
-            timeout: Seconds, for this call; None: the client's.
+            stream: Gives the events as they come, and not the result at the end.
 
         Returns:
-            The result, also of a function that failed: see `is_success()`. With `stream`, the events.
+            The result, also of a function that failed: see `is_success()`; or the events.
 
         Raises:
-            PrefabNotFoundError, MissingSecretError, QuotaExceededError, ValidationError: nothing ran.
+            PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
             ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
         """
         request = self._run_request([PrefabCall(prefab_id, version, function_name, parameters, files)], timeout)
@@ -1676,28 +1518,23 @@ class GatewayClient:
 
     def run_batch(self, calls: Iterable[PrefabCall], *, max_workers: int = 8, timeout: float | None = None,
                   on_result: Callable[[int, PrefabResult], object] | None = None,
-                  executor: concurrent.futures.Executor | None = None,
-                  single_request: bool = False) -> BatchResult:
-        """Runs calls side by side, each a request of its own, so that none costs another's result.
+                  executor: concurrent.futures.Executor | None = None, single_request: bool = False) -> BatchResult:
+        """Runs calls side by side, each a request like that of `run`, so that none costs another's result.
 
         Args:
             calls: Read and checked whole before anything is sent.
-            max_workers: Threads, and so calls at a time.
-            timeout: Seconds, for each call; None: the client's.
+            max_workers: Calls at a time, in threads.
             on_result: Called in this thread with index and result, as each comes.
             executor: Runs the calls instead of threads: a process pool, a cluster.
-            single_request: Sends all calls in one POST, which the gateway runs one after another
-                and fails as a whole with the first bad one.
+            single_request: Sends one POST instead, whose calls the gateway runs one after another, and
+                fails as a whole with the first bad one.
 
         Returns:
-            The results in the order of the calls; one that raised is FAILED and has `exception`.
-
-        Raises:
-            AuthenticationError: a 401, and no call has a result; nothing was sent after it.
+            The results in the order of the calls; one that raised is FAILED and has `exception`. Only
+            a 401 is raised, if no call has a result; nothing is sent after it.
         """
         calls, job_id, report = list(calls), None, on_result or _ignore
-        _require_positive("max_workers", max_workers)
-        _require(not (single_request and executor), "A single request cannot have an executor.")
+        _require_number("max_workers", max_workers)
         _require(executor is None or hasattr(executor, "submit"), "executor must be an Executor.")
         _require(callable(report), "on_result must be a function.")
         if single_request and calls:
@@ -1707,7 +1544,7 @@ class GatewayClient:
                 report(index, result)
         else:
             requests = [self._run_request([call], timeout) for call in calls]
-            results = _Batch(self, requests).run(max_workers, executor, report)
+            results = _Batch(self, requests, executor).run(max_workers, report)
         return BatchResult._of(results, job_id)
 
     def _run_request(self, calls: Sequence[PrefabCall], timeout: float | None) -> _Request:
@@ -1715,7 +1552,14 @@ class GatewayClient:
             _require_call(call)
         prefabs = {(call.prefab_id, call.version) for call in calls}
         prefab = dict(zip(("prefab_id", "version"), prefabs.pop())) if len(prefabs) == 1 else {}
-        return self._request("POST", self._run_path, body=_encode_calls(calls), timeout=timeout, prefab=prefab)
+        content = {"calls": [call.to_dict() for call in calls]}
+        try:
+            return self._request("POST", self._run_path, content=content, timeout=timeout, prefab=prefab)
+        except ValidationError:
+            for call in calls:
+                for key, value in (call.parameters or {}).items():  # which one is it?
+                    _encode({key: value}, f"Parameter {key!r} of {call.function_name!r}")
+            raise
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
         """A prefab whose functions are called like methods. Nothing is sent."""
@@ -1723,41 +1567,37 @@ class GatewayClient:
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
         """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
-        entries = self._fetch("GET", "/v1/prefabs", {"status": status}, kind=list, prefab={})
+        request = self._request("GET", "/v1/prefabs", {"status": status}, prefab={})
+        entries = self._transport.send(request, partial(_read_json, kind=list))
         for entry in entries:
             names = (entry.get("id"), entry.get("version")) if isinstance(entry, dict) else (None,)
             if not all(isinstance(name, str) for name in names):
-                message = "GET /v1/prefabs answered 200, but an entry lacks its id or version."
-                raise GatewayError._make(message, {"body": str(entries)}, status_code=200)
+                message = f"{request} answered 200, but an entry lacks its id or version."
+                raise GatewayError._make(message, {}, status_code=200)
         return [PrefabInfo._from_dict(entry) for entry in entries]
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
         """A prefab's functions. `GET /v1/prefabs/{prefab_id}/{version}/spec`
 
-        Args:
-            version: None: the newest of the directory; a failed one only if there is no other.
-
-        Raises:
-            PrefabNotFoundError.
+        Without `version`, those of the newest; of a failed one only if there is no other.
         """
         path = _path(prefab_id)
         if version is None:
             found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
             if not found:
                 raise PrefabNotFoundError(prefab_id, "latest")
-            found = [prefab for prefab in found if prefab.status != "failed"] or found
-            version = max((prefab.version for prefab in found), key=_version_key)
+            version = max(found, key=lambda prefab: (prefab.status != "failed", _version_key(prefab.version))).version
         prefab = {"prefab_id": prefab_id, "version": version}
-        return dict(self._fetch("GET", f"/v1/prefabs/{path}/{_path(version)}/spec", prefab=prefab))
+        return self._fetch({}, "GET", f"/v1/prefabs/{path}/{_path(version)}/spec", prefab=prefab)
 
     # Secrets
 
     def set_secret(self, prefab_id: str, secret_name: str, secret_value: str) -> None:
         """Stores a secret of yours for a prefab. `POST /v1/secrets`"""
         content = {"prefab_id": prefab_id, "secret_name": secret_name, "secret_value": secret_value}
-        _require_text(prefab_id=prefab_id, secret_name=secret_name)
-        _require(isinstance(secret_value, str) and secret_value, "secret_value must be a string that is not empty.")
-        request = self._request("POST", "/v1/secrets", content=content, hidden=(secret_value,))
+        _require_text(**content)
+        request = self._request("POST", "/v1/secrets", content=content)
+        request.hidden += (secret_value,)
         self._transport.send(request, _drain)
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
@@ -1767,42 +1607,34 @@ class GatewayClient:
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
-            return list(self._fetch("GET", "/v1/secrets", fields={"secrets": list})["secrets"])
-        answer = self._fetch("GET", f"/v1/secrets/{_path(prefab_id)}", fields={"secret_names": list})
+            return list(self._fetch({"secrets": list}, "GET", "/v1/secrets")["secrets"])
+        answer = self._fetch({"secret_names": list}, "GET", f"/v1/secrets/{_path(prefab_id)}")
         return [{"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]]
 
-    # Files. All but upload_input_file raise AgentContextRequiredError without an agent's token.
+    # Files
 
     def upload_input_file(self, file_path: _Path, content_type: str | None = None, *,
                           on_progress: _Progress | None = None) -> str:
-        """Uploads an input of a call straight to the storage, and gives its `s3://` URL.
+        """Uploads an input of a call, of a type such as `"video/mp4"`, and gives its `s3://` URL.
 
-        `POST /internal/files/generate_upload_url`, then a presigned PUT
-
-        Args:
-            content_type: Such as `"video/mp4"`.
-            on_progress: Called with the bytes done and the bytes in all, from 0 on; an upload that is
-                sent again starts over.
-
-        Raises:
-            FileNotFoundError: nothing was sent.
+        `POST /internal/files/generate_upload_url`, then a presigned PUT straight to the storage.
         """
-        if content_type is not None:
+        headers = {}
+        if content_type is not None:  # it is part of the signature, and so is its absence
             _require_header_value("content_type", content_type)
+            headers["Content-Type"] = content_type
         with _open_file(file_path) as file:
             content = {"filename": _file_name(file_path), "content_type": content_type}
-            answer = self._fetch("POST", "/internal/files/generate_upload_url", repeatable=True,
-                                 fields={"upload_url": str, "s3_url": str}, content=content)
-            request = self._presigned("PUT", answer["upload_url"], file=file, on_progress=on_progress)
-            if content_type is not None:  # it is part of the signature, and so is its absence
-                request.headers["Content-Type"] = content_type
+            answer = self._fetch({"upload_url": str, "s3_url": str}, "POST", "/internal/files/generate_upload_url",
+                                 content=content, repeatable=True)
+            request = self._presigned("PUT", answer["upload_url"], headers=headers, file=file, on_progress=on_progress)
             self._transport.send(request, _drain)
         return str(answer["s3_url"])
 
     def upload_file(self, file_path: _Path, *, on_progress: _Progress | None = None) -> _Json:
         """Uploads a file to keep, and gives `{"success", "s3_url", "filename", "size"}`.
 
-        `POST /internal/files/upload`; see `upload_input_file`
+        `POST /internal/files/upload`
         """
         return self._upload("/internal/files/upload", {}, file_path, on_progress)
 
@@ -1810,37 +1642,27 @@ class GatewayClient:
                          on_progress: _Progress | None = None) -> _Json:
         """Uploads a file that goes after `ttl` seconds, or with its session: see `temp_session`.
 
-        `POST /internal/files/upload_temp`; see `upload_file`
+        `POST /internal/files/upload_temp`; gives what `upload_file` does.
         """
-        _require_positive("ttl", ttl)
+        _require_number("ttl", ttl)
         session = {"session_id": session_id} if session_id else {}
         return self._upload("/internal/files/upload_temp", {"ttl": str(ttl), **session}, file_path, on_progress)
 
-    def _upload(self, path: str, form: Mapping[str, str], file_path: _Path,
-                on_progress: _Progress | None) -> _Json:
+    def _upload(self, path: str, form: Mapping[str, str], file_path: _Path, on_progress: _Progress | None) -> _Json:
         with _open_file(file_path) as file:
             content_type, head, tail = _multipart(form, file_path)
-            answer: _Json = self._fetch("POST", path, fields={"s3_url": str}, content_type=content_type, body=head,
-                                        file=file, tail=tail, on_progress=on_progress)
-            return answer
+            return self._fetch({"s3_url": str}, "POST", path, headers={"Content-Type": content_type}, body=head,
+                               file=file, tail=tail, on_progress=on_progress)
 
     def download_file(self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
                       on_progress: _Progress | None = None) -> None:
         """Downloads a file straight from the storage; a transfer that breaks goes on where it was.
 
-        The target is the old file or the whole new one, never a part. Missing folders are made.
-
-        Args:
-            local_path: The target, with its name.
-            on_progress: Called with the bytes done and the bytes in all (None: unknown), from 0 on.
-
-        Raises:
-            OSError: the target cannot be written.
+        `local_path` is the old file or the whole new one, never a part. Missing folders are made.
         """
         _require(mode == "presigned", f"mode must be 'presigned', not {_brief(mode)}.")
         target = os.path.realpath(local_path)
-        names_file = os.path.isfile(target) or not os.path.exists(target)
-        names_file = names_file and not os.fspath(local_path).endswith(("/", os.sep))
+        names_file = os.path.isfile(target) or (os.path.basename(local_path) and not os.path.exists(target))
         _require(names_file, f"{target} is not a file: local_path needs the file's name.")
         request = self._presigned("GET", self.get_presigned_url(s3_url))
         with _Download(request, target, on_progress) as download:
@@ -1855,17 +1677,15 @@ class GatewayClient:
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
         """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
         _require_s3_url("s3_url", s3_url)
-        _require_positive("expires_in", expires_in)
+        _require_number("expires_in", expires_in)
         query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        answer = self._fetch("GET", "/internal/files/download", query, fields={"presigned_url": str})
-        return str(answer["presigned_url"])
+        return str(self._fetch({"presigned_url": str}, "GET", "/internal/files/download", query)["presigned_url"])
 
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
         """A page of the permanent files. `GET /internal/files/list`
 
-        Returns:
-            `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`. The last page has
-            no `next_token`; it is the `continuation_token` of the next one.
+        It is `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; the last page has
+        no `next_token`, which is the `continuation_token` of the next one.
         """
         return self._list("list", limit, continuation_token)
 
@@ -1874,35 +1694,24 @@ class GatewayClient:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
         return self._list("list_temp", limit, continuation_token, session_id)
 
+    def _list(self, name: str, limit: int, token: str | None, session_id: str | None = None) -> _Json:
+        _require_number("limit", limit)
+        query = {"limit": limit, "session_id": session_id, "continuation_token": token}
+        return self._fetch({"files": list}, "GET", f"/internal/files/{name}", query)
+
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
-        return self._pages("list", page_size)
+        return _pages(self.list_files, page_size)
 
     def iter_temp_files(self, session_id: str | None = None, page_size: int = 100) -> Iterator[_Json]:
         """The temporary files of all pages: see `list_files`."""
-        return self._pages("list_temp", page_size, session_id)
-
-    def _list(self, name: str, limit: int, token: str | None, session_id: str | None = None) -> _Json:
-        _require_positive("limit", limit)
-        query = {"limit": limit, "session_id": session_id, "continuation_token": token}
-        return dict(self._fetch("GET", f"/internal/files/{name}", query, fields={"files": list}))
-
-    def _pages(self, name: str, limit: int, session_id: str | None = None) -> Iterator[_Json]:
-        token, seen = "", set[str]()
-        while token not in seen:
-            seen.add(token)
-            page = self._list(name, limit, token or None, session_id)
-            yield from page["files"]
-            token = str(page.get("next_token") or "")
-            if not token:
-                return
-        raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
+        return _pages(partial(self.list_temp_files, session_id), page_size)
 
     def cleanup_temp_files(self, session_id: str) -> int:
         """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
         _require_text(session_id=session_id)
         path, query = "/internal/files/cleanup_temp", {"session_id": session_id}
-        return int(self._fetch("DELETE", path, query, fields={"deleted_count": int})["deleted_count"])
+        return int(self._fetch({"deleted_count": int}, "DELETE", path, query)["deleted_count"])
 
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
@@ -1918,23 +1727,18 @@ class GatewayClient:
 
     # What the endpoints are made of
 
-    def _request(self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-                 content: Any = None, body: bytes = b"", content_type: str = "application/json",
-                 timeout: float | None = None, hidden: tuple[str, ...] = (), **options: Any) -> _Request:
+    def _request(self, method: str, path: str, query: Mapping[str, Any] | None = None, *, content: Any = None,
+                 timeout: float | None = None, **options: Any) -> _Request:
         """A request to the gateway. GET and DELETE may be repeated, others if they say so."""
         _require_timeout(timeout)
-        options.setdefault("repeatable", method in ("GET", "DELETE"))
+        if content is not None:
+            options.update(body=_encode(content), headers={"Content-Type": "application/json"})
         asked = {name: value for name, value in (query or {}).items() if value is not None}
-        try:
-            encoded = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote) if asked else ""
-            body = body if content is None else _encode_json(content).encode()
-        except UnicodeEncodeError:  # whose text is the argument, perhaps a secret
-            raise ValidationError("An argument has half a surrogate pair, which cannot be sent.") from None
+        _encode(asked)  # refuses half a surrogate pair, as in a body
+        encoded = urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)
         target = f"{self._prefix}{path}{'?' if encoded else ''}{encoded}"
-        headers = {"Content-Type": content_type} if body else {}
-        timeout = self.timeout if timeout is None else timeout
-        hidden = (*self._hidden, *hidden)
-        return _Request(method, self._origin, target, timeout, headers, body, hidden=hidden, **options)
+        options = {"repeatable": method != "POST", "hidden": self._hidden, **options}
+        return _Request(method, self._origin, target, self.timeout if timeout is None else timeout, **options)
 
     def _presigned(self, method: str, url: str, **options: Any) -> _Request:
         """A request to the storage, which must not see the credential."""
@@ -1944,11 +1748,11 @@ class GatewayClient:
             raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
         return _Request(method, origin, target, self.timeout, repeatable=True, to_gateway=False, **options)
 
-    def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None, *, kind: type = dict,
-               fields: Mapping[str, type] = {}, **options: Any) -> Any:
-        """The JSON of an answer: of type `kind`, and `fields` in it, with their types."""
-        request = self._request(method, path, query, **options)
-        return self._transport.send(request, partial(_read_json, kind=kind, fields=fields))
+    def _fetch(self, fields: Mapping[str, type], *arguments: Any, **options: Any) -> _Json:
+        """The JSON object that answers such a `_request`, with `fields` in it, of these types."""
+        read = partial(_read_json, kind=dict, fields=fields)
+        answer: _Json = self._transport.send(self._request(*arguments, **options), read)
+        return answer
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -1961,100 +1765,89 @@ def _progress_bar(label: str, unit: str = "B") -> _Progress:
     def show(done: int, total: int | None) -> None:
         nonlocal shown
         now = time.monotonic()
-        if not sys.stderr.isatty() or (now - shown < 0.1 and done != total):
-            return
-        shown = now
-        rate = max(done / max(now - started, 1e-6), 1e-6)
-        rest = f"{100 * done // total} %, {(total - done) / rate:.0f} s left" if total else ""
-        text = f"{label}: {done:,} {unit}, {rate:,.0f} {unit}/s {rest}"
-        print(f"\r{text:<79}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        if done == total or now - shown > 0.1:
+            shown = now
+            rate = max(done, 1) / max(now - started, 1e-6)
+            rest = f"{100 * done // total} %, {(total - done) / rate:.0f} s left" if total else ""
+            text = f"{label}: {done:,} {unit}, {rate:,.0f} {unit}/s {rest}"
+            print(f"\r{text:<79}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    return show
+    return show if sys.stderr.isatty() else _ignore
 
 
 def _print_json(document: Any) -> None:
-    """Writes one line of JSON; what the terminal cannot show is escaped."""
-    escape = "utf" not in (sys.stdout.encoding or "").lower()
+    escape = "utf" not in str(sys.stdout.encoding).lower()  # the terminal could not show it
     print(json.dumps(document, ensure_ascii=escape), flush=True)
 
 
-def _print_error(message: str) -> None:
-    print("error:", "; ".join(filter(None, map(str.strip, message.splitlines()))), file=sys.stderr)
-
-
 def _document(result: PrefabResult) -> _Json:
-    """A result as it is printed; the reason of a failed one goes to stderr."""
-    if not result.is_success():
-        error = result.error or {}
-        _print_error(f"{result.status}: {error.get('message') or json.dumps(error)}")
     return {name: getattr(result, name) for name in ("status", "output", "error", "job_id")}
 
 
+def _raise_failed(results: Iterable[PrefabResult]) -> None:
+    reasons = [f"{result.status}: {(result.error or {}).get('message') or result.error}"
+               for result in results if not result.is_success()]
+    if reasons:
+        raise GatewayError("\n".join(dict.fromkeys(reasons)))
+
+
 def _read_text(path: str) -> str:
-    """The text of a file, or of stdin for `-`."""
-    try:
-        if path == "-":
-            return sys.stdin.read()
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValidationError(f"{path} is not UTF-8 text: {error}.") from error
+    with sys.stdin if path == "-" else open(path, encoding="utf-8-sig") as file:
+        return file.read()
 
 
-def _json_or_text(text: str) -> Any:
-    with suppress(ValueError, RecursionError):
-        return _decode_answer(text)
-    return text
-
-
-def _pairs(option: str, texts: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for text in texts:
-        name, separator, value = text.partition("=")
-        _require(separator, f"{option} takes NAME=VALUE, not {text!r}.")
-        yield name, value
+def _name_and_value(text: str) -> tuple[str, str]:
+    name, value = text.split("=", 1)
+    return name, value
 
 
 def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
     """Downloads files by the names at the ends of their URLs, numbered where two are alike."""
     paths: list[str] = []
     for url in urls:
-        name = re.sub(r"[\0\\:]", "_", url.rpartition("/")[2])
-        stem, extension = os.path.splitext("file" if name in ("", ".", "..") else name)
-        path, number = os.path.join(folder, stem + extension), 1
-        while path in paths:
-            number += 1
-            path = os.path.join(folder, f"{stem}-{number}{extension}")
+        name = re.sub(r"^\.*$|[\0\\:]", "_", url.rpartition("/")[2])
+        while (path := os.path.join(folder, name)) in paths:
+            name = f"{len(paths) + 1}-{name}"
         client.download_file(url, path, on_progress=_progress_bar(path))
         paths.append(path)
     return paths
 
 
-def _print_events(stream: EventStream, as_json: bool) -> bool:
-    failed = False
+def _print_events(stream: EventStream, as_json: bool) -> None:
+    failed = []
     for event in stream:
         if event.type == StreamEventType.ERROR:
-            failed = True
-            _print_error(str(_event_error(event)["message"]))
+            failed.append(PrefabResult(CallStatus.FAILED, error=_event_error(event)))
         if as_json:
             _print_json(event.raw)
+        elif event.type == StreamEventType.CONTENT and isinstance(event.data, str):
+            print(event.data, end="", flush=True)
         elif event.type == StreamEventType.CONTENT:
-            text = event.data if isinstance(event.data, str) else f"{json.dumps(event.data, ensure_ascii=False)}\n"
-            print(text, end="", flush=True)
-    print(end="" if as_json else "\n")
-    return not failed
+            _print_json(event.data)
+    print(end="" if as_json else "\n", flush=True)
+    _raise_failed(failed)
 
 
-def _run_command(client: GatewayClient, args: Any) -> bool:
-    data = args.data
+def _read_parameters(data: str, pairs: Iterable[tuple[str, str]]) -> _Json:
+    if data == "-" or data.startswith("@"):
+        data = _read_text(data.lstrip("@"))
     try:
-        parameters = _decode_answer(_read_text(data.lstrip("@")) if data == "-" or data[:1] == "@" else data)
-    except (json.JSONDecodeError, RecursionError) as error:
+        parameters: _Json = _decode_answer(data)
+    except ValueError as error:
         raise ValidationError(f"-d is not JSON: {error}") from error
     _require(isinstance(parameters, dict), "-d must be a JSON object.")
+    for name, text in pairs:
+        parameters[name] = text
+        with suppress(ValueError):
+            parameters[name] = _decode_answer(text)
+    return parameters
+
+
+def _run_command(client: GatewayClient, args: Any) -> None:
     _require(not (args.stream and args.save), "--save does not go with --stream.")
-    parameters.update((name, _json_or_text(value)) for name, value in _pairs("-p", args.parameter))
+    parameters = _read_parameters(args.data, args.parameter)
     files: dict[str, list[str]] = {}
-    for name, path in _pairs("-f", args.file):
+    for name, path in args.file:
         if not path.startswith("s3://"):
             path = client.upload_input_file(path, on_progress=_progress_bar(path))
         files.setdefault(name, []).append(path)
@@ -2068,56 +1861,53 @@ def _run_command(client: GatewayClient, args: Any) -> bool:
             document["saved"] = _save(client, result.get_file_urls(), args.save)
     finally:  # the result was paid for, whatever becomes of its files
         _print_json(document)
-    return result.is_success()
+    return _raise_failed([result])
 
 
-def _batch_command(client: GatewayClient, args: Any) -> bool:
+def _batch_command(client: GatewayClient, args: Any) -> None:
     calls = []
     for number, line in enumerate(_read_text(args.path).split("\n"), 1):  # JSON may have other line ends in it
         try:
-            calls += [PrefabCall(**json.loads(line))] if line.strip() else []
-        except (ValueError, TypeError, RecursionError) as error:
-            message = f"Line {number} of {args.path} is not a call's fields as JSON: {error}"
-            raise ValidationError(message) from error
+            if line.strip():
+                calls.append(PrefabCall(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValidationError(f"Line {number} is not a call's fields as JSON: {error}") from error
     show, printed = _progress_bar("calls", "calls"), 0
-    waiting: dict[int, PrefabResult] = {}
+    waiting: dict[int, _Json] = {}
 
     def on_result(index: int, result: PrefabResult) -> None:
         nonlocal printed
-        waiting[index] = result
+        waiting[index] = _document(result)
         while printed in waiting:  # in order, but at once: an interruption loses nothing
-            _print_json(_document(waiting.pop(printed)))
+            _print_json(waiting.pop(printed))
             printed += 1
         show(printed + len(waiting), len(calls))
 
     try:
-        return client.run_batch(calls, max_workers=args.workers, on_result=on_result).all_success()
+        _raise_failed(client.run_batch(calls, max_workers=args.workers, on_result=on_result).results)
     finally:
-        for _, result in sorted(waiting.items()):
-            _print_json(_document(result))
+        for index in sorted(waiting):
+            _print_json(waiting[index])
 
 
-def _upload_command(client: GatewayClient, args: Any) -> bool:
+def _upload_command(client: GatewayClient, args: Any) -> None:
     _require(not (args.input and args.temp), "--input and --temp exclude each other.")
     _require(args.temp or not args.session, "--session goes with --temp.")
+    upload: Callable[..., Any] = client.upload_input_file if args.input else client.upload_file
+    if args.temp:
+        upload = partial(client.upload_temp_file, ttl=args.ttl, session_id=args.session)
     answers: list[Any] = []
     try:
         for path in args.path:
-            show = _progress_bar(path)
-            if args.input:
-                answers.append({"s3_url": client.upload_input_file(path, on_progress=show)})
-            elif args.temp:
-                answers.append(client.upload_temp_file(path, args.ttl, args.session, on_progress=show))
-            else:
-                answers.append(client.upload_file(path, on_progress=show))
+            answer = upload(path, on_progress=_progress_bar(path))
+            answers.append({"s3_url": answer} if args.input else answer)
     finally:  # what was uploaded is there, whatever becomes of the others
         if answers:
             _print_json(answers if len(args.path) > 1 else answers[0])
-    return True
 
 
 def _download_command(client: GatewayClient, args: Any) -> _Json:
-    path = args.path
+    path = args.target or "."
     if os.path.isdir(path) or path.endswith(("/", os.sep)):
         (path,) = _save(client, [args.s3_url], path)
     else:
@@ -2138,57 +1928,47 @@ def _secret_command(client: GatewayClient, args: Any) -> Any:
     else:
         import getpass  # asks without an echo; an argument would show in the list of processes
 
-        value = ""
-        with suppress(EOFError):  # Ctrl-D: an empty value, which is refused
-            piped = not sys.stdin.isatty()
-            value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
+        piped = not sys.stdin.isatty()
+        value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
         client.set_secret(args.prefab, args.name, value)
     return {"prefab_id": args.prefab, "secret_name": args.name}
 
 
-_FLAG: _Json = {"action": "store_true"}
-_LIST: _Json = {"action": "append", "default": []}
-_MAYBE: _Json = {"nargs": "?"}
-# Name to function, help, example and arguments. The function gives what is to be printed, or, if it
-# printed that itself, whether all went well.
-_COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], Any], str, str, Mapping[str, _Json]]] = {
-    "run": (_run_command, "run a function", "text-tools 1.1.0 statistics -p text='Hello you'", {
-        "prefab": {}, "version": {}, "function": {},
-        "-p --parameter": {**_LIST, "metavar": "NAME=VALUE", "help": "JSON, else text"},
-        "-d --data": {"default": "{}", "metavar": "JSON", "help": "all parameters: JSON, @FILE or - for stdin"},
-        "-f --file": {**_LIST, "metavar": "NAME=PATH", "help": "an input: a file to upload, or an s3:// URL"},
-        "--stream": {**_FLAG, "help": "print contents as they come"},
-        "--json": {**_FLAG, "help": "with --stream: print events as JSON lines"},
-        "--save": {"metavar": "DIR", "help": "download the output files"},
-    }),
-    "batch": (_batch_command, "run the calls of a file of JSON lines", "calls.jsonl --workers 4", {
-        "path": {}, "--workers": {"type": int, "default": 8, "metavar": "N", "help": "calls at a time"},
-    }),
+# Name to function, help, example and arguments. What the function gives, unless None, is printed.
+_COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], Any], str, str, str]] = {
+    "run": (_run_command, "run a function", "text-tools 1.1.0 statistics -p text='Hello you'",
+            "prefab version function -p/--parameter -d/--data -f/--file --stream --json --save"),
+    "batch": (_batch_command, "run the calls of a file of JSON lines", "calls.jsonl --workers 4", "path --workers"),
     "list": (lambda client, args: [prefab.raw for prefab in client.list_prefabs(args.status)],
-             "list the prefabs", "--status deployed", {"--status": {"help": "deployed or failed"}}),
+             "list the prefabs", "--status deployed", "--status"),
     "spec": (lambda client, args: client.get_prefab_spec(args.prefab, args.version),
-             "show the functions of a prefab", "text-tools", {"prefab": {}, "version": _MAYBE}),
-    "upload": (_upload_command, "upload files", "--input report.txt", {
-        "path": {"nargs": "+"},
-        "--input": {**_FLAG, "help": "as the input of a call; needs no agent's token"},
-        "--temp": {**_FLAG, "help": "as a temporary file"},
-        "--ttl": {"type": int, "default": 86400, "metavar": "SECONDS", "help": "of a temporary file"},
-        "--session": {"metavar": "ID", "help": "of a temporary file"},
-    }),
-    "download": (_download_command, "download a file", "s3://bucket/key/report.txt downloads/", {
-        "s3_url": {}, "path": {**_MAYBE, "default": ".", "help": "a file or a folder"},
-    }),
+             "show the functions of a prefab", "text-tools", "prefab version?"),
+    "upload": (_upload_command, "upload files", "--input report.txt", "path+ --input --temp --ttl --session"),
+    "download": (_download_command, "download a file", "s3://bucket/key/report.txt downloads/", "s3_url target?"),
     "url": (lambda client, args: {"presigned_url": client.get_presigned_url(args.s3_url)},
-            "print a URL that anyone can download from", "s3://bucket/key/report.txt", {"s3_url": {}}),
-    "ls": (_ls_command, "list the agent's files", "--temp", {
-        "--temp": {**_FLAG, "help": "the temporary ones"},
-        "--session": {"metavar": "ID", "help": "the temporary ones of a session"},
-    }),
+            "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url"),
+    "ls": (_ls_command, "list the agent's files", "--temp", "--temp --session"),
     "cleanup": (lambda client, args: {"deleted_count": client.cleanup_temp_files(args.session)},
-                "delete a session's temporary files", "session-1", {"session": {}}),
-    "secret": (_secret_command, "set (from stdin), list or delete your secrets", "list", {
-        "action": {"choices": ("set", "list", "delete")}, "prefab": _MAYBE, "name": _MAYBE,
-    }),
+                "delete a session's temporary files", "session-1", "session"),
+    "secret": (_secret_command, "set (from stdin), list or delete your secrets", "list", "action prefab? name?"),
+}
+_FLAG: _Json = {"action": "store_true"}
+_PAIRS: _Json = {"action": "append", "default": [], "type": _name_and_value}
+_ARGUMENTS: Mapping[str, _Json] = {
+    "-p/--parameter": {**_PAIRS, "metavar": "NAME=VALUE", "help": "VALUE is JSON, else text"},
+    "-d/--data": {"default": "{}", "metavar": "JSON", "help": "all parameters: JSON, @FILE or - for stdin"},
+    "-f/--file": {**_PAIRS, "metavar": "NAME=PATH", "help": "an input: a file to upload, or an s3:// URL"},
+    "--stream": {**_FLAG, "help": "print contents as they come"},
+    "--json": {**_FLAG, "help": "with --stream: print events as JSON lines"},
+    "--save": {"metavar": "FOLDER", "help": "download the output files"},
+    "--workers": {"type": int, "default": 8, "help": "calls at a time"},
+    "--status": {"help": "deployed or failed"},
+    "--input": {**_FLAG, "help": "as the input of a call; needs no agent's token"},
+    "--temp": {**_FLAG, "help": "temporary files"},
+    "--ttl": {"type": int, "default": 86400, "help": "seconds that temporary files live"},
+    "--session": {"help": "an id that temporary files have in common"},
+    "target": {"help": "a file or a folder"},
+    "action": {"choices": ("set", "list", "delete")},
 }
 
 
@@ -2196,20 +1976,21 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     import argparse  # here only: nobody else should wait for it
 
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--base-url", metavar="URL", help="the gateway; default: $GATEWAY_BASE_URL")
-    common.add_argument("--timeout", type=float, metavar="SECONDS", help="for each wait; default: 60")
+    common.add_argument("--base-url", help="the gateway; default: $GATEWAY_BASE_URL")
+    common.add_argument("--timeout", type=float, help="seconds for each wait; default: 60")
     common.add_argument("-v", "--verbose", action="store_true", help="log requests to stderr")
-    parser = argparse.ArgumentParser("gateway-sdk", parents=[common], description=(
-        "Calls the prefabs of a Gateway. Takes the credential from X_INTERNAL_TOKEN, "
-        "AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN. Results are JSON on stdout."))
+    credentials = "The credential comes from X_INTERNAL_TOKEN, AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN."
+    parser = argparse.ArgumentParser("gateway-sdk", description=credentials, parents=[common])
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, text, example, arguments) in _COMMANDS.items():
-        command = commands.add_parser(name, parents=[common], help=text, description=f"{text}.".capitalize(),
-                                      epilog=f"example: gateway-sdk {name} {example}")
-        for names, options in arguments.items():
-            command.add_argument(*names.split(), **options)
-    return parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, (_, text, example, arguments) in _COMMANDS.items():
+        epilog = f"example: gateway-sdk {command} {example}"
+        subparser = commands.add_parser(command, help=text, description=text, epilog=epilog, parents=[common])
+        for argument in arguments.split():
+            name = argument.rstrip("?+")
+            nargs: _Json = {"nargs": argument[-1]} if name != argument else {}
+            subparser.add_argument(*name.split("/"), **nargs, **_ARGUMENTS.get(name, {}))
+    return parser.parse_args(argv, argparse.Namespace(base_url=None, timeout=60, verbose=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2222,32 +2003,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - for good
     args = _parse_arguments(argv)
-    if "verbose" in args:
+    if args.verbose:
         import logging
 
         logging.basicConfig(level=logging.DEBUG)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    options = {name: getattr(args, name) for name in ("base_url", "timeout") if name in args}
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with GatewayClient.from_env(**options) as client:
-            outcome = _COMMANDS[args.command][0](client, args)
-        if not isinstance(outcome, bool):
-            _print_json(outcome)
-        sys.stdout.flush()
+        with GatewayClient.from_env(base_url=args.base_url, timeout=args.timeout) as client:
+            document = _COMMANDS[args.command][0](client, args)
+        if document is not None:
+            _print_json(document)
     except KeyboardInterrupt:
         return 130
-    except (GatewayError, OSError, ValueError) as error:
+    except (GatewayError, OSError, ValueError, EOFError, RecursionError) as error:
         try:
             sys.stdout.flush()
         except OSError:  # keep the interpreter from trying it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # the reader has seen enough
             return 0
-        _print_error(str(error))
-        return 2 if isinstance(error, ValidationError) and error.status_code is None else 1
-    return int(outcome is False)
+        print("error:", re.sub(r"\s*[\r\n]\s*", "; ", str(error).strip() or repr(error)), file=sys.stderr)
+        return 2 if isinstance(error, ValueError) and getattr(error, "status_code", None) is None else 1
+    return 0
 
 
 # `from gateway_sdk.exceptions import ...` and `gateway_sdk.models`, as in the older SDK: the import

@@ -2923,12 +2923,10 @@ FAULTS = {
     "no-last-chunk": Fault(lambda p, k: HangUp(unended(p, k)), LOST_ANSWER, {"events": FINE}),
     "chunk-size-negative": Fault(with_chunks(b"-5\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
     "chunk-size-not-hex": Fault(with_chunks(b"xyz\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-size-with-0x": Fault(with_chunks(b"0x5\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
     "chunk-size-empty": Fault(with_chunks(b"\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
     "chunk-size-too-small": Fault(with_chunks(b"2\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
     "chunk-size-too-large": Fault(with_chunks(b"fffffff\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
     "chunk-size-beyond-64-bits": Fault(with_chunks(b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-without-its-line-end": Fault(with_chunks(b"5\r\nhelloXX0\r\n\r\n"), LOST_ANSWER),
     "chunk-size-cut": Fault(with_chunks(b"5\r\nhello\r\n0"), LOST_ANSWER),
     "chunk-line-endless": Fault(lambda p, k: endless(unended(b"", k) + b"5;", b"x" * 65536), LOST_ANSWER),
     "status-line-garbage": Fault(lambda p, k: HangUp(b"SSH-2.0-OpenSSH_9.6\r\n\r\n"), LOST_ANSWER),
@@ -4523,7 +4521,7 @@ def test_several_messages_are_one_line(cli: Any) -> None:
     ("list --base-url http://127.0.0.1:{port}", "no connection to http://127.0.0.1:{port}"), ("upload no", "no"),
     ("run no-such 1 f", "no-such"), ("run a 1 f -f files=no.txt", "no.txt"), ("run a 1 f -d @no.json", "no.json"),
     ("spec text-tools 9.9.9", "text-tools"), ("spec no-such", "no-such"), ("batch no.jsonl", "no.jsonl"),
-    ("upload .", "."), ("url s3://local/agent-outputs/nobody/nothing/f", "/internal/files/download"),
+    ("url s3://local/agent-outputs/nobody/nothing/f", "/internal/files/download"),
     ("download s3://local/agent-outputs/nobody/nothing/f f", "/internal/files/download"),
 ])
 def test_what_fails_is_one_line_on_stderr(cli: Any, line: str, reason: str) -> None:
@@ -4535,9 +4533,9 @@ def test_what_fails_is_one_line_on_stderr(cli: Any, line: str, reason: str) -> N
 @pytest.mark.parametrize("line", [
     "", "no-such-command", "run", "run a 1", "run a 1 f -p novalue", "run a 1 f -f novalue", "run a 1 f -d [1]",
     "run a 1 f -d {broken", "run a 1 f -d 1", "spec", "spec ..", "batch", "batch - --workers 0", "batch - --workers x",
-    "upload", "upload a.txt --temp --ttl 0", "upload a.txt --input --temp", "upload a.txt --session s", "download",
-    "download https://example.com/f", "url report.pdf", "cleanup", "secret", "secret show", "secret set vault",
-    "secret delete vault", "secret set vault NAME value", "list --timeout 0", "list --timeout soon",
+    "upload", "upload .", "upload a.txt --temp --ttl 0", "upload a.txt --input --temp", "upload a.txt --session s",
+    "download", "download https://example.com/f", "url report.pdf", "cleanup", "secret", "secret show",
+    "secret set vault", "secret delete vault", "secret set vault NAME value", "list --timeout 0", "list --timeout soon",
     "list --base-url ftp://x", "list --base-url token-of-mine", "list --token t", "list --api-key k",
     "list --jwt-token j", "list --internal-token i", "spec \udcff", "ls --temp --session \udcff", "cleanup \udcff",
     "run a 1 f -p value=\udcff", "secret set vault \udcff", "run a 1 f -d @latin-1.json",
@@ -4912,7 +4910,7 @@ sys.exit(gateway_sdk.main("run file-tools 1.0.0 checksum -f files=gateway_sdk.py
     *printed, uploaded, result = ended.out.splitlines()
     assert (printed, json.loads(uploaded)["size"]) == (PRINTED.split(), SDK.stat().st_size)
     assert json.loads(result)["status"] == "SUCCESS"
-    assert "saved" in ended.error(out=ended.out)  # which cannot be made here
+    assert os.path.basename(folder) in ended.error(out=ended.out)  # in which nothing can be made
 
 
 @cpython_only
