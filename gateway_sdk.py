@@ -17,6 +17,7 @@ never lost. `GatewayClient` is what can be called; every failure is a `GatewayEr
 
 from __future__ import annotations
 
+import calendar
 import email.utils
 import enum
 import http.client
@@ -36,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Optional, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, TypeVar, Union, cast, overload
 
 if TYPE_CHECKING:
     import concurrent.futures
@@ -66,6 +67,7 @@ _BLOCK_BYTES = 256 * 1024  # fits the processor's cache: larger blocks cost more
 _SHOWN_CHARACTERS = 500
 
 _T = TypeVar("_T")
+_Client = TypeVar("_Client", bound="GatewayClient")
 _Json = dict[str, Any]
 _Path = Union[str, "os.PathLike[str]"]
 _Files = Mapping[str, Sequence[str]]  # name to s3:// URLs
@@ -242,7 +244,7 @@ def _read_problem(text: str, hide: Callable[[str], str]) -> tuple[str, _Json]:
         fields = {**problem, **more} if isinstance(more, dict) else problem
         return str(message or json.dumps(problem)[:_SHOWN_CHARACTERS]), fields
     found = re.search(r"Secret '(?P<secret_name>.*)' for prefab '(?P<prefab_id>.*)' is not configured", str(problem))
-    return str(problem), {"error_code": "MISSING_SECRET", **found.groupdict()} if found else {}
+    return str(problem or ""), {"error_code": "MISSING_SECRET", **found.groupdict()} if found else {}
 
 
 def _retry_after_seconds(value: str) -> float | None:
@@ -250,7 +252,7 @@ def _retry_after_seconds(value: str) -> float | None:
     with suppress(TypeError, ValueError, IndexError, OverflowError):
         if re.fullmatch(r"[\d. ]+", value, re.ASCII):
             return float(value)
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        return max(0.0, calendar.timegm(cast(Any, email.utils.parsedate(value))) - time.time())  # always GMT
     return None
 
 
@@ -371,7 +373,8 @@ class PrefabResult:
         if not isinstance(files, dict):
             return {}
         lists = {name: [urls] if isinstance(urls, str) else urls for name, urls in files.items()}
-        return {name: urls for name, urls in lists.items() if isinstance(urls, list)}
+        kept = {name: urls for name, urls in lists.items() if isinstance(urls, list)}
+        return {name: [url for url in urls if isinstance(url, str)] for name, urls in kept.items()}
 
     def get_file_urls(self) -> list[str]:
         """The `s3://` URLs of all output files."""
@@ -507,24 +510,23 @@ class _Request:
     timeout: float | None
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    file: BinaryIO | None = None  # comes after `body`, from its start on each attempt
+    file: io.BufferedReader | None = None  # comes after `body`, from its start on each attempt
     tail: bytes = b""  # comes after `file`
     on_progress: _Progress | None = None  # of `file`
     repeatable: bool = False  # sent twice, it does no more than once
     to_gateway: bool = True  # which knows the credential and answers in its way; else to a storage
     prefab: dict[str, str] | None = None  # what a 404 is about
     hidden: tuple[str, ...] = ()  # not to be shown
+    answers_secret: bool = False
 
     def __repr__(self) -> str:
         return f"{self.method} {'' if self.to_gateway else self.origin}{self.target.partition('?')[0]}"
 
     def hide(self, text: str) -> str:
-        """`text` without the credential, secrets and the query of a presigned URL."""
+        """`text` without the credential, secrets and the queries of URLs."""
         credentials = (self.headers.get(name, "") for name in ("X-Internal-Token", "X-API-Key", "Authorization"))
         words = {*self.hidden, *(value.rpartition("Bearer ")[2] for value in credentials)}
-        if not self.to_gateway:
-            query = self.target.partition("?")[2]
-            words |= {query, *(value for _, value in urllib.parse.parse_qsl(query))}
+        text = re.sub(r"(https?:[^\s\"'<>?]+\?)[^\s\"'<>]+", r"\1***", text)  # perhaps presigned
         for code in (urllib.parse.quote, partial(urllib.parse.quote, safe=""), lambda word: json.dumps(word)[1:-1]):
             words |= {code(word) for word in words} | {word.replace("/", "\\/") for word in words}
         for word in sorted(filter(None, words), key=len, reverse=True):
@@ -532,6 +534,13 @@ class _Request:
             edge = r"\b" if len(word) < 8 and word.isalnum() else ""
             text = re.sub(f"{edge}{re.escape(word)}{edge}", "***", text)
         return text
+
+
+def _query_secrets(target: str) -> tuple[str, ...]:
+    """The query of a presigned URL and the values in it, but for those too short to be secret."""
+    query = target.partition("?")[2]
+    values = [pair.partition("=")[2] for pair in query.split("&")]
+    return query, *(word for word in (*values, *map(urllib.parse.unquote, values)) if len(word) > 9)
 
 
 def _require_header_value(name: str, value: Any) -> None:
@@ -631,8 +640,8 @@ class _Response(http.client.HTTPResponse):
         super().close()
 
 
-def _proxy_for(origin: str) -> tuple[str, dict[str, str]] | None:
-    """Address of the proxy that is set for an origin, and the header that it wants."""
+def _proxy_for(origin: str) -> tuple[str, tuple[str, ...]] | None:
+    """Address of the proxy that is set for an origin, and its login: in Base64, as text, the password."""
     if sys.platform not in ("win32", "darwin") and not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # before an import that takes as long as twenty calls
     from urllib.request import getproxies, proxy_bypass
@@ -644,24 +653,25 @@ def _proxy_for(origin: str) -> tuple[str, dict[str, str]] | None:
     found = re.fullmatch(r"(?i:http://)?(?!\w+://)(?:(.*)@)?([^/@]+?)(:\d+)?(?:/.*)?", proxy)
     if not found:
         raise GatewayError(f"The environment's {parts.scheme}_proxy is not an http:// URL.")
-    login, host, port = found.groups()
-    encoded = b64encode(urllib.parse.unquote(login or "").encode()).decode()
-    return f"{host}{port or ':80'}", {"Proxy-Authorization": f"Basic {encoded}"} if login else {}
+    login, address = urllib.parse.unquote(found[1] or ""), f"{found[2]}{found[3] or ':80'}"
+    return address, (b64encode(login.encode()).decode(), login, login.partition(":")[2]) if login else ()
 
 
 class _Connection:
     """An open socket to an origin, straight or through a proxy."""
 
-    def __init__(self, origin: str, timeout: float | None, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, origin: str, timeout: float | None, tls: ssl.SSLContext | None,
+                 proxy: tuple[str, tuple[str, ...]] | None) -> None:
         self.key = os.getpid(), origin
         self.idle_since = 0.0
         scheme, _, netloc = origin.partition("://")
-        address, headers = _proxy_for(origin) or (netloc, None)
-        self._proxy_headers = headers if scheme == "http" else None
+        address, login = proxy or (netloc, ())
+        headers = {"Proxy-Authorization": f"Basic {login[0]}"} if login else {}
+        self._proxy_headers = headers if proxy and scheme == "http" else None
         opener = http.client.HTTPConnection(address, timeout=timeout)
         if scheme == "https":
             opener = http.client.HTTPSConnection(address, timeout=timeout, context=tls)
-            if headers is not None:
+            if proxy:
                 opener.set_tunnel(netloc, headers=headers)
         with closing(opener):  # which keeps the socket only if it fails
             opener.connect()  # with TCP_NODELAY
@@ -697,7 +707,7 @@ class _Connection:
                 return error
         return None
 
-    def _blocks(self, request: _Request) -> Iterator[bytes]:
+    def _blocks(self, request: _Request) -> Iterator[bytes | memoryview]:
         file, done, on_progress = request.file, 0, request.on_progress or _ignore
         size = os.fstat(file.fileno()).st_size if file else 0
         headers = {
@@ -719,9 +729,10 @@ class _Connection:
             file.seek(0)
             on_progress(0, size)
             # Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
-            while block := file.read(min(size - done, _BLOCK_BYTES)):
-                yield block
-                done += len(block)
+            block = memoryview(bytearray(_BLOCK_BYTES))
+            while count := file.readinto(block[: size - done]):
+                yield block[:count]
+                done += count
                 on_progress(done, size)
             if done < size:
                 raise GatewayError(f"{request}: the file became shorter while it was being sent.")
@@ -775,7 +786,7 @@ _decode_answer = json.JSONDecoder(parse_constant=int).decode  # int() refuses Na
 def _unusable(response: _Response, body: bytes, problem: str) -> GatewayError:
     """The error for a 2xx that is not what the endpoint promises; its `details` keep the body."""
     request, status = response.request, response.status
-    text = request.hide(body.decode("utf-8", "replace"))
+    text = "***" if request.answers_secret else request.hide(body.decode("utf-8", "replace"))
     message = f"{request} answered {status}, but {problem}: {text[:_SHOWN_CHARACTERS]}"
     return GatewayError._make(message, {"body": text}, status_code=status, may_have_run=not request.repeatable)
 
@@ -819,7 +830,7 @@ def _status_error(response: _Response) -> GatewayError:
         message = f"a redirect to {address}, which is not followed.{' Is base_url right?' * request.to_gateway}"
     error = error_class._make(
         request.hide(f"{request} answered {status}: {message or response.reason}"),
-        {**(request.prefab or {}), **given},
+        {**(request.prefab or {}), **given, **(request.prefab or {} if status == 404 else {})},
         status_code=status,
         retry_after=_retry_after_seconds(response.headers.get("Retry-After", "")),
         may_have_run=status >= 500 and not request.repeatable,
@@ -837,9 +848,11 @@ def _redirected(response: _Response) -> _Request:
         origin, target = _split_url(urllib.parse.urljoin(f"{request.origin}{request.target}", location))
         if request.origin.startswith("https:") and origin.startswith("http:"):
             raise ValueError("leads from https to http")
+        if not location:
+            raise ValueError("is missing")
     except ValueError as error:
         raise GatewayError(f"{request} answered {response.status}, but its Location {error}.") from None
-    return replace(request, origin=origin, target=target)
+    return replace(request, origin=origin, target=target, hidden=request.hidden + _query_secrets(target))
 
 
 def _retry_delay(error: GatewayError, attempt: int, max_retries: int) -> float | None:
@@ -919,16 +932,19 @@ class _Transport:
         raise GatewayError(f"{request}: more than {_MAX_REDIRECTS} redirects")
 
     def _connect(self, request: _Request) -> _Connection:
+        proxy = _proxy_for(request.origin)
+        request.hidden += proxy[1] if proxy else ()
         try:
             if request.origin.startswith("https:") and not self._tls:
                 import ssl  # there are Pythons without it; they can do http
 
                 self._tls = ssl.create_default_context()  # dear: once a client
-            return _Connection(request.origin, request.timeout, self._tls)
+            return _Connection(request.origin, request.timeout, self._tls, proxy)
         except ImportError as error:
             raise GatewayError("https needs Python's ssl module, which is missing here.") from error
         except (*_WIRE_FAULTS, UnicodeError) as error:
-            raise _lost(request, error, f"no connection to {request.origin}", sent=False)
+            way = f" through the proxy {proxy[0]}" if proxy else ""
+            raise _lost(request, error, f"no connection to {request.origin}{way}", sent=False)
 
 
 # --- Event stream ---------------------------------------------------------------------------------
@@ -937,7 +953,9 @@ _decode_json = json.JSONDecoder().raw_decode
 
 
 def _load(text: str) -> Any:
-    """As `json.loads`, but it costs half."""
+    """The JSON of an event's data. `json.loads` costs twice as much."""
+    if text == "[DONE]":
+        return {"type": "done", "data": text}
     text = text.strip(" \t\n\r")
     value, end = _decode_json(text)
     if end != len(text):
@@ -971,8 +989,6 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     for candidates in ([data], lines):
         with suppress(ValueError, RecursionError):
             return [_event(_load(candidate), name) for candidate in candidates if data]
-    if data == "[DONE]":
-        return [_event(data, "done")]
     return [_event(data, name)] if whole else []
 
 
@@ -1012,7 +1028,8 @@ class EventStream:
     """The events of one call, each handed over as it arrives: an iterator and a context manager.
 
     Leaving a `for` loop over it, `close()`, the end of a `with` and garbage collection end the
-    stream and free its connection. An `error` event is yielded, not raised.
+    stream and free its connection. One thread reads it; any may close it. An `error` event is
+    yielded, not raised.
 
     Raises (from iterating):
         ServiceUnavailableError: the connection broke: the stream is not complete.
@@ -1053,18 +1070,20 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
         ServiceUnavailableError: the connection broke before `done` or `error`, or the stream ended
             without them where a break would look just like the end.
     """
-    ended, last_types = False, (StreamEventType.DONE, StreamEventType.ERROR)
+    ended = at_end = False
+    done, error = StreamEventType.DONE, StreamEventType.ERROR
     try:
         for event in _parse_events(response.chunks(), framed=response.framed):
             if response.abandoned:
                 return
-            if not ended and event.type in last_types:
-                ended = True
-                if response.connection:
-                    response.connection.sock.settimeout(_AFTER_DONE_SECONDS)
+            at_end = event.type is done or event.type is error
+            ended = ended or at_end
+            if event.type is done and response.connection:
+                patience = min(response.request.timeout or _AFTER_DONE_SECONDS, _AFTER_DONE_SECONDS)
+                response.connection.sock.settimeout(patience)
             yield event
     except ServiceUnavailableError:
-        if not ended:
+        if not at_end:
             raise
     if not (ended or response.framed or response.abandoned):
         raise _lost(response.request, EOFError("no done or error event"), "the stream was cut short")
@@ -1080,27 +1099,28 @@ def _event_error(event: StreamEvent) -> _Json:
 def _result_of_events(response: _Response) -> PrefabResult:
     """The result of a streaming function that was called without `stream=True`."""
     contents: list[Any] = []
-    error = files = None
+    error = last = None
     try:
         for event in _read_events(response):
             if event.type is StreamEventType.CONTENT:
                 contents.append(event.data)
             elif event.type is StreamEventType.ERROR:
                 error = _event_error(event)
-            elif event.type is StreamEventType.DONE and isinstance(event.data, dict):
-                files = event.data.get("files")
+            elif event.type is StreamEventType.DONE:
+                last = event.data
     except ServiceUnavailableError as broken:
         broken.details["partial_output"] = contents  # which was paid for
         raise
-    value = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
+    value: Any = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
+    files = last.pop("files", None) if isinstance(last, dict) else None
     status = CallStatus.FAILED if error else CallStatus.SUCCESS
-    return PrefabResult(status, {"status": str(status), "output": value, "files": files}, error)
+    return PrefabResult(status, {"status": str(status), "output": value or last or value, "files": files}, error)
 
 
 def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list[PrefabResult]]:
     """The job id and the results of a run request with `count` calls."""
     if response.headers.get_content_type() == "text/event-stream":
-        return None, [_result_of_events(response)]
+        return None, [_result_of_events(response)] * count
     answer = _read_json(response, dict, {"results": list})
     job_id, entries = answer.get("job_id"), answer["results"]
     if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
@@ -1129,7 +1149,7 @@ def _file_name(path: _Path) -> str:
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
 
-def _open_file(path: _Path) -> BinaryIO:
+def _open_file(path: _Path) -> io.BufferedReader:
     regular = os.path.isfile(path) or not os.path.exists(path)
     _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
     return open(os.fspath(path), "rb")  # not a number, which would be closed
@@ -1152,7 +1172,7 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
     return f"multipart/form-data; boundary={boundary}", head.encode(errors="replace"), tail.encode()
 
 
-def _open_part(target: str) -> BinaryIO:
+def _open_part(target: str) -> io.BufferedWriter:
     """A new file beside the target; if its folder is missing, in the one where that will be made."""
     folder = os.path.dirname(target)
     while not os.path.isdir(folder):
@@ -1299,12 +1319,10 @@ class _Batch:
         self._futures: dict[int, concurrent.futures.Future[PrefabResult]] = {}
         self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
         self._refused: GatewayError | None = None
-        error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
-        self._unsent = PrefabResult._from_exception(error)
 
     def run(self, max_workers: int, on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
         """The results, in order. Raises the 401 if that is all there is."""
-        results = [self._unsent] * len(self._waiting)
+        results = [self._unsent() for _ in self._waiting]
         try:
             if self._executor:
                 self._work()
@@ -1319,9 +1337,16 @@ class _Batch:
                 on_result(index, result)
         finally:
             self._stop()
-        if self._refused and all(result.exception for result in results):
+        errors = [result.exception for result in results]
+        if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
         return results
+
+    def _unsent(self) -> PrefabResult:
+        error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
+        if self._refused:
+            error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
+        return PrefabResult._from_exception(error)
 
     def _work(self) -> None:
         with suppress(IndexError):  # nothing waits any more
@@ -1340,7 +1365,7 @@ class _Batch:
     def _done(self, index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
         self._futures.pop(index)  # while it is held, a cluster may run it again for its result
         if future.cancelled():
-            self._arrive(index, self._unsent)
+            self._arrive(index, self._unsent())
         else:
             error = future.exception()
             self._arrive(index, PrefabResult._from_exception(error) if error else future.result())
@@ -1355,7 +1380,7 @@ class _Batch:
         """Sends nothing more."""
         with suppress(IndexError):
             while True:
-                self._arrived.put((self._waiting.pop()[0], self._unsent))
+                self._arrived.put((self._waiting.pop()[0], self._unsent()))
         for future in list(self._futures.values()):
             future.cancel()
 
@@ -1419,6 +1444,7 @@ class GatewayClient:
         _require("?" not in target, "base_url must not have a query.")
         _require_timeout(timeout)
         _require_number("max_retries", max_retries, above=-1)
+        _require(ssl_context is None or hasattr(ssl_context, "wrap_socket"), "ssl_context must be an SSLContext.")
         credentials = {"X-Internal-Token": internal_token, "X-API-Key": api_key, "Authorization": jwt_token}
         headers = {name: value for name, value in credentials.items() if value is not None}
         _require(len(headers) < 2, f"Give one credential, not {' and '.join(headers)}: who is the client?")
@@ -1434,23 +1460,24 @@ class GatewayClient:
         self.timeout = timeout
 
     @classmethod
-    def from_api_key(cls, api_key: str, base_url: str | None = None, timeout: float | None = 60,
-                     **options: Any) -> GatewayClient:
+    def from_api_key(cls: type[_Client], api_key: str, base_url: str | None = None, timeout: float | None = 60, *,
+                     max_retries: int = 2, ssl_context: ssl.SSLContext | None = None) -> _Client:
         """A client with the token that the gateway gives for an API key, now and when it expires.
 
-        `POST /v1/auth/convert_to_internal_token`; `options` are `max_retries` and `ssl_context`.
+        `POST /v1/auth/convert_to_internal_token`
         """
         _require_header_value("api_key", api_key)
-        client = cls(base_url, timeout=timeout, **options)
+        client = cls(base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context)
         client._hidden = (api_key,)
-        exchange = client._request("POST", "/v1/auth/convert_to_internal_token", repeatable=True)
+        path = "/v1/auth/convert_to_internal_token"
+        exchange = client._request("POST", path, repeatable=True, answers_secret=True)
         exchange.headers["Authorization"] = f"Bearer {api_key}"
         client._transport.exchange = exchange
         client._transport.renew(client._transport.credential)
         return client
 
     @classmethod
-    def from_env(cls, **options: Any) -> GatewayClient:
+    def from_env(cls: type[_Client], **options: Any) -> _Client:
         """A client with the environment's credential: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
         (which is exchanged), `GATEWAY_JWT_TOKEN`, or none; two are an error.
 
@@ -1465,7 +1492,7 @@ class GatewayClient:
     def __repr__(self) -> str:
         return f"GatewayClient({self.base_url!r}, {next(iter(self._transport.credential), 'allow-list')})"
 
-    def __enter__(self) -> GatewayClient:
+    def __enter__(self: _Client) -> _Client:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1746,7 +1773,8 @@ class GatewayClient:
             origin, target = _split_url(url)
         except ValueError as error:
             raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
-        return _Request(method, origin, target, self.timeout, repeatable=True, to_gateway=False, **options)
+        options = {"repeatable": True, "to_gateway": False, "hidden": _query_secrets(target), **options}
+        return _Request(method, origin, target, self.timeout, **options)
 
     def _fetch(self, fields: Mapping[str, type], *arguments: Any, **options: Any) -> _Json:
         """The JSON object that answers such a `_request`, with `fields` in it, of these types."""
@@ -1797,7 +1825,11 @@ def _read_text(path: str) -> str:
 
 
 def _name_and_value(text: str) -> tuple[str, str]:
-    name, value = text.split("=", 1)
+    from argparse import ArgumentTypeError
+
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ArgumentTypeError(f"must be NAME=VALUE, not {text!r}")
     return name, value
 
 
@@ -1892,10 +1924,10 @@ def _batch_command(client: GatewayClient, args: Any) -> None:
 
 def _upload_command(client: GatewayClient, args: Any) -> None:
     _require(not (args.input and args.temp), "--input and --temp exclude each other.")
-    _require(args.temp or not args.session, "--session goes with --temp.")
+    _require(args.temp or (args.session is None and args.ttl is None), "--session and --ttl go with --temp.")
     upload: Callable[..., Any] = client.upload_input_file if args.input else client.upload_file
     if args.temp:
-        upload = partial(client.upload_temp_file, ttl=args.ttl, session_id=args.session)
+        upload = partial(client.upload_temp_file, ttl=86400 if args.ttl is None else args.ttl, session_id=args.session)
     answers: list[Any] = []
     try:
         for path in args.path:
@@ -1965,7 +1997,7 @@ _ARGUMENTS: Mapping[str, _Json] = {
     "--status": {"help": "deployed or failed"},
     "--input": {**_FLAG, "help": "as the input of a call; needs no agent's token"},
     "--temp": {**_FLAG, "help": "temporary files"},
-    "--ttl": {"type": int, "default": 86400, "help": "seconds that temporary files live"},
+    "--ttl": {"type": int, "help": "seconds that temporary files live; default: 86400"},
     "--session": {"help": "an id that temporary files have in common"},
     "target": {"help": "a file or a folder"},
     "action": {"choices": ("set", "list", "delete")},

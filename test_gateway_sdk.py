@@ -486,6 +486,17 @@ def test_retry_after_as_a_date_is_counted_from_now() -> None:
     assert 3000 < gateway_sdk._retry_after_seconds(date) <= 3600
 
 
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the time zone cannot be set here")
+def test_a_retry_after_without_a_zone_is_in_gmt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    try:
+        assert 3000 < gateway_sdk._retry_after_seconds(time.asctime(time.gmtime(time.time() + 3600))) <= 3600
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
@@ -900,7 +911,7 @@ def test_bad_arguments_are_refused_before_anything_is_sent(act: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"timeout": 0}, {"timeout": "5"}, {"max_retries": -1}, {"max_retries": 1.5}],
+    [{"timeout": 0}, {"timeout": "5"}, {"max_retries": -1}, {"max_retries": 1.5}, {"ssl_context": "x"}],
     ids=str,
 )
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
@@ -1268,6 +1279,27 @@ def test_a_proxy_that_cannot_be_used_is_an_error_without_its_password(
     monkeypatch.setenv("HTTP_PROXY", "socks5://user:hush@proxy.example:1080")
     with pytest.raises(GatewayError, match="(?i)http_proxy") as caught:
         run(GatewayClient("http://gateway.invalid"))
+    assert "hush" not in text_of(caught.value)
+
+
+def test_a_proxy_that_repeats_its_password_does_not_have_it_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    login = base64.b64encode(b"user:hush-hush").decode()
+    with Script(answer({"detail": f"who is user:hush-hush, {login}?"}, 407)) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://user:hush%2Dhush@127.0.0.1:{proxy.port}")
+        with pytest.raises(GatewayError, match="who is") as caught:
+            run(GatewayClient("http://gateway.invalid"))
+    assert "hush" not in text_of(caught.value) and login not in text_of(caught.value)
+
+
+def test_an_error_names_the_proxy_through_which_there_is_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as bound:  # it refuses
+        bound.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{bound.getsockname()[1]}"
+        monkeypatch.setenv("HTTP_PROXY", f"http://user:hush@{proxy}")
+        with pytest.raises(ServiceUnavailableError, match=f"gateway.invalid through the proxy {proxy}") as caught:
+            run(GatewayClient("http://gateway.invalid"))
     assert "hush" not in text_of(caught.value)
 
 
@@ -2016,6 +2048,18 @@ def test_an_executor_that_breaks_fails_its_calls_and_not_the_batch(client: Gatew
     assert "worker lost" in str(batch.results[0].error)
 
 
+def test_a_call_that_the_executor_cancels_has_nothing_to_do_with_credentials(client: GatewayClient) -> None:
+    class Cancelling(concurrent.futures.Executor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            future.cancel()
+            return future
+
+    first, second = client.run_batch([call(), call()], executor=Cancelling()).results
+    assert type(first.exception) is ServiceUnavailableError and "cancelled" in str(first.exception)
+    assert first is not second
+
+
 @pytest.mark.parametrize("code", ["E", None])
 def test_the_error_of_a_result_has_the_code_of_its_exception(code: str | None) -> None:
     with Script(answer({"error_code": code, "message": "m"}, 422)) as server:
@@ -2037,6 +2081,13 @@ def test_after_a_refused_credential_nothing_more_is_sent(executor: Any) -> None:
 def test_a_refused_credential_is_raised(single_request: bool) -> None:
     with Script(*[REFUSED] * 3) as server, pytest.raises(AuthenticationError):
         client_of(server).run_batch([call()] * 3, single_request=single_request)
+
+
+def test_a_refused_credential_does_not_hide_a_call_that_may_have_run() -> None:
+    with Script(UNAVAILABLE, REFUSED) as server:
+        batch = client_of(server).run_batch([call(), call()], max_workers=1)
+    first, second = (result.exception for result in batch.results)
+    assert first and first.may_have_run and isinstance(second, AuthenticationError)
 
 
 def test_a_refused_credential_does_not_cost_the_results_that_there_are() -> None:
@@ -3920,7 +3971,8 @@ def reference_event(name: str, lines: list[str]) -> list[tuple[str, Any]]:
         return []
     for candidates in ([data], lines):
         try:
-            values = [json.loads(candidate) for candidate in candidates]
+            values = [{"type": "done", "data": candidate} if candidate == "[DONE]" else json.loads(candidate)
+                      for candidate in candidates]
         except ValueError:
             continue
         events = []
@@ -4187,6 +4239,103 @@ def test_a_secret_that_json_escapes_is_not_shown_in_the_details_either(escaped: 
     assert "***" in str(caught.value)
 
 
+@pytest.mark.parametrize("body", [
+    b'{"internal_token": "hush-hush', b'{"token": "hush-hush"}', b'["hush-hush"]', b"hush-hush",
+    b'{"internal_token": {"value": "hush-hush"}}',
+])  # fmt: skip
+def test_an_exchanged_token_is_not_shown_where_its_answer_is_odd(body: bytes) -> None:
+    with Script(answer(body=body)) as server, pytest.raises(GatewayError) as caught:
+        GatewayClient.from_api_key("key-1", server.url)
+    assert "hush" not in text_of(caught.value) + repr(caught.value.details)
+
+
+@pytest.mark.parametrize("given", [
+    answer({"url": "https://s3/b/k?X-Sig=hush-hush"}), answer("https://s3/b/k?X-Sig=hush-hush"),
+    answer({"detail": "403 for url: https://s3/b/k?X-Sig=hush-hush"}, 503),
+])  # fmt: skip
+def test_the_query_of_a_url_in_an_answer_is_not_shown(given: bytes) -> None:
+    error = error_of(given, lambda c: c.get_presigned_url(S3))
+    assert "hush" not in text_of(error) + repr(error.details) and "https://s3/b/k?***" in str(error)
+
+
+@pytest.mark.parametrize("echo", ["a+b/c=HUSH-HUSH", "a b/c=HUSH-HUSH"])
+def test_the_first_url_of_a_redirect_stays_hidden(echo: str, tmp_path: Path) -> None:
+    answers = (link("Sig=a+b/c=HUSH-HUSH&T=a%20b/c=HUSH-HUSH"), answer(status=302, Location="/z?t=1"),
+               answer({"detail": f"denied for {echo}"}, 403))
+    with Script(*answers) as server, pytest.raises(GatewayError, match=r"denied for \*\*\*") as caught:
+        client_of(server).download_file(S3, tmp_path / "f")
+    assert "HUSH" not in text_of(caught.value)
+
+
+def test_a_redirect_to_nowhere_is_not_followed(tmp_path: Path) -> None:
+    with Script(link(), answer(status=302)) as server, pytest.raises(GatewayError, match="Location is missing"):
+        client_of(server).download_file(S3, tmp_path / "f")
+    assert len(server.received) == 2
+
+
+def test_a_404_is_about_the_prefab_that_was_asked_for() -> None:
+    error = error_of(answer({"detail": {"message": "m", "version": "api-v7"}}, 404))
+    assert (error.prefab_id, error.version) == ("p", "1.0.0")
+
+
+def test_an_error_body_of_null_says_nothing() -> None:
+    assert "None" not in str(error_of(answer(body=b"null", status=500)))
+
+
+@pytest.mark.parametrize("options", [{"jwt_token": "j"}, {"internal_token": "i"}, {"api_key": "k"}], ids=str)
+def test_an_exchanged_key_allows_no_second_credential(options: Any) -> None:
+    with Script() as server, pytest.raises(TypeError):
+        GatewayClient.from_api_key("key-1", server.url, **options)
+    assert not server.received
+
+
+def test_events_behind_an_error_event_are_waited_for_and_missed() -> None:
+    late, never = event("content", "late"), event("done", None)
+    with Script(chunked(event("error", "e"), late, never), HangUp(chunked(event("error", "e"), late, end=False)),
+                HangUp(chunked(event("error", "e"), end=False))) as server:
+        client = client_of(server)
+        assert [e.data for e in client.run("p", "1", "f", stream=True)] == ["e", "late", None]
+        with pytest.raises(ServiceUnavailableError):
+            list(client.run("p", "1", "f", stream=True))
+        assert [e.data for e in client.run("p", "1", "f", stream=True)] == ["e"]
+
+
+def test_after_done_a_short_timeout_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hung_up = []
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(chunked(event("done", None), end=False))
+        sock.settimeout(WAIT_SECONDS)
+        hung_up.append(sock.recv(1))
+
+    monkeypatch.setattr(gateway_sdk, "_AFTER_DONE_SECONDS", 10 * WAIT_SECONDS)
+    with Script(Steps((serve,))) as server, client_of(server, timeout=0.2) as client:
+        assert len(list(client.run("p", "1", "f", stream=True))) == 1
+    assert hung_up == [b""]
+
+
+@pytest.mark.parametrize(("data", "output", "files"), [
+    ({"answer": 42}, {"answer": 42}, None), ({"answer": 42, "files": {"a": [S3]}}, {"answer": 42}, {"a": [S3]}),
+    ({"files": {"a": [S3]}}, "", {"a": [S3]}), (None, "", None), ("text", "text", None),
+])  # fmt: skip
+def test_what_done_brings_is_the_result_where_there_are_no_contents(data: Any, output: Any, files: Any) -> None:
+    with Script(chunked(event("progress", 1), event("done", data))) as server:
+        result = run(client_of(server))
+    assert (result.output["output"], result.get_files()) == (output, files or {})
+
+
+def test_lines_without_blank_ones_may_end_with_done() -> None:
+    lines = event("content", 1).rstrip() + b"\n" + event("content", 2).rstrip() + b"\ndata: [DONE]\n"
+    assert parsed(lines) == [("content", 1), ("content", 2), ("done", "[DONE]")]
+
+
+def test_of_a_presigned_url_short_words_stay_readable_elsewhere(tmp_path: Path) -> None:
+    answers = (link("X-Expires=600&X-Signed=host&X-Signature=0123456789abcdef"),
+               answer({"detail": "Is the host right? 600 0123456789abcdef"}, 403))
+    with Script(*answers) as server, pytest.raises(GatewayError, match=r"Is the host right\? 600 \*\*\*"):
+        client_of(server).download_file(S3, tmp_path / "f")
+
+
 @pytest.mark.parametrize("timeout", [2**31 / 1000, 4294968, 1e9, float("inf"), float("nan"), 0, -1, True, "60"])
 def test_a_timeout_that_cannot_be_kept_is_refused(timeout: Any) -> None:
     with pytest.raises(ValidationError, match="timeout"):
@@ -4235,6 +4384,12 @@ def test_a_version_of_the_directory_may_be_any_text() -> None:
 def test_files_of_an_odd_shape_are_no_files(files: Any) -> None:
     result = PrefabResult(CallStatus.SUCCESS, {"status": "SUCCESS", "output": 1, "files": files})
     assert (result.get_files(), result.get_file_urls()) == ({}, [])
+
+
+def test_what_is_no_url_among_the_files_is_left_out() -> None:
+    result = PrefabResult(CallStatus.SUCCESS, {"output": 1, "files": {"a": [5, S3, None], "b": "s3://b/k"}})
+    assert result.get_files() == {"a": [S3], "b": ["s3://b/k"]}
+    assert result.get_file_urls() == [S3, "s3://b/k"]
 
 
 def test_an_executor_that_takes_nothing_says_that_nothing_ran(client: GatewayClient) -> None:
@@ -4511,6 +4666,11 @@ def test_the_debug_log_goes_to_stderr_without_the_credential(gateway: LocalGatew
     assert gateway.internal_token not in ended.err
 
 
+def test_a_pair_without_its_separator_is_told(cli: Any) -> None:
+    status, out, err = cli("run", "a", "1", "f", "-p", "novalue")
+    assert (status, out) == (2, "") and "NAME=VALUE" in err.splitlines()[-1] and "'novalue'" in err
+
+
 def test_several_messages_are_one_line(cli: Any) -> None:
     problems = [{"loc": ["body", "calls", number], "msg": f"bad {number}", "type": "x"} for number in range(2)]
     with Script(answer({"detail": problems}, 422)) as server:
@@ -4534,8 +4694,9 @@ def test_what_fails_is_one_line_on_stderr(cli: Any, line: str, reason: str) -> N
     "", "no-such-command", "run", "run a 1", "run a 1 f -p novalue", "run a 1 f -f novalue", "run a 1 f -d [1]",
     "run a 1 f -d {broken", "run a 1 f -d 1", "spec", "spec ..", "batch", "batch - --workers 0", "batch - --workers x",
     "upload", "upload .", "upload a.txt --temp --ttl 0", "upload a.txt --input --temp", "upload a.txt --session s",
-    "download", "download https://example.com/f", "url report.pdf", "cleanup", "secret", "secret show",
-    "secret set vault", "secret delete vault", "secret set vault NAME value", "list --timeout 0", "list --timeout soon",
+    "upload a.txt --ttl 5", "download", "download https://example.com/f", "url report.pdf", "cleanup", "secret",
+    "secret show", "secret set vault", "secret delete vault", "secret set vault NAME value", "list --timeout 0",
+    "list --timeout soon",
     "list --base-url ftp://x", "list --base-url token-of-mine", "list --token t", "list --api-key k",
     "list --jwt-token j", "list --internal-token i", "spec \udcff", "ls --temp --session \udcff", "cleanup \udcff",
     "run a 1 f -p value=\udcff", "secret set vault \udcff", "run a 1 f -d @latin-1.json",

@@ -1,4 +1,4 @@
-"""What the types of the installed package say, for mypy and pyright; nothing here is sent.
+"""What the types of the installed package say: to be checked by mypy or pyright, not to be run.
 
 `assert_type` is an error of the type checker where a type is not precisely this one.
 """
@@ -36,6 +36,12 @@ if TYPE_CHECKING:
         with client.temp_session() as session, client.run("p", "1", "f", stream=True) as events:
             assert_type(session, str)
             assert_type(next(events), StreamEvent)
+
+    class Agent(GatewayClient):
+        pass
+
+    with Agent.from_env() as agent:
+        assert_type(agent, Agent)
 
     def errors(error: GatewayError) -> None:
         assert_type(error.status_code, int | None)
