@@ -707,7 +707,7 @@ class _Connection:
                 return error
         return None
 
-    def _blocks(self, request: _Request) -> Iterator[bytes | memoryview]:
+    def _blocks(self, request: _Request) -> Iterator[bytes]:
         file, done, on_progress = request.file, 0, request.on_progress or _ignore
         size = os.fstat(file.fileno()).st_size if file else 0
         headers = {
@@ -729,10 +729,9 @@ class _Connection:
             file.seek(0)
             on_progress(0, size)
             # Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
-            block = memoryview(bytearray(_BLOCK_BYTES))
-            while count := file.readinto(block[: size - done]):
-                yield block[:count]
-                done += count
+            while block := file.read(min(size - done, _BLOCK_BYTES)):
+                yield block
+                done += len(block)
                 on_progress(done, size)
             if done < size:
                 raise GatewayError(f"{request}: the file became shorter while it was being sent.")

@@ -3645,7 +3645,7 @@ def test_a_large_file_takes_little_memory(call: str, tmp_path: Path) -> None:
         output = child.communicate()[0]
     assert child.returncode == 0
     assert max(moved) >= size
-    assert int(output) < 16 * 1024
+    assert int(output) < (64 if sys.implementation.name == "pypy" else 16) * 1024  # it collects late
     if "download" in call:
         assert os.path.getsize(tmp_path / "large.bin.new") == size
         os.unlink(tmp_path / "large.bin.new")
