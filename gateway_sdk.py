@@ -526,7 +526,7 @@ class _Request:
         """`text` without the credential, secrets and the queries of URLs."""
         credentials = (self.headers.get(name, "") for name in ("X-Internal-Token", "X-API-Key", "Authorization"))
         words = {*self.hidden, *(value.rpartition("Bearer ")[2] for value in credentials)}
-        text = re.sub(r"(https?:[^\s\"'<>?]+\?)[^\s\"'<>]+", r"\1***", text)  # perhaps presigned
+        text = re.sub(r"(https?:[^\s\"'<>?]{1,2000}\?)[^\s\"'<>]+", r"\1***", text)  # perhaps presigned
         for code in (urllib.parse.quote, partial(urllib.parse.quote, safe=""), lambda word: json.dumps(word)[1:-1]):
             words |= {code(word) for word in words} | {word.replace("/", "\\/") for word in words}
         for word in sorted(filter(None, words), key=len, reverse=True):
@@ -1105,7 +1105,7 @@ def _result_of_events(response: _Response) -> PrefabResult:
                 contents.append(event.data)
             elif event.type is StreamEventType.ERROR:
                 error = _event_error(event)
-            elif event.type is StreamEventType.DONE:
+            elif event.type is StreamEventType.DONE and event.data != "[DONE]":
                 last = event.data
     except ServiceUnavailableError as broken:
         broken.details["partial_output"] = contents  # which was paid for

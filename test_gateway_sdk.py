@@ -4316,7 +4316,7 @@ def test_after_done_a_short_timeout_counts(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(("data", "output", "files"), [
     ({"answer": 42}, {"answer": 42}, None), ({"answer": 42, "files": {"a": [S3]}}, {"answer": 42}, {"a": [S3]}),
-    ({"files": {"a": [S3]}}, "", {"a": [S3]}), (None, "", None), ("text", "text", None),
+    ({"files": {"a": [S3]}}, "", {"a": [S3]}), (None, "", None), ("text", "text", None), ("[DONE]", "", None),
 ])  # fmt: skip
 def test_what_done_brings_is_the_result_where_there_are_no_contents(data: Any, output: Any, files: Any) -> None:
     with Script(chunked(event("progress", 1), event("done", data))) as server:
