@@ -625,12 +625,14 @@ class _Response(http.client.HTTPResponse):
                 raise http.client.IncompleteRead(b"", left)
             if self.connection and not self.will_close:
                 connection, self.connection = self.connection, None
+                super().close()  # first: from now on the socket is another answer's
                 self._pool.give(connection)
         except (*_WIRE_FAULTS, AttributeError, ValueError) as error:  # the last two of a closed file
             if not self.abandoned:
                 raise _lost(self.request, error, f"the answer ({self.status}) was cut short")
         finally:
-            self.close()
+            if self.connection:
+                self.close()
 
     def close(self) -> None:
         """Closes the connection too, unless it went back to the pool."""
