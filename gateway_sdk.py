@@ -13,6 +13,9 @@ One module, standard library only, CPython 3.9+ or PyPy: copy it, `pip install` 
 A gateway runs prefabs: deployed components with an id, a version and named functions. A call may
 cost money and minutes, so one that may have run is never sent twice, and a result that arrived is
 never lost. `GatewayClient` is what can be called; every failure is a `GatewayError`.
+
+Top to bottom, each section uses those above it: errors, data, requests, connections, transport,
+event stream, files, client, command line.
 """
 
 from __future__ import annotations
@@ -440,8 +443,8 @@ class StreamEvent:
     def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
         event_type: Any = data.get("type")
-        name = event_type if event_type.__class__ is str else "content"
-        return cls(_EVENT_TYPES.get(name) or StreamEventType.CONTENT, data.get("data"), data)
+        known = event_type.__class__ is str and event_type in _EVENT_TYPES
+        return cls(_EVENT_TYPES[event_type] if known else StreamEventType.CONTENT, data.get("data"), data)
 
 
 @dataclass
@@ -966,12 +969,10 @@ def _load(text: str) -> Any:
 
 def _event(value: Any, name: str = "") -> StreamEvent:
     """The event of decoded data; `name`, its `event` field, counts where that has no type."""
-    data = raw = value
-    if value.__class__ is not dict:
-        raw = {"type": name or "content", "data": value}
-    elif value.get("type").__class__ is str:
-        name, data = value["type"], value.get("data")
-    return StreamEvent(_EVENT_TYPES.get(name) or StreamEventType.CONTENT, data, raw)
+    if value.__class__ is dict and value.get("type").__class__ is str:
+        return StreamEvent.from_dict(value)
+    raw = value if isinstance(value, dict) else {"type": name or "content", "data": value}
+    return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
 
 
 def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
@@ -1176,7 +1177,7 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
 def _open_part(target: str) -> io.BufferedWriter:
     """A new file beside the target; if its folder is missing, in the one where that will be made."""
     folder = os.path.dirname(target)
-    while not os.path.isdir(folder):
+    while not os.path.exists(folder):
         folder = os.path.dirname(folder)
     return open(os.path.join(folder, f".{os.urandom(16).hex()}.part"), "xb")
 
@@ -1281,7 +1282,7 @@ def _require_call(call: Any) -> None:
             _require_s3_url(f"Each of files[{name!r}]", url)
 
 
-def _path(*names: Any) -> str:
+def _segments(*names: Any) -> str:
     """A path of one segment for each name, with the slashes in them encoded."""
     for name in names:
         is_name = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
@@ -1442,7 +1443,7 @@ class GatewayClient:
         except ValueError as error:
             message = f"base_url (or else GATEWAY_BASE_URL) {error}. A token goes into internal_token=."
             raise ValidationError(message) from None
-        _require("?" not in target, "base_url must not have a query.")
+        _require("?" not in base_url and "#" not in base_url, "base_url must not have a query or a fragment.")
         _require_timeout(timeout)
         _require_number("max_retries", max_retries, above=-1)
         _require(ssl_context is None or hasattr(ssl_context, "wrap_socket"), "ssl_context must be an SSLContext.")
@@ -1564,6 +1565,7 @@ class GatewayClient:
         calls, job_id, report = list(calls), None, on_result or _ignore
         _require_number("max_workers", max_workers)
         _require(executor is None or hasattr(executor, "submit"), "executor must be an Executor.")
+        _require(not (single_request and executor), "A single request cannot have an executor.")
         _require(callable(report), "on_result must be a function.")
         if single_request and calls:
             read = partial(_read_results, count=len(calls))
@@ -1609,14 +1611,14 @@ class GatewayClient:
 
         Without `version`, those of the newest; of a failed one only if there is no other.
         """
-        path = _path(prefab_id)
+        path = _segments(prefab_id)
         if version is None:
             found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
             if not found:
                 raise PrefabNotFoundError(prefab_id, "latest")
             version = max(found, key=lambda prefab: (prefab.status != "failed", _version_key(prefab.version))).version
         prefab = {"prefab_id": prefab_id, "version": version}
-        return self._fetch({}, "GET", f"/v1/prefabs/{path}/{_path(version)}/spec", prefab=prefab)
+        return self._fetch({}, "GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", prefab=prefab)
 
     # Secrets
 
@@ -1630,13 +1632,13 @@ class GatewayClient:
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
         """Deletes a secret of yours. `DELETE /v1/secrets/{prefab_id}/{secret_name}`"""
-        self._transport.send(self._request("DELETE", f"/v1/secrets/{_path(prefab_id, secret_name)}"), _drain)
+        self._transport.send(self._request("DELETE", f"/v1/secrets/{_segments(prefab_id, secret_name)}"), _drain)
 
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
             return list(self._fetch({"secrets": list}, "GET", "/v1/secrets")["secrets"])
-        answer = self._fetch({"secret_names": list}, "GET", f"/v1/secrets/{_path(prefab_id)}")
+        answer = self._fetch({"secret_names": list}, "GET", f"/v1/secrets/{_segments(prefab_id)}")
         return [{"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]]
 
     # Files

@@ -890,6 +890,7 @@ def test_files_that_are_no_lists_of_s3_urls_are_refused_before_anything_is_sent(
         lambda c: run(c, timeout="5"),
         lambda c: run(c, timeout=float("nan")),
         lambda c: c.run_batch([call()], max_workers=0),
+        lambda c: c.run_batch([call()], single_request=True, executor=concurrent.futures.Executor()),
         lambda c: c.get_presigned_url("https://b/k"),
         lambda c: c.get_presigned_url(None),
         lambda c: c.download_file(S3, "f", mode="stream"),
@@ -4262,6 +4263,19 @@ def test_the_first_url_of_a_redirect_stays_hidden(echo: str, tmp_path: Path) -> 
     with Script(*answers) as server, pytest.raises(GatewayError, match=r"denied for \*\*\*") as caught:
         client_of(server).download_file(S3, tmp_path / "f")
     assert "HUSH" not in text_of(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["?a=1", "#a", "/?", "/p#"])
+def test_a_base_url_has_neither_a_query_nor_a_fragment(suffix: str) -> None:
+    with pytest.raises(ValidationError, match="base_url"):
+        GatewayClient(f"http://127.0.0.1:1{suffix}")
+
+
+def test_a_target_below_a_file_is_refused_before_the_transfer(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with Script(link()) as server, pytest.raises(OSError, match="file"):
+        client_of(server).download_file(S3, tmp_path / "file" / "folder" / "f")
+    assert len(server.received) == 1 and (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_redirect_to_nowhere_is_not_followed(tmp_path: Path) -> None:
