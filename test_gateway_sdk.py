@@ -4311,6 +4311,12 @@ def test_events_behind_an_error_event_are_waited_for_and_missed() -> None:
         assert [e.data for e in client.run("p", "1", "f", stream=True)] == ["e"]
 
 
+def test_a_gathered_stream_that_breaks_keeps_what_came() -> None:
+    error = error_of(HangUp(chunked(event("content", "paid"), event("content", "for"), end=False)))
+    assert type(error) is ServiceUnavailableError and error.may_have_run
+    assert error.details["partial_output"] == ["paid", "for"]
+
+
 def test_after_done_a_short_timeout_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     hung_up = []
 
