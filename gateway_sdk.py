@@ -15,11 +15,12 @@ cost money and minutes, so one that may have run is never sent twice, and a resu
 never lost. `GatewayClient` is what can be called; every failure is a `GatewayError`.
 
 Top to bottom, each section uses those above it: errors, data, arguments, requests, connections,
-transport, event stream, files, batches, client, command line.
+responses, transport, event stream, files, batches, client, command line.
 """
 
 from __future__ import annotations
 
+import copy
 import email.utils
 import enum
 import http.client
@@ -33,18 +34,20 @@ import socket
 import sys
 import threading
 import time
-from base64 import b64encode
+from base64 import b64encode, urlsafe_b64decode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, cast, overload
 from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 
 if TYPE_CHECKING:
-    import concurrent.futures
-    import ssl
+    from concurrent.futures import Executor, Future
+    from ssl import SSLContext
+else:  # tools read the hints of methods at run time, when the import of these modules would be dear
+    Executor = Future = SSLContext = Any
 
 __version__ = "1.0.0"
 
@@ -58,13 +61,16 @@ __all__ = [
 DEFAULT_BASE_URL = "http://nodeport.sensedeal.vip:30566"
 
 _BACKOFF_BASE_SECONDS = 0.5
+_CONNECT_BACKOFF_BASE_SECONDS = 1.0  # a gateway that restarts is away for about three seconds
 _BACKOFF_CAP_SECONDS = 8.0
 _RETRY_AFTER_CAP_SECONDS = 60.0  # a longer wait is the caller's decision
 _IDLE_SECONDS = 4.0  # the gateway's server hangs up after 5, unannounced
+_KEEP_ALIVE_SECONDS = 60  # a call may take minutes without a byte, and NATs forget silent connections
 _AFTER_DONE_SECONDS = 5.0  # how long a stream may linger when it has said that it is done
 _MAX_REDIRECTS = 5
 _MAX_IDLE_CONNECTIONS = 100  # per origin
-_MAX_INTERIM_ANSWERS = 100
+_MAX_INTERIM_RESPONSES = 100
+_MAX_WORKER_TRANSPORTS = 8
 _MAX_ERROR_BYTES = 64 * 1024
 _BLOCK_BYTES = 256 * 1024  # fits the processor's cache: larger blocks cost more
 _MAX_SHOWN_CHARACTERS = 500
@@ -88,8 +94,25 @@ def _ignore(*_: object) -> None:
 
 
 # --- Errors ---------------------------------------------------------------------------------------
+#
+# GatewayError
+# ├─ AuthenticationError
+# ├─ PrefabNotFoundError
+# ├─ ValidationError                also a ValueError
+# ├─ QuotaExceededError
+# ├─ MissingSecretError
+# ├─ AgentContextRequiredError
+# └─ ServiceUnavailableError
+#    └─ GatewayTimeoutError          also a TimeoutError
 
 _BODY_FIELDS = ("error_code", "prefab_id", "version", "limit", "used", "quota_type", "secret_name", "instructions")
+
+
+def _text_of(value: Any) -> str:
+    """`str` of a JSON value. One may be nested deeply enough to be read, but too deeply to be written."""
+    with suppress(RecursionError):
+        return str(value)
+    return "(nested too deeply to be shown)"
 
 
 class GatewayError(Exception):
@@ -104,11 +127,12 @@ class GatewayError(Exception):
         may_have_run: Whether the gateway may have run the call although no usable answer came.
     """
 
-    _remedy: ClassVar[str] = ""
+    _remedy: ClassVar[str] = ""  # what the user can do; the error's own fields stand in braces
     status_code: int | None = None
     error_code: str | None = None
     retry_after: float | None = None
     may_have_run: bool = False
+    _backoff_seconds: float | None = None  # the first wait before the request is sent again; None: it must not be
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -119,7 +143,7 @@ class GatewayError(Exception):
                 setattr(self, name, self.details[name])
 
     @classmethod
-    def _from_body(cls, message: str, details: Mapping[str, Any], **attributes: Any) -> GatewayError:
+    def _create(cls, message: str, details: Mapping[str, Any], **attributes: Any) -> GatewayError:
         """An error with these attributes, whatever the constructor of its class takes."""
         error = cls.__new__(cls)
         GatewayError.__init__(error, message, details)
@@ -127,24 +151,20 @@ class GatewayError(Exception):
         return error
 
     def __reduce__(self) -> tuple[Any, ...]:  # the default would call the class with the message alone
-        return self._from_body, (self.message, self.details), self.__dict__
-
-    def _add_remedy(self) -> None:
-        lines = [self.message, self._remedy.format(self), getattr(self, "instructions", None)]
-        self.message = "\n".join(str(line) for line in lines if line)
-        self.args = (self.message,)
+        return self._create, (self.message, self.details), self.__dict__
 
 
 class AuthenticationError(GatewayError):
     """The gateway refused the credential (401, 403)."""
 
-    _remedy = "Check the credential. Without one, this machine's address must be on the gateway's allow-list."
-
 
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _remedy = "client.list_prefabs() shows what is deployed."
+    _remedy = (
+        "client.list_prefabs() shows what is deployed, client.get_prefab_spec(prefab_id, version) "
+        "the functions of a prefab."
+    )
     prefab_id: str = "unknown"
     version: str = "unknown"
 
@@ -172,16 +192,17 @@ class QuotaExceededError(GatewayError):
 class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours; `instructions` say how to get it."""
 
-    _remedy = "Set it with client.set_secret({0.prefab_id!r}, {0.secret_name!r}, value)."
+    _remedy = "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value)."
     prefab_id: str = "unknown"
     secret_name: str = "unknown"  # noqa: S105
     instructions: str | None = None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        message = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
         body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
-        super().__init__(message, {**body, "error_code": "MISSING_SECRET"})
-        self._add_remedy()
+        lines = [f"Missing required secret '{secret_name}' for prefab '{prefab_id}'", self._remedy.format(**body)]
+        if instructions:
+            lines.append(instructions)
+        super().__init__("\n".join(lines), {**body, "error_code": "MISSING_SECRET"})
 
 
 class AgentContextRequiredError(GatewayError):
@@ -204,62 +225,21 @@ class GatewayTimeoutError(ServiceUnavailableError, TimeoutError):
     """Connecting, or a wait for bytes, took longer than `timeout`."""
 
 
-_STATUS_ERRORS: Mapping[Any, type[GatewayError]] = {
+class _NotPicklableError(GatewayError, TypeError):
+    """A client that cannot go to another process."""
+
+
+_STATUS_ERRORS: Mapping[int, type[GatewayError]] = {
     401: AuthenticationError,
     403: AuthenticationError,
     404: PrefabNotFoundError,
     422: ValidationError,
     429: QuotaExceededError,
-    (400, "MISSING_SECRET"): MissingSecretError,
-    (400, "MISSING_AGENT_CONTEXT"): AgentContextRequiredError,
 }
-
-
-def _field_problem(entry: Any) -> str:
-    """An entry of a 422's list, such as `body.calls.0.version: Field required`."""
-    try:
-        return f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}"
-    except (TypeError, KeyError):
-        return str(entry)
-
-
-def _redacted(value: Any, redact: Callable[[str], str]) -> Any:
-    """A copy of a JSON value with `redact` applied to every string and key in it."""
-    if isinstance(value, list):
-        return [_redacted(item, redact) for item in value]
-    if isinstance(value, dict):
-        return {redact(key): _redacted(item, redact) for key, item in value.items()}
-    return redact(value) if isinstance(value, str) else value
-
-
-def _read_problem(text: str, redact: Callable[[str], str]) -> tuple[str, _Json]:
-    """Message and fields of an error body in any of its forms; `redact` takes secrets out."""
-    try:
-        problem = _redacted(json.loads(text), redact)
-    except (ValueError, RecursionError):
-        text = redact(text)
-        found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", text)  # of S3
-        return (f"{found[1]}: {found[2]}", {"error_code": found[1]}) if found else (text[:_MAX_SHOWN_CHARACTERS], {})
-    if isinstance(problem, dict):
-        problem = problem.get("detail") or problem
-    if isinstance(problem, list):  # of FastAPI
-        return "\n  ".join(["", *map(_field_problem, problem)]), {"errors": problem}
-    if isinstance(problem, dict):
-        more, message = problem.get("details"), problem.get("message") or problem.get("error")
-        fields = {**problem, **more} if isinstance(more, dict) else problem
-        return str(message or json.dumps(problem)[:_MAX_SHOWN_CHARACTERS]), fields
-    found = re.search(r"Secret '(?P<secret_name>.*)' for prefab '(?P<prefab_id>.*)' is not configured", str(problem))
-    return str(problem or ""), {"error_code": "MISSING_SECRET", **found.groupdict()} if found else {}
-
-
-def _retry_after_seconds(value: str) -> float | None:
-    """Seconds that a `Retry-After` in either form asks for (RFC 9110 §10.2.3); None if unreadable."""
-    with suppress(TypeError, ValueError, IndexError, OverflowError):
-        if re.fullmatch(r"[\d. ]+", value, re.ASCII):
-            return float(value)
-        if date := email.utils.parsedate_tz(value):  # without a zone, it is in GMT
-            return max(0.0, email.utils.mktime_tz(date) - time.time())
-    return None
+_BAD_REQUEST_ERRORS: Mapping[str, type[GatewayError]] = {  # of a 400, by its error_code
+    "MISSING_SECRET": MissingSecretError,
+    "MISSING_AGENT_CONTEXT": AgentContextRequiredError,
+}
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -287,6 +267,7 @@ class StreamEventType(str, enum.Enum):
 
 
 _EVENT_TYPES = {str(event_type): event_type for event_type in StreamEventType}
+_ENVELOPE_KEYS = {"status", "output", "error", "files", "metadata", "job_id"}
 
 
 @dataclass
@@ -314,7 +295,7 @@ class PrefabResult:
 
     Attributes:
         status: A `CallStatus`, or the gateway's own word if that is another.
-        output: `{"status", "output", "files"}`; on older gateways the function's value itself.
+        output: The envelope `{"status", "output", "files"}`, or the function's value itself: gateways differ.
         error: `{"message", "type", ...}` of a failed call.
         job_id: The gateway's id of the request.
         exception: What `run` would have raised, of a failed call of a batch.
@@ -330,9 +311,9 @@ class PrefabResult:
 
     @classmethod
     def _from_dict(cls, entry: _Json, job_id: str | None) -> PrefabResult:
-        status, error = str(entry.get("status")), entry.get("error")
+        status, error = _text_of(entry.get("status")), entry.get("error")
         if not isinstance(error, (dict, type(None))):
-            error = {"message": str(error)}
+            error = {"message": _text_of(error)}
         return cls(CallStatus.__members__.get(status, status), entry.get("output"), error, job_id, raw=entry)
 
     @classmethod
@@ -358,8 +339,14 @@ class PrefabResult:
         return self.get("result", self.output)
 
     def get_function_result(self) -> Any:
-        """What the function returned: `output["output"]`; `{}` where that is null or missing."""
-        value = self.get("output")
+        """What the function returned; `{}` where that is null or missing.
+
+        It is `output["output"]` if `output` is an envelope: a dict with `output` in it, or one that has
+        `status` and no keys but an envelope's. Any other `output` is the value itself.
+        """
+        value, keys = self.output, set(self.output) if isinstance(self.output, dict) else set()
+        if "output" in keys or ("status" in keys and keys <= _ENVELOPE_KEYS):
+            value = value.get("output")
         return {} if value is None else value
 
     def get_files(self) -> dict[str, list[str]]:
@@ -385,7 +372,7 @@ class PrefabResult:
 
     def get_business_message(self) -> str:
         """The function result's `message`; `""` where missing."""
-        return str(self._business("message") or "")
+        return _text_of(self._business("message") or "")
 
     def get_business_error(self) -> Any:
         """The function result's `error`; None where missing."""
@@ -410,9 +397,11 @@ class BatchResult:
 
     @classmethod
     def _from_results(cls, results: list[PrefabResult], job_id: str | None) -> BatchResult:
-        failed = sum(not result.is_success() for result in results)
-        status = "COMPLETED" if not failed else "FAILED" if failed == len(results) else "PARTIAL_SUCCESS"
-        return cls(job_id, status, results)
+        batch = cls(job_id, "COMPLETED", results)
+        failed = len(batch.get_failed())
+        if failed:
+            batch.status = "FAILED" if failed == len(results) else "PARTIAL_SUCCESS"
+        return batch
 
     def all_success(self) -> bool:
         """Whether every call succeeded."""
@@ -434,9 +423,9 @@ class StreamEvent:
     @classmethod
     def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
-        event_type: Any = data.get("type")
-        known = isinstance(event_type, str) and event_type in _EVENT_TYPES
-        return cls(_EVENT_TYPES[event_type] if known else StreamEventType.CONTENT, data.get("data"), data)
+        name: Any = data.get("type")
+        event_type = _EVENT_TYPES.get(name) if isinstance(name, str) else None
+        return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
 
 
 @dataclass
@@ -473,20 +462,24 @@ def _require(condition: object, message: str) -> None:
 
 def _shown(value: Any) -> str:
     """A value as a message shows it, also if it is huge."""
-    shown = value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 1e15)
-    return f"{value!r:.80}" if shown else f"a {type(value).__name__}"
+    if value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 1e15):
+        return f"{value!r:.80}"
+    return f"a {type(value).__name__}"
 
 
 def _require_text(**values: Any) -> None:
     for name, value in values.items():
-        _require(isinstance(value, str) and value, f"{name} must be a string that is not empty.")
+        _require(isinstance(value, str) and value, f"{name} must be a string that is not empty, not {_shown(value)}.")
+
+
+def _is_header_value(value: str) -> bool:
+    return bool(value.strip()) and re.fullmatch(r"[\x20-\x7e\xa0-\xff]*", value) is not None
 
 
 def _require_header_value(name: str, value: Any) -> None:
     """Refuses what a header cannot carry, without showing it as `http.client` would."""
     _require(isinstance(value, str) and value.strip(), f"{name} must be a string that is not empty.")
-    carried = re.fullmatch(r"[\x20-\x7e\xa0-\xff]*", value)
-    _require(carried, f"{name} has a line break, a control character or one outside latin-1 in it.")
+    _require(_is_header_value(value), f"{name} has a line break, a control character or one outside latin-1 in it.")
 
 
 def _require_number(name: str, value: Any, kind: Any = int, above: int = 0, below: int = 10**9) -> None:
@@ -495,23 +488,25 @@ def _require_number(name: str, value: Any, kind: Any = int, above: int = 0, belo
 
 
 def _require_timeout(seconds: float | None) -> None:
-    _require_number("timeout", 1 if seconds is None else seconds, float, below=2**31 // 1000)  # for poll()
+    if seconds is not None:
+        _require_number("timeout", seconds, float, below=2**31 // 1000)  # poll() counts milliseconds in 31 bits
 
 
-def _require_s3_url(name: str, url: Any) -> None:
+def _require_s3_url(name: str, url: Any, source: str) -> None:
     is_url = isinstance(url, str) and re.match("s3://.", url)
-    _require(is_url, f"{name} must be an s3:// URL, not {_shown(url)}: client.upload_input_file(path) gives one.")
+    _require(is_url, f"{name} must be an s3:// URL, not {_shown(url)}: {source} gives one.")
 
 
 def _require_call(call: Any) -> None:
-    _require(isinstance(call, PrefabCall), f"A call must be a PrefabCall, not {type(call).__name__}.")
+    if not isinstance(call, PrefabCall):
+        raise ValidationError(f"A call must be a PrefabCall, not {_shown(call)}: PrefabCall(**call) takes a dict.")
     _require_text(prefab_id=call.prefab_id, version=call.version, function_name=call.function_name)
     for name, value in (("parameters", call.parameters), ("files", call.files)):
         _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {_shown(value)}.")
     for name, urls in (call.files or {}).items():
         _require(isinstance(urls, (list, tuple)), f"files[{name!r}] must be a list, as [upload_input_file(path)] is.")
         for url in urls:
-            _require_s3_url(f"Each of files[{name!r}]", url)
+            _require_s3_url(f"Each of files[{name!r}]", url, "client.upload_input_file(path)")
 
 
 def _segments(*names: Any) -> str:
@@ -523,18 +518,50 @@ def _segments(*names: Any) -> str:
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_JSON_CONVERSIONS = {"isoformat": ".isoformat()", "model_dump": ".model_dump()", "tolist": ".tolist()"}
 
 
-def _encode(content: Any, name: str = "The request") -> bytes:
+def _json_problem(value: Any, path: str = "", depth: int = 0) -> str | None:
+    """Why JSON cannot carry a value: the path to what it cannot, its type, and the usual way out."""
+    if depth > 100:
+        return f"{path:.80}... is nested too deeply, or contains itself"
+    items: dict[str, Any] = {}
+    if isinstance(value, dict):
+        items = {f"{path}.{key}" if path else str(key): item for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        items = {f"{path}[{index}]": item for index, item in enumerate(value)}
+    for item_path, item in items.items():
+        problem = _json_problem(item, item_path, depth + 1)
+        if problem:
+            return problem
+    try:
+        _encode_json(value).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = type(value).__name__
+        for attribute, conversion in _JSON_CONVERSIONS.items():
+            if hasattr(value, attribute):
+                return f"{path} is a {kind}: pass its {conversion}"
+        if hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict, list, tuple)):
+            return f"{path} is a {kind}: pass list(...) of it"
+        return f"{path} is a {kind} ({value}): {error}" if isinstance(value, float) else f"{path} is a {kind}: {error}"
+    return None
+
+
+def _encode(content: Any) -> bytes:
+    """JSON in UTF-8. The error for what it cannot carry says where that is."""
     try:
         return _encode_json(content).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # whose `repr` may have a secret in it
-        raise ValidationError(f"{name} cannot be sent as JSON: {error}.") from None
+    except (TypeError, ValueError, RecursionError):  # whose `repr` may have a secret in it
+        problem = _json_problem(content)
+    raise ValidationError(f"The request cannot be sent as JSON: {problem}.")
 
 
 # --- Requests -------------------------------------------------------------------------------------
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+_URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"  # beside letters, digits and -._
+_CREDENTIAL_KINDS = {"X-Internal-Token": "an internal token", "X-API-Key": "an API key", "Authorization": "a JWT"}
+_HTML_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&apos;"}
 
 
 def _split_url(url: str) -> tuple[str, str]:
@@ -551,11 +578,35 @@ def _split_url(url: str) -> tuple[str, str]:
         raise ValueError("is not an http:// or https:// URL")
     if "@" in parts.netloc:
         raise ValueError("must not contain a user name")
+    if port == 0:
+        raise ValueError("has the port 0, to which nothing can connect")
     netloc = f"[{host}]" if ":" in host else host
-    netloc += f":{port}" if port and port != _DEFAULT_PORTS[parts.scheme] else ""
-    target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+    if port not in (None, _DEFAULT_PORTS[parts.scheme]):
+        netloc += f":{port}"
+    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     # A presigned URL must arrive as it was signed: only what HTTP cannot carry is encoded.
-    return f"{parts.scheme}://{netloc}", quote(target, safe="!#$%&'()*+,/:;=?@[]~")
+    return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS)
+
+
+def _spellings(character: str) -> str:
+    """A regular expression for a character of a secret: as it is, or as a URL, JSON or HTML writes it."""
+    if character.isascii() and (character.isalnum() or character in "-._~"):
+        return re.escape(character)
+    code = ord(character)
+    spellings = {character, quote(character, safe=""), json.dumps(character)[1:-1]}
+    spellings.add(_HTML_ENTITIES.get(character, character))
+    if character == "/":
+        spellings.add("\\/")
+    if character == " ":
+        spellings.add("+")
+    return f"(?i:{'|'.join(map(re.escape, spellings))}|&#0*{code};|&#x0*{code:x};)"
+
+
+def _mask_query(word: re.Match[str]) -> str:
+    """A word without the query of the URL in it, which may be presigned."""
+    before, http, url = word[0].partition("http")
+    address, _, query = url.partition("?")
+    return f"{before}{http}{address}?***" if query else word[0]
 
 
 @dataclass
@@ -571,9 +622,9 @@ class _Request:
     file: io.BufferedReader | None = None  # comes after `body`, from its start on each attempt
     tail: bytes = b""  # comes after `file`
     on_progress: _Progress | None = None  # of `file`
-    repeatable: bool = False  # idempotent: sending it twice does no more than sending it once
+    idempotent: bool = False  # sending it twice does no more than sending it once
     to_gateway: bool = True  # False: to a storage, which must not see the credential
-    prefab: dict[str, str] | None = None  # whose absence a 404 means; None: a 404 is about something else
+    subject: dict[str, str] | None = None  # fields of what a 404 says is not there; None: it is about something else
     secrets: tuple[str, ...] = ()  # texts that no message may show
     answers_secret: bool = False  # the body of the answer must not be shown either
 
@@ -582,26 +633,22 @@ class _Request:
 
     def redact(self, text: str) -> str:
         """`text` without the credential, secrets and the queries of URLs."""
+        text = re.sub(r"[^\s\"'<>]+", _mask_query, text)
         words = set(self.secrets)
-        for name in ("X-Internal-Token", "X-API-Key", "Authorization"):
+        for name in _CREDENTIAL_KINDS:
             words.add(self.headers.get(name, "").rpartition("Bearer ")[2])
-        # The gateway may repeat them as a URL or JSON would have them.
-        words |= {quote(word, safe=safe) for word in words for safe in ("", "/")}
-        words |= {json.dumps(word)[1:-1] for word in words}
-        words |= {word.replace("/", "\\/") for word in words}
-        text = re.sub(r"(https?:[^\s\"'<>?]{1,2000}\?)[^\s\"'<>]+", r"\1***", text)  # perhaps presigned
         for word in sorted(filter(None, words), key=len, reverse=True):
             # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
             edge = r"\b" if len(word) < 8 and word.isalnum() else ""
-            text = re.sub(f"{edge}{re.escape(word)}{edge}", "***", text)
+            text = re.sub(f"{edge}{''.join(map(_spellings, word))}{edge}", "***", text)
         return text
 
 
 def _secrets_of_query(target: str) -> tuple[str, ...]:
     """The query of a presigned URL and the values in it, but for those too short to be secret."""
     query = target.partition("?")[2]
-    values = [pair.partition("=")[2] for pair in query.split("&")]
-    return query, *(word for word in (*values, *map(unquote, values)) if len(word) > 9)
+    values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
+    return query, *(value for value in values if len(value) > 9)
 
 
 # --- Connections ----------------------------------------------------------------------------------
@@ -609,97 +656,34 @@ def _secrets_of_query(target: str) -> tuple[str, ...]:
 _WIRE_FAULTS = (OSError, http.client.HTTPException)
 
 
-def _connection_error(request: _Request, error: BaseException, doing: str, *, sent: bool = True) -> GatewayError:
+def _wire_error(request: _Request, error: BaseException, doing: str, *, sent: bool = True,
+                advice: str = "", backoff_seconds: float | None = None) -> GatewayError:
     """The error for an answer that did not come, or not whole. `sent`: the request may have arrived."""
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
     reason = f"nothing for {request.timeout} s" if timed_out else str(error) or type(error).__name__
-    message = f"{request}: {doing}: {reason}"
-    may_have_run = sent and not request.repeatable
+    lines = [f"{request}: {doing}: {reason}"]
+    may_have_run = sent and not request.idempotent
     if may_have_run:
-        message += "\nIt may have run all the same, so it was not sent again."
+        lines.append("It may have run all the same, so it was not sent again.")
+    if advice:
+        lines.append(advice)
     if timed_out:
-        message += "\nA larger timeout= waits longer."
-    error_class = GatewayTimeoutError if timed_out else ServiceUnavailableError
-    lost = error_class._from_body(request.redact(message), {}, may_have_run=may_have_run)
+        lines.append("A larger timeout= waits longer.")
+    elif sent and request.idempotent:
+        backoff_seconds = _BACKOFF_BASE_SECONDS
+    wire_error = (GatewayTimeoutError if timed_out else ServiceUnavailableError)._create(
+        request.redact("\n".join(lines)), {}, may_have_run=may_have_run,
+        _backoff_seconds=None if timed_out else backoff_seconds,
+    )
     # `http.client` quotes a bad status line or chunk size; if a secret is in it, the cause must not be shown.
-    lost.__cause__ = error if request.redact(str(error)) == str(error) else None
+    wire_error.__cause__ = error if request.redact(str(error)) == str(error) else None
     error.__context__ = None
-    return lost
+    return wire_error
 
 
-class _HeadReader(io.BufferedReader):
-    """Raises if the connection ends inside a head; `http.client` would take that for the end of the head."""
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(size)
-        if not line.endswith(b"\n") and len(line) != size:
-            raise http.client.RemoteDisconnected("the connection was closed before the end")
-        return line
-
-
-class _Response(http.client.HTTPResponse):
-    """An answer. It owns its connection until the body was read to the end; then the pool has it back."""
-
-    def __init__(self, request: _Request, connection: _Connection, pool: _Pool) -> None:
-        super().__init__(connection.sock, method=request.method)
-        self.fp = _HeadReader(self.fp.detach())
-        self.request = request
-        self.connection: _Connection | None = connection
-        self.abandoned = False  # its stream was closed: a broken connection is no error any more
-        self._pool = pool
-
-    def begin(self, broken: OSError | None = None) -> None:
-        """Reads the head, past all interim answers (RFC 9110 §15.2); `http.client` skips 100 only.
-
-        `broken`: what broke sending off. The answer may be there all the same: 413, then a hang-up.
-        """
-        try:
-            for _ in range(_MAX_INTERIM_ANSWERS):
-                super().begin()
-                if self.status >= 200:
-                    break
-                vars(self)["headers"] = None  # by which `http.client` knows that it is to read one
-            if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
-                raise http.client.HTTPException("an answer without an end")
-        except _WIRE_FAULTS as error:
-            raise _connection_error(self.request, broken or error, "sending broke off" if broken else "no answer")
-        self.will_close |= broken is not None
-
-    @property
-    def framed(self) -> bool:
-        """Whether the body says where it ends; if not, a break looks like the end."""
-        return self.chunked or self.length is not None
-
-    def chunks(self) -> Iterator[bytes]:
-        """The body as it arrives. At its end the connection goes back to the pool."""
-        expected, received = self.length, 0
-        try:
-            while received != expected and (chunk := self.read1(_BLOCK_BYTES)):
-                received += len(chunk)
-                yield chunk
-            if expected is not None and received < expected:  # `http.client` does not raise for that
-                raise http.client.IncompleteRead(b"", expected - received)
-            if self.connection and not self.will_close:
-                connection, self.connection = self.connection, None
-                super().close()  # first: from now on the socket is another answer's
-                self._pool.release(connection)
-        except (*_WIRE_FAULTS, AttributeError, ValueError) as error:  # the last two of a closed file
-            if not self.abandoned:
-                raise _connection_error(self.request, error, f"the answer ({self.status}) was cut short")
-        finally:
-            if self.connection:
-                self.close()
-
-    def read_all(self) -> bytes:
-        """The whole body."""
-        return b"".join(self.chunks())
-
-    def close(self) -> None:
-        """Closes the connection too, unless it went back to the pool."""
-        connection, self.connection = self.connection, None
-        if connection:
-            connection.close()
-        super().close()
+def _head(start_line: str, headers: Mapping[str, str]) -> bytes:
+    lines = [start_line, *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
+    return "\r\n".join(lines).encode("latin-1")
 
 
 class _Proxy(NamedTuple):
@@ -721,50 +705,97 @@ def _proxy_for(origin: str) -> _Proxy | None:
     proxy = getproxies().get(parts.scheme)
     if not proxy or proxy_bypass(f"{parts.hostname}:{parts.port or _DEFAULT_PORTS[parts.scheme]}"):
         return None
-    found = re.fullmatch(r"(?i:http://)?(?!\w+://)(?:(.*)@)?([^/@]+?)(:\d+)?(?:/.*)?", proxy)
-    if not found:
+    scheme, _, rest = proxy.rpartition("://")
+    login, _, address = rest.rpartition("@")
+    address = address.partition("/")[0]
+    if scheme.lower() not in ("", "http") or not address:
         raise GatewayError(f"The environment's {parts.scheme}_proxy is not an http:// URL.")
-    return _Proxy(f"{found[2]}{found[3] or ':80'}", unquote(found[1] or ""))
+    return _Proxy(address, unquote(login))
+
+
+def _open_tunnel(sock: socket.socket, authority: str, proxy: _Proxy) -> None:
+    """Has a proxy connect to an https server (RFC 9110 §9.3.6). `http.client` forgets the brackets of IPv6."""
+    sock.sendall(_head(f"CONNECT {authority} HTTP/1.1", {"Host": authority, **proxy.headers()}))
+    with http.client.HTTPResponse(sock, method="CONNECT") as response:
+        response.begin()
+        if not 200 <= response.status < 300:
+            raise OSError(f"the proxy answered {response.status} {response.reason}")
+
+
+def _open_socket(origin: str, timeout: float | None, tls: SSLContext | None, proxy: _Proxy | None) -> socket.socket:
+    """A socket to an origin, or to the proxy in front of an http origin."""
+    server = urlsplit(origin)
+    peer = urlsplit(f"http://{proxy.address}") if proxy else server
+    sock = socket.create_connection((peer.hostname or "", peer.port or _DEFAULT_PORTS[peer.scheme]), timeout)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # Linux and Windows; macOS
+            if hasattr(socket, option):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), _KEEP_ALIVE_SECONDS)
+        if tls and proxy:
+            _open_tunnel(sock, server.netloc if server.port else f"{server.netloc}:443", proxy)
+        return tls.wrap_socket(sock, server_hostname=server.hostname) if tls else sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class _Reader(io.BufferedReader):
+    """What `http.client` reads answers from: one for the whole life of a connection.
+
+    What comes behind an answer stays in it, so that it can be noticed.
+    """
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Raises if the connection ends inside a head; `http.client` would take that for the head's end."""
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            raise http.client.RemoteDisconnected("the connection was closed before the end")
+        return line
+
+    def close(self) -> None:
+        """Does nothing: `http.client` closes its file after each answer, but it is needed for the next."""
 
 
 class _Connection:
     """An open socket to an origin, straight or through a proxy."""
 
-    def __init__(self, origin: str, timeout: float | None, tls: ssl.SSLContext | None, proxy: _Proxy | None) -> None:
+    def __init__(self, origin: str, timeout: float | None, tls: SSLContext | None, proxy: _Proxy | None) -> None:
         self.key = os.getpid(), origin
         self.idle_since = 0.0
-        scheme, _, netloc = origin.partition("://")
-        address = proxy.address if proxy else netloc
-        if scheme == "https":
-            self._proxy = None  # it sees the tunnel only
-            opener: http.client.HTTPConnection = http.client.HTTPSConnection(address, timeout=timeout, context=tls)
-            if proxy:
-                opener.set_tunnel(netloc, headers=proxy.headers())
-        else:
-            self._proxy = proxy
-            opener = http.client.HTTPConnection(address, timeout=timeout)
-        try:
-            opener.connect()  # with TCP_NODELAY
-        except BaseException:
-            opener.close()
-            raise
-        self.sock: socket.socket = opener.sock
+        self.reading = threading.Lock()  # held while bytes are read, when nobody else may close the descriptor
+        self.sock = _open_socket(origin, timeout, tls, proxy)
+        self._proxy = None if tls else proxy  # through a tunnel, the server itself is asked
+        self._reader = _Reader(self.sock.makefile("rb", buffering=0))
+
+    def makefile(self, _mode: str) -> _Reader:
+        """What `http.client` calls on a socket."""
+        return self._reader
 
     def close(self) -> None:
-        """Closes the socket, also while another thread waits for bytes from it."""
+        """Closes the socket, also while another thread waits for bytes from it, and from a signal handler."""
         if self.key[0] == os.getpid():  # after a fork the parent may still use the connection: only close our copy
             with suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # wakes the reader; a TLS socket's own would not
+        self.sock.close()  # takes effect when its file is closed, too
+        if self.reading.acquire(blocking=False):  # if not, the reader closes it
+            self._reader.raw.close()
+            self.reading.release()
+
+    def is_stale(self) -> bool:
+        """Whether it was idle for so long that the server may be about to hang up."""
+        return time.monotonic() - self.idle_since > _IDLE_SECONDS
 
     def is_alive(self) -> bool:
-        """Whether it can be used again: not idle for too long, and not readable. Readable means: hung up."""
+        """Whether it can be used again: not stale, not hung up, and nothing left in it of earlier answers."""
+        if self.is_stale():
+            return False
         self.sock.setblocking(False)
-        try:  # the plain socket's recv, as TLS sockets cannot peek
-            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)
+        try:
+            return self._reader.read(1) is None  # bytes are left over, and no bytes are the end
         except OSError as error:
-            return isinstance(error, BlockingIOError) and time.monotonic() - self.idle_since < _IDLE_SECONDS
-        return False
+            return type(error).__name__ == "SSLWantReadError"  # TLS says so that there is nothing to read
 
     def send(self, request: _Request) -> OSError | None:
         """Sends a request. Returns the error if sending broke off; what the server said by then can be read."""
@@ -780,8 +811,7 @@ class _Connection:
         return None
 
     def _serialize(self, request: _Request) -> Iterator[bytes]:
-        file, done, on_progress = request.file, 0, request.on_progress or _ignore
-        size = os.fstat(file.fileno()).st_size if file else 0
+        file_size = os.fstat(request.file.fileno()).st_size if request.file else 0
         headers = {
             "Host": request.origin.partition("://")[2],
             "User-Agent": f"agent-builder-gateway-sdk/{__version__}",
@@ -791,23 +821,33 @@ class _Connection:
             **(self._proxy.headers() if self._proxy else {}),
         }
         if request.method in ("POST", "PUT"):
-            headers["Content-Length"] = str(len(request.body) + size + len(request.tail))
+            headers["Content-Length"] = str(len(request.body) + file_size + len(request.tail))
         target = f"{request.origin}{request.target}" if self._proxy else request.target  # RFC 9112 §3.2.2
-        head = f"{request.method} {target} HTTP/1.1\r\n"
-        head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         # One block for both: a body by itself would be a packet by itself.
-        yield f"{head}\r\n".encode("latin-1") + request.body
-        if file:
-            file.seek(0)
-            on_progress(0, size)
-            # Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
-            while block := file.read(min(size - done, _BLOCK_BYTES)):
-                yield block
-                done += len(block)
-                on_progress(done, size)
-            if done < size:
-                raise GatewayError(f"{request}: the file became shorter while it was being sent.")
+        yield _head(f"{request.method} {target} HTTP/1.1", headers) + request.body
+        if request.file:
+            yield from self._file_blocks(request, request.file, file_size)
             yield request.tail
+
+    def _file_blocks(self, request: _Request, file: io.BufferedReader, size: int) -> Iterator[bytes]:
+        """A file in blocks. If it is not as long as was promised, raises before its last block is sent.
+
+        Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
+        """
+        on_progress = request.on_progress or _ignore
+        file.seek(0)
+        sent = 0
+        on_progress(sent, size)
+        while block := file.read(min(size - sent + 1, _BLOCK_BYTES)):  # one more than promised, which must not come
+            if sent + len(block) > size:
+                break
+            yield block
+            sent += len(block)
+            on_progress(sent, size)
+        if block:
+            raise GatewayError(f"{request}: the file became longer while it was being sent.")
+        if sent < size:
+            raise GatewayError(f"{request}: the file became shorter while it was being sent.")
 
 
 class _Pool:
@@ -824,10 +864,10 @@ class _Pool:
         """An idle connection that can be used, or None."""
         idle = self._idle.get((os.getpid(), origin))
         while idle:
-            with suppress(IndexError):  # another thread took the last one
-                connection = idle.pop()
-                if connection.is_alive():
-                    return connection
+            connection = self._pop(idle, -1)
+            if connection and connection.is_alive():
+                return connection
+            if connection:
                 connection.close()
         return None
 
@@ -846,66 +886,281 @@ class _Pool:
 
     def _evict(self) -> None:
         for idle in list(self._idle.values()):
-            with suppress(IndexError):  # there are none any more
-                while len(idle) > self._limit or time.monotonic() - idle[0].idle_since > _IDLE_SECONDS:
-                    idle.pop(0).sock.close()
+            while len(idle) > self._limit or any(oldest.is_stale() for oldest in idle[:1]):
+                connection = self._pop(idle, 0)
+                if connection:
+                    connection.close()
+
+    @staticmethod
+    def _pop(idle: list[_Connection], index: int) -> _Connection | None:
+        try:
+            return idle.pop(index)
+        except IndexError:  # another thread took the last one
+            return None
 
 
-# --- Transport ------------------------------------------------------------------------------------
-
-_decode_answer = json.JSONDecoder(parse_constant=int).decode  # int("NaN") raises: NaN is not JSON
+# --- Responses ------------------------------------------------------------------------------------
 
 
-def _unexpected_answer(response: _Response, body: bytes, problem: str) -> GatewayError:
+class _Response(http.client.HTTPResponse):
+    """An answer. It owns its connection until its body was read to the end; then the pool has it back.
+
+    Relies on these inner ways of `http.client`, the same in CPython 3.9 to 3.15: it reads from what the
+    socket's `makefile` gives; `begin` reads a head only while `headers` is None; `length` is what the
+    head says, or None; `will_close` is true where the connection ends with the answer.
+    """
+
+    def __init__(self, request: _Request, connection: _Connection, pool: _Pool) -> None:
+        super().__init__(cast(Any, connection), method=request.method)
+        self.request = request
+        self.connection = connection
+        self.body = b""  # as far as `read_all` read it
+        self._owned = {"connection": connection}
+        self._pool = pool
+
+    def begin(self, broken: OSError | None = None) -> None:
+        """Reads the head, past all interim answers (RFC 9110 §15.2); `http.client` skips 100 only.
+
+        `broken`: what broke sending off. The answer may be there all the same: 413, then a hang-up.
+        """
+        try:
+            for _ in range(_MAX_INTERIM_RESPONSES):
+                super().begin()
+                if self.status >= 200:
+                    break
+                vars(self)["headers"] = None
+            if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
+                raise http.client.HTTPException("an answer without an end")
+        except _WIRE_FAULTS as error:
+            raise _wire_error(self.request, broken or error, "sending broke off" if broken else "no answer")
+        if broken:
+            self.will_close = True
+
+    @property
+    def framed(self) -> bool:
+        """Whether the body says where it ends; if not, a break looks like the end."""
+        return self.chunked or self.length is not None
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body as it arrives. At its end the connection goes back to the pool.
+
+        Raises:
+            ServiceUnavailableError: the connection broke, or `close` was called meanwhile.
+        """
+        released = False
+        missing = self.length
+        try:
+            while missing != 0:
+                chunk = self._read_chunk(_BLOCK_BYTES if missing is None else min(missing, _BLOCK_BYTES))
+                if not chunk:
+                    break
+                if missing is not None:
+                    missing -= len(chunk)
+                yield chunk
+            if missing:  # `http.client` does not raise for that
+                raise http.client.IncompleteRead(b"", missing)
+            if not self._disown():
+                raise ConnectionAbortedError("it was closed here")
+            # After a 5xx the server may hang up without having said so: uvicorn does.
+            if not self.will_close and self.status < 500:
+                released = True
+                self._pool.release(self.connection)
+        except _WIRE_FAULTS as error:
+            raise _wire_error(self.request, error, f"the answer ({self.status}) was cut short")
+        finally:
+            if not released:
+                self._disown()
+                self.connection.close()
+
+    def _read_chunk(self, size: int) -> bytes:
+        with self.connection.reading:
+            if not self._owned:
+                raise ConnectionAbortedError("it was closed here")
+            return self.read1(size)
+
+    def read_all(self) -> bytes:
+        """The whole body, which `body` keeps."""
+        self.body = b"".join(self.chunks())
+        return self.body
+
+    def wait_at_most(self, seconds: float) -> None:
+        """From now on, waits no longer for bytes than so many seconds."""
+        if self._owned:
+            with suppress(OSError):  # it is being closed
+                self.connection.sock.settimeout(seconds)
+
+    def close(self) -> None:
+        """Closes the connection, unless it is the pool's by now. Any thread may, and a signal handler."""
+        if self._disown():
+            self.connection.close()
+
+    def _disown(self) -> bool:
+        """Whether this answer owned its connection until now. It is one atomic step: only one caller is told so."""
+        return self._owned.pop("connection", None) is not None
+
+
+def _unexpected_response(response: _Response, problem: str) -> GatewayError:
     """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
-    request, status = response.request, response.status
+    request, status, body = response.request, response.status, response.body
     text = "***" if request.answers_secret else request.redact(body.decode("utf-8", "replace"))
-    message = f"{request} answered {status}, but {problem}: {text[:_MAX_SHOWN_CHARACTERS]}"
-    return GatewayError._from_body(message, {"body": text}, status_code=status, may_have_run=not request.repeatable)
+    message = f"{request} answered {status}, but {problem}"
+    message += f": {text[:_MAX_SHOWN_CHARACTERS]}" if body else "."
+    return GatewayError._create(message, {"body": text}, status_code=status, may_have_run=not request.idempotent)
 
 
 def _read_json(response: _Response, kind: Any, fields: Mapping[str, type] = {}) -> Any:
     """The body as JSON of type `kind`; `fields` must be in it, with their types."""
     body = response.read_all()
+    content = problem = None
     try:
-        answer = _decode_answer(body.decode().lstrip("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise _unexpected_answer(response, body, "the body is not JSON" if body else "has no body") from error
-    if not isinstance(answer, kind):
-        raise _unexpected_answer(response, body, f"the body is not a JSON {kind.__name__}")
-    for name, field_kind in fields.items():
-        if not isinstance(answer.get(name), field_kind):
-            raise _unexpected_answer(response, body, f"{name!r} is not a {field_kind.__name__}")
-    return answer
+        content = json.loads(body.decode().lstrip("\ufeff"))  # NaN too: the answer was paid for
+    except (ValueError, RecursionError):  # which quotes the body, and with it perhaps a secret
+        problem = "the body is not JSON" if body else "it has no body"
+    else:
+        if not isinstance(content, kind):
+            problem = f"the body is not a JSON {kind.__name__}"
+        for name, field_kind in fields.items():
+            if not problem and not isinstance(content.get(name), field_kind):
+                problem = f"{name!r} is not a {field_kind.__name__}"
+    if problem:
+        raise _unexpected_response(response, problem)
+    return content
 
 
-def _status_error(response: _Response) -> GatewayError:
-    """The error for an answer that is not a 2xx, whatever its body looks like."""
-    request, status, body = response.request, response.status, b""
-    with suppress(ServiceUnavailableError):  # if the body breaks off, the status still says enough
+class _Problem(NamedTuple):
+    """What the body of an error says."""
+
+    message: str
+    fields: _Json
+
+
+_WRONG_PATH = _Problem("Not Found", {})  # all that FastAPI says where it has no such path
+
+
+def _field_problem(entry: Any) -> str:
+    """An entry of a 422's list, such as `body.calls.0.version: Field required`."""
+    try:
+        return f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}"
+    except (TypeError, KeyError):
+        return _text_of(entry)
+
+
+def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with `redact` applied to every string and key in it."""
+    if isinstance(value, list):
+        return [_redact_json(item, redact) for item in value]
+    if isinstance(value, dict):
+        return {redact(key): _redact_json(item, redact) for key, item in value.items()}
+    return redact(value) if isinstance(value, str) else value
+
+
+def _read_text_problem(text: str) -> _Problem:
+    found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", text)  # of S3
+    if found:
+        return _Problem(f"{found[1]}: {found[2]}", {"error_code": found[1]})
+    return _Problem(text[:_MAX_SHOWN_CHARACTERS], {})
+
+
+def _read_problem(text: str, redact: Callable[[str], str]) -> _Problem:
+    """Message and fields of an error body in any of its forms; `redact` takes secrets out."""
+    try:
+        problem = _redact_json(json.loads(text), redact)
+    except (ValueError, RecursionError):
+        return _read_text_problem(redact(text))
+    if isinstance(problem, dict):
+        problem = problem.get("detail") or problem
+    if isinstance(problem, list):  # of FastAPI
+        return _Problem("\n  ".join(map(_field_problem, problem)), {"errors": problem})
+    if isinstance(problem, dict):
+        fields, details = problem, problem.get("details")
+        if isinstance(details, dict):
+            fields = {**problem, **details}
+        message = problem.get("message") or problem.get("error") or json.dumps(problem)[:_MAX_SHOWN_CHARACTERS]
+        return _Problem(_text_of(message), fields)
+    message = str(problem or "")
+    secret = re.search(r"Secret '(?P<secret_name>[^']*)' for prefab '(?P<prefab_id>[^']*)' is not configured", message)
+    return _Problem(message, {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {})
+
+
+def _retry_after_seconds(value: str) -> float | None:
+    """Seconds that a `Retry-After` in either form asks for (RFC 9110 §10.2.3); None if unreadable."""
+    with suppress(TypeError, ValueError, IndexError, OverflowError):
+        if re.fullmatch(r"[\d. ]+", value, re.ASCII):
+            return float(value)
+        date = email.utils.parsedate_tz(value)  # without a zone, it is in GMT
+        if date:
+            return max(0.0, email.utils.mktime_tz(date) - time.time())
+    return None
+
+
+def _jwt_expiry(token: str) -> str:
+    """Since when a JWT is expired (RFC 7519 §4.1.4), as a sentence; nothing if it is not, or cannot be read."""
+    with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, OSError):
+        payload = token.split(".")[1]
+        expires = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
+        if type(expires) in (int, float) and expires < time.time():
+            return f" It expired at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(expires))} UTC."
+    return ""
+
+
+def _credential_remedy(request: _Request) -> str:
+    """What to do about a refused credential depends on which one was sent."""
+    if request.answers_secret:
+        return "The API key was sent, to be exchanged. Is that a valid credential for this gateway?"
+    for name, kind in _CREDENTIAL_KINDS.items():
+        if name in request.headers:
+            expiry = _jwt_expiry(request.headers[name]) if name == "Authorization" else ""
+            return f"The client sent {kind} ({name}).{expiry} Is this credential valid for this gateway?"
+    return "No credential was sent: this machine's address must then be on the gateway's allow-list."
+
+
+def _read_error_body(response: _Response) -> str:
+    body = b""
+    with suppress(ServiceUnavailableError):  # if it breaks off, the status still says enough
         for chunk in response.chunks():
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
-    message, given = _read_problem(body.decode("utf-8", "replace").strip(), request.redact)
-    error_class = ServiceUnavailableError if status >= 500 else GatewayError
-    if request.to_gateway and (status != 404 or request.prefab is not None):
-        key = (status, str(given.get("error_code"))) if status == 400 else status
-        error_class = _STATUS_ERRORS.get(key, error_class)
-    if status < 400:
+    return body.decode("utf-8", "replace").strip()
+
+
+def _error_class(request: _Request, status: int, problem: _Problem) -> type[GatewayError]:
+    if status >= 500:
+        return ServiceUnavailableError
+    if not request.to_gateway:  # what a storage refuses is none of the gateway's errors
+        return GatewayError
+    if status == 400:
+        return _BAD_REQUEST_ERRORS.get(str(problem.fields.get("error_code")), GatewayError)
+    if status == 404 and (request.subject is None or problem == _WRONG_PATH):
+        return GatewayError
+    return _STATUS_ERRORS.get(status, GatewayError)
+
+
+def _status_error(response: _Response) -> GatewayError:
+    """The error for an answer that is not a 2xx, whatever its body looks like."""
+    request, status = response.request, response.status
+    problem = _read_problem(_read_error_body(response), request.redact)
+    error_class = _error_class(request, status, problem)
+    message = problem.message or response.reason
+    fields = {**(request.subject or {}), **problem.fields}
+    if status == 404:  # the gateway may have named something else, but this was asked for
+        fields.update(request.subject or {})
+    remedy = error_class._remedy.format_map({"prefab_id": "unknown", "secret_name": "unknown", **fields})
+    if error_class is AuthenticationError:
+        remedy = _credential_remedy(request)
+    elif request.to_gateway and status == 404 and problem == _WRONG_PATH:
+        remedy = "This gateway has no such endpoint. Is base_url right? Does it take this kind of credential?"
+    elif status < 400:
         address = response.headers.get("Location", "nowhere").partition("?")[0]
         message = f"a redirect to {address}, which is not followed."
-        if request.to_gateway:
-            message += " Is base_url right?"
-    error = error_class._from_body(
-        request.redact(f"{request} answered {status}: {message or response.reason}"),
-        {**(request.prefab or {}), **given, **(request.prefab or {} if status == 404 else {})},
-        status_code=status,
+        remedy = "Is base_url right?" if request.to_gateway else ""
+    lines = [request.redact(f"{request} answered {status}: {message}"), remedy, str(fields.get("instructions") or "")]
+    return error_class._create(
+        "\n".join(filter(None, lines)), fields, status_code=status,
         retry_after=_retry_after_seconds(response.headers.get("Retry-After", "")),
-        may_have_run=status >= 500 and not request.repeatable,
+        may_have_run=status >= 500 and not request.idempotent,
+        _backoff_seconds=_BACKOFF_BASE_SECONDS if request.idempotent and status in (502, 503, 504) else None,
     )
-    error._add_remedy()
-    return error
 
 
 def _redirected(response: _Response) -> _Request:
@@ -917,6 +1172,7 @@ def _redirected(response: _Response) -> _Request:
     request, location = response.request, response.headers.get("Location", "")
     if request.to_gateway or request.method != "GET" or response.status not in (301, 302, 303, 307, 308):
         raise _status_error(response)
+    location = quote(location.encode("latin-1"), safe=_URL_CHARACTERS)  # `http.client` gives bytes as latin-1
     try:
         origin, target = _split_url(urljoin(f"{request.origin}{request.target}", location))
         if request.origin.startswith("https:") and origin.startswith("http:"):
@@ -925,39 +1181,57 @@ def _redirected(response: _Response) -> _Request:
             raise ValueError("is missing")
     except ValueError as error:
         raise GatewayError(f"{request} answered {response.status}, but its Location {error}.") from None
-    return replace(request, origin=origin, target=target, secrets=request.secrets + _secrets_of_query(target))
+    secrets = request.secrets + _secrets_of_query(target)
+    return replace(request, origin=origin, target=target, headers=dict(request.headers), secrets=secrets)
+
+
+# --- Transport ------------------------------------------------------------------------------------
 
 
 def _retry_delay(error: GatewayError, attempt: int, max_retries: int) -> float | None:
-    """Seconds before the request that failed like this may be sent again; None if it must not be."""
-    passing = type(error) is ServiceUnavailableError and error.status_code in (None, 502, 503, 504)
-    if error.may_have_run or not passing or attempt > max_retries:
+    """Seconds before the request that failed like this is sent again; None if it must not be."""
+    if error._backoff_seconds is None or attempt > max_retries:
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
-    return random.uniform(0, min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2 ** (attempt - 1)))
+    doublings = min(attempt - 1, 100)  # a float holds no more than 1,023
+    return random.uniform(0, min(_BACKOFF_CAP_SECONDS, error._backoff_seconds * 2**doublings))
+
+
+def _tls_advice(error: BaseException) -> str:
+    """What to do about a refused TLS handshake, which trying again cannot mend; nothing for any other error."""
+    ssl = sys.modules.get("ssl")
+    if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, (ssl.SSLEOFError, socket.timeout)):
+        return ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
+    return "Does the server speak TLS there? If not, the URL must begin with http://, not https://."
 
 
 class _Transport:
     """Sends requests: the one place that retries. It knows HTTP, and nothing of prefabs."""
 
-    def __init__(self, credential: dict[str, str], max_retries: int, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, credential: dict[str, str], max_retries: int, tls: SSLContext | None) -> None:
         self.credential = credential  # one header, or none for the allow-list
         self.token_request: _Request | None = None  # exchanges the API key for a new token
         self.pool = _Pool()
+        self.process_id = os.getpid()  # where it was made
+        self.identity = os.urandom(16)  # the same for its copies in other processes
         self._max_retries = max_retries
         self._given_tls = self._tls = tls
         self._locks: dict[int, threading.Lock] = {}  # by process id: a fork copies a lock as locked
+        self._renewal_error: GatewayError | None = None  # of the last exchange that failed
 
     def __getstate__(self) -> _Json:
         if self._given_tls:
-            raise TypeError("A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do.")
+            raise _NotPicklableError("A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do.")
         return {**self.__dict__, "pool": _Pool(), "_tls": None, "_locks": {}}
 
     def send(self, request: _Request, read: Callable[[_Response], _T]) -> _T:
         """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed."""
-        attempt, renewed = 1, False
         authenticated = request.to_gateway and request is not self.token_request
+        may_renew = authenticated and self.token_request is not None
+        attempt = 1
         while True:
             credential = self.credential
             if authenticated:
@@ -965,30 +1239,45 @@ class _Transport:
             try:
                 return self._attempt(request, attempt, read)
             except GatewayError as error:
-                if error.status_code == 401 and authenticated and self.token_request and not renewed:
-                    self.renew_token(credential)
-                    renewed = True
-                    continue
                 delay = _retry_delay(error, attempt, self._max_retries)
-                if delay is None:
+                refused = error.status_code == 401 and may_renew
+                if delay is None and not refused:
                     raise
+                _log("debug", "%s; it is sent again in %.1f s", error.message, delay or 0)
+            if refused:
+                may_renew = False  # a second refusal is final
+                self.renew_token(credential)
+            else:
                 attempt += 1
-                _log("debug", "%s; attempt %d in %.1f s", error.message, attempt, delay)
-            time.sleep(delay)
+                time.sleep(delay or 0)
 
     def renew_token(self, refused: dict[str, str]) -> None:
-        """Exchanges the API key for a new token, unless another thread has done so meanwhile."""
+        """Exchanges the API key for a new token, unless another thread has done so meanwhile.
+
+        If that thread's exchange failed, this one's fails with it, and does not wait for one of its own.
+        """
+        error_before = self._renewal_error
         with self._locks.setdefault(os.getpid(), threading.Lock()):
-            if self.token_request and self.credential is refused:
+            if self.token_request is None or self.credential is not refused:
+                return
+            if self._renewal_error and self._renewal_error is not error_before:
+                raise copy.copy(self._renewal_error)
+            try:
                 read = partial(_read_json, kind=dict, fields={"internal_token": str})
                 token = self.send(self.token_request, read)["internal_token"]
-                _require_header_value("The gateway's internal_token", token)
-                self.credential = {"X-Internal-Token": token}
+                if not _is_header_value(token):
+                    raise GatewayError("The gateway's internal_token has characters that no header can carry.")
+            except GatewayError as error:
+                self._renewal_error = copy.copy(error)  # the copy has no traceback, which would keep much alive
+                raise
+            self.credential = {"X-Internal-Token": token}
 
     def _attempt(self, request: _Request, attempt: int, read: Callable[[_Response], _T]) -> _T:
         for _ in range(1 + _MAX_REDIRECTS):
             started = time.perf_counter()
-            connection = (attempt == 1 and self.pool.acquire(request.origin)) or self._connect(request)
+            connection = self.pool.acquire(request.origin) if attempt == 1 else None
+            if connection is None:
+                connection = self._connect(request)
             response = _Response(request, connection, self.pool)
             try:
                 response.begin(connection.send(request))
@@ -1007,18 +1296,28 @@ class _Transport:
     def _connect(self, request: _Request) -> _Connection:
         proxy = _proxy_for(request.origin)
         if proxy and proxy.login:
-            request.secrets += (proxy.headers()["Proxy-Authorization"][6:], proxy.login, proxy.login.partition(":")[2])
+            credentials = proxy.headers()["Proxy-Authorization"].partition(" ")[2]
+            request.secrets += (credentials, proxy.login, proxy.login.partition(":")[2])
+        tls = None
         try:
-            if request.origin.startswith("https:") and not self._tls:
-                import ssl  # there are Pythons without it; they can do http
+            if request.origin.startswith("https:"):
+                if not self._tls:
+                    import ssl  # there are Pythons without it; they can do http
 
-                self._tls = ssl.create_default_context()  # dear: once a client
-            return _Connection(request.origin, request.timeout, self._tls, proxy)
+                    self._tls = ssl.create_default_context()  # dear: once a client
+                tls = self._tls
+            return _Connection(request.origin, request.timeout, tls, proxy)
         except ImportError as error:
             raise GatewayError("https needs Python's ssl module, which is missing here.") from error
         except (*_WIRE_FAULTS, UnicodeError) as error:
             way = f" through the proxy {proxy.address}" if proxy else ""
-            raise _connection_error(request, error, f"no connection to {request.origin}{way}", sent=False)
+            advice, backoff_seconds = _tls_advice(error), None
+            if not advice:
+                backoff_seconds = _CONNECT_BACKOFF_BASE_SECONDS
+                if request.to_gateway:
+                    advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
+            raise _wire_error(request, error, f"no connection to {request.origin}{way}", sent=False, advice=advice,
+                              backoff_seconds=backoff_seconds)
 
 
 # --- Event stream ---------------------------------------------------------------------------------
@@ -1039,7 +1338,7 @@ def _decode_data(text: str) -> Any:
 
 def _make_event(value: Any, name: str = "") -> StreamEvent:
     """The event of decoded data. Its type is the data's `type`, or else `name`, the `event:` field."""
-    if isinstance(value, dict) and isinstance(value.get("type"), str):
+    if isinstance(value, dict) and "type" in value:
         return StreamEvent.from_dict(value)
     raw = value if isinstance(value, dict) else {"type": name or "content", "data": value}
     return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
@@ -1112,27 +1411,38 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[S
 class EventStream:
     """The events of one call, each handed over as it arrives: an iterator and a context manager.
 
-    Leaving a `for` loop over it, `close()`, the end of a `with` and garbage collection end the
-    stream and free its connection. One thread reads it; any may close it. An `error` event is
-    yielded, not raised.
+    `close()`, the end of a `with` and garbage collection end the stream and free its connection. One
+    thread reads it; any may close it, and so may a signal handler: a loop that waits for an event then
+    ends. An `error` event is yielded, not raised.
 
     Raises (from iterating):
         ServiceUnavailableError: the connection broke: the stream is not complete.
         GatewayTimeoutError: nothing came for `timeout` seconds.
+        GatewayError: it was read on after it failed, or after it was closed before its end.
     """
 
     def __init__(self, events: Iterator[StreamEvent], response: _Response | None = None) -> None:
         self._events = events
         self._response = response
+        self._ended = False
+        self._unreadable: str | None = None  # why there are no more events although the end was not reached
 
-    def __iter__(self) -> Iterator[StreamEvent]:
-        try:
-            yield from self._events
-        finally:
-            self.close()
+    def __iter__(self) -> EventStream:
+        return self
 
     def __next__(self) -> StreamEvent:
-        return next(self._events)
+        if self._unreadable:
+            raise GatewayError(f"This stream {self._unreadable}. What came before is not all there is.")
+        try:
+            return next(self._events)
+        except StopIteration:
+            self._ended = True
+            raise
+        except BaseException as error:
+            if self._unreadable and isinstance(error, GatewayError):  # it was closed while this thread waited
+                raise StopIteration from None
+            self._unreadable = f"cannot be read on, since it failed: {error}"
+            raise
 
     def __enter__(self) -> EventStream:
         return self
@@ -1142,9 +1452,9 @@ class EventStream:
 
     def close(self) -> None:
         """Ends the stream, also for another thread that waits for an event. May be called twice."""
-        self._events = iter(())
+        if not self._ended and not self._unreadable:
+            self._unreadable = "was closed before its end"
         if self._response:
-            self._response.abandoned = True
             self._response.close()
 
 
@@ -1159,32 +1469,34 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
     done, error = StreamEventType.DONE, StreamEventType.ERROR
     try:
         for event in _parse_events(response.chunks(), framed=response.framed):
-            if response.abandoned:
-                return
             at_end = event.type is done or event.type is error
             ended = ended or at_end
-            if event.type is done and response.connection:
-                patience = min(response.request.timeout or _AFTER_DONE_SECONDS, _AFTER_DONE_SECONDS)
-                response.connection.sock.settimeout(patience)
+            if event.type is done:
+                response.wait_at_most(min(response.request.timeout or _AFTER_DONE_SECONDS, _AFTER_DONE_SECONDS))
             yield event
     except ServiceUnavailableError:
         if not at_end:
             raise
-    if not (ended or response.framed or response.abandoned):
-        raise _connection_error(response.request, EOFError("no done or error event"), "the stream was cut short")
+    if not ended and not response.framed:
+        raise _wire_error(response.request, EOFError("no done or error event"), "the stream was cut short")
 
 
 def _event_error(event: StreamEvent) -> _Json:
     """An error event's data as a result's `error`, with the `error_code` that may stand beside it."""
-    given = {key: event.raw[key] for key in ("message", "error_code") if key in event.raw}
-    data = event.data if isinstance(event.data, dict) else {"message": str(event.data)} if event.data else {}
-    return {"message": "The function reported an error.", **given, **data}
+    error: _Json = {"message": "The function reported an error."}
+    error.update({key: event.raw[key] for key in ("message", "error_code") if key in event.raw})
+    if isinstance(event.data, dict):
+        error.update(event.data)
+    elif event.data:
+        error["message"] = _text_of(event.data)
+    return error
 
 
 def _result_of_events(response: _Response) -> PrefabResult:
     """The result of a streaming function that was called without `stream=True`."""
     contents: list[Any] = []
-    error = last = None
+    error: _Json | None = None
+    end: Any = None  # what the `done` event brought
     try:
         for event in _read_events(response):
             if event.type is StreamEventType.CONTENT:
@@ -1192,14 +1504,18 @@ def _result_of_events(response: _Response) -> PrefabResult:
             elif event.type is StreamEventType.ERROR:
                 error = _event_error(event)
             elif event.type is StreamEventType.DONE and event.data != "[DONE]":
-                last = event.data
+                end = event.data
     except ServiceUnavailableError as broken:
         broken.details["partial_output"] = contents  # which was paid for
         raise
-    value: Any = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
-    files = last.pop("files", None) if isinstance(last, dict) else None
+    files = end.pop("files", None) if isinstance(end, dict) else None
+    value: Any = contents
+    if not contents and end:
+        value = end
+    elif all(isinstance(content, str) for content in contents):
+        value = "".join(contents)
     status = CallStatus.FAILED if error else CallStatus.SUCCESS
-    return PrefabResult(status, {"status": str(status), "output": value or last or value, "files": files}, error)
+    return PrefabResult(status, {"status": str(status), "output": value, "files": files}, error)
 
 
 def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list[PrefabResult]]:
@@ -1209,8 +1525,7 @@ def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list
     answer = _read_json(response, dict, {"results": list})
     job_id, entries = answer.get("job_id"), answer["results"]
     if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
-        body = json.dumps(answer).encode()
-        raise _unexpected_answer(response, body, f"'results' is not a list of {count} objects")
+        raise _unexpected_response(response, f"'results' is not a list of {count} objects")
     return job_id, [PrefabResult._from_dict(entry, job_id) for entry in entries]
 
 
@@ -1237,7 +1552,7 @@ def _read_prefabs(response: _Response) -> list[PrefabInfo]:
     for entry in entries:
         keys = (entry.get("id"), entry.get("version")) if isinstance(entry, dict) else (None, None)
         if not all(isinstance(key, str) for key in keys):
-            raise _unexpected_answer(response, json.dumps(entries).encode(), "an entry lacks its id or version")
+            raise _unexpected_response(response, "an entry lacks its id or version")
     return [PrefabInfo._from_dict(entry) for entry in entries]
 
 
@@ -1250,9 +1565,15 @@ def _file_name(path: _Path) -> str:
 
 
 def _open_file(path: _Path) -> io.BufferedReader:
+    is_path = isinstance(path, (str, os.PathLike))
+    _require(is_path, f"The path of a file is needed, not {_shown(path)}: save the contents in a file first.")
     regular = os.path.isfile(path) or not os.path.exists(path)
     _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
-    return open(os.fspath(path), "rb")  # os.fspath() refuses a file descriptor
+    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    if os.fstat(file.fileno()).st_size == 0 and file.read(1):  # as in /proc
+        file.close()
+        raise ValidationError(f"{path} says that it is empty, but is not: copy it into a regular file first.")
+    return file
 
 
 def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
@@ -1274,7 +1595,9 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
 
 @contextmanager
 def _replacement(target: str) -> Iterator[io.BufferedWriter]:
-    """A new file that takes the target's place if all goes well, and is gone if not."""
+    """A new file that takes the target's place if all goes well, and is gone if not. Errors name the target."""
+    with suppress(FileNotFoundError):
+        os.lstat(target)  # raises if the name is too long
     folder = os.path.dirname(target)
     while not os.path.exists(folder):  # one that is missing is made at the end, when there is something for it
         folder = os.path.dirname(folder)
@@ -1284,6 +1607,10 @@ def _replacement(target: str) -> Iterator[io.BufferedWriter]:
             yield file
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.replace(path, target)
+    except OSError as error:
+        if error.filename == path:
+            raise OSError(error.errno, error.strerror, target) from error
+        raise
     finally:
         with suppress(OSError):  # it was renamed
             os.unlink(path)
@@ -1308,7 +1635,7 @@ class _Download:
     def receive(self, response: _Response) -> None:
         """Writes the body, and turns the request into one for what is still missing."""
         if response.status not in (200, 206) or not response.framed:
-            raise _unexpected_answer(response, b"", "without a whole file, or without its length")
+            raise _unexpected_response(response, "without a whole file, or without its length")
         etag = response.headers.get("ETag", "")
         if response.status == 200:
             self.start_over()
@@ -1325,7 +1652,7 @@ class _Download:
             if etag.startswith('"'):  # If-Range needs a strong one (RFC 9110 §13.1.5)
                 self._request.headers.update({"Range": f"bytes={self._done}-", "If-Range": etag})
         if self._total not in (None, self._done):
-            raise ServiceUnavailableError(f"{self._request}: only {self._done} of {self._total} bytes came.")
+            raise self._broken(f"only {self._done} of {self._total} bytes came")
 
     def _continue(self, etag: str, content_range: str) -> None:
         """Checks that a 206 is the rest of the same object."""
@@ -1333,17 +1660,27 @@ class _Download:
         total = int(found[1]) if found else None
         if not total or etag != self._request.headers.get("If-Range") or self._total not in (None, total):
             self.start_over()
-            raise ServiceUnavailableError(f"{self._request}: the object changed in between.")
+            raise self._broken("the object changed in between")
         self._total = total
+
+    def _broken(self, problem: str) -> GatewayError:
+        message = f"{self._request}: {problem}."
+        return ServiceUnavailableError._create(message, {}, _backoff_seconds=_BACKOFF_BASE_SECONDS)
 
 
 # --- Batches --------------------------------------------------------------------------------------
 
+_worker_transports: dict[bytes, _Transport] = {}  # in a worker process, of the clients whose calls it ran last
 
-def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
+
+def _run_one(transport: _Transport, request: _Request) -> PrefabResult:
     """Sends one call of a batch. Picklable, as are its arguments, so that any executor can run it."""
+    if transport.process_id != os.getpid():  # the calls of one client share connections and token here, too
+        transport = _worker_transports.setdefault(transport.identity, transport)
+        for identity in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
+            _worker_transports.pop(identity, None)
     try:
-        return client._transport.send(request, _read_result)
+        return transport.send(request, _read_result)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other results
         return PrefabResult._from_exception(error)
 
@@ -1351,36 +1688,40 @@ def _run_one(client: GatewayClient, request: _Request) -> PrefabResult:
 class _Batch:
     """Single calls on their way, in threads or on an executor. Their results arrive in a queue."""
 
-    def __init__(self, client: GatewayClient, requests: Sequence[_Request],
-                 executor: concurrent.futures.Executor | None) -> None:
-        self._client = client
+    def __init__(self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None) -> None:
+        self._transport = transport
         self._executor = executor
-        self._waiting = deque(enumerate(requests))
-        self._futures: dict[int, concurrent.futures.Future[PrefabResult]] = {}
-        self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
+        self._waiting = deque(enumerate(requests))  # only here, so that a request is let go when it was sent
+        self._futures: dict[int, Future[PrefabResult]] = {}
+        # Each thread and each future ends with a None.
+        self._arrived: queue.SimpleQueue[tuple[int, PrefabResult] | None] = queue.SimpleQueue()
         self._refused: GatewayError | None = None
 
     def run(self, max_workers: int, on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
         """The results, in order. Raises the 401 if that is all there is."""
-        results = [self._unsent() for _ in self._waiting]
+        results: list[PrefabResult | None] = [None] * len(self._waiting)
         try:
-            if self._executor:
-                self._work()
-            for _ in range(min(max_workers, len(self._waiting))):
-                try:  # daemons, so that Ctrl-C does not wait for their answers
-                    threading.Thread(target=self._work, daemon=True).start()
-                except RuntimeError:  # there can be no more threads: this one helps
-                    self._work()
-            for _ in results:
-                index, result = self._arrived.get()
-                results[index] = result
-                on_result(index, result)
+            unfinished = self._submit_all(self._executor) if self._executor else self._start_threads(max_workers)
+            while unfinished:
+                arrival = self._arrived.get()
+                if arrival is None:
+                    unfinished -= 1
+                else:
+                    index, result = arrival
+                    results[index] = result
+                    on_result(index, result)
         finally:
-            self._stop()
-        errors = [result.exception for result in results]
+            self._waiting.clear()  # at once and in one step, whatever interrupts what follows
+            self._cancel()
+        for index, arrived in enumerate(results):
+            if arrived is None:
+                results[index] = result = self._unsent()
+                on_result(index, result)
+        whole = cast("list[PrefabResult]", results)
+        errors = [result.exception for result in whole]
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
-        return results
+        return whole
 
     def _unsent(self) -> PrefabResult:
         error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
@@ -1388,45 +1729,60 @@ class _Batch:
             error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
         return PrefabResult._from_exception(error)
 
-    def _work(self) -> None:
-        while True:
-            try:
-                index, request = self._waiting.popleft()
-            except IndexError:  # nothing waits any more
-                return
-            if self._executor:
-                self._submit(index, request, self._executor)
-            else:
-                self._arrive(index, _run_one(self._client, request))
-
-    def _submit(self, index: int, request: _Request, executor: concurrent.futures.Executor) -> None:
+    def _next(self) -> tuple[int, _Request] | None:
         try:
-            self._futures[index] = future = executor.submit(_run_one, self._client, request)
-            future.add_done_callback(partial(self._done, index))
-        except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
-            unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
-            self._arrive(index, PrefabResult._from_exception(unsent))
+            return self._waiting.popleft()
+        except IndexError:  # nothing waits any more
+            return None
 
-    def _done(self, index: int, future: concurrent.futures.Future[PrefabResult]) -> None:
+    def _start_threads(self, max_workers: int) -> int:
+        count = min(max_workers, len(self._waiting))
+        for _ in range(count):
+            try:  # daemons, so that Ctrl-C does not wait for their answers
+                threading.Thread(target=self._work, daemon=True).start()
+            except RuntimeError:  # there can be no more threads: this one helps
+                self._work()
+        return count
+
+    def _work(self) -> None:
+        try:
+            while call := self._next():
+                index, request = call
+                self._arrive(index, _run_one(self._transport, request))
+        finally:
+            self._arrived.put(None)
+
+    def _submit_all(self, executor: Executor) -> int:
+        submitted = 0
+        while call := self._next():
+            submitted += 1
+            index, request = call
+            try:
+                future = executor.submit(_run_one, self._transport, request)
+            except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
+                unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
+                self._arrive(index, PrefabResult._from_exception(unsent))
+                self._arrived.put(None)
+            else:
+                self._futures[index] = future
+                future.add_done_callback(partial(self._done, index))
+        return submitted
+
+    def _done(self, index: int, future: Future[PrefabResult]) -> None:
         self._futures.pop(index)  # while it is held, a cluster may run it again for its result
-        if future.cancelled():
-            self._arrive(index, self._unsent())
-        else:
+        if not future.cancelled():
             error = future.exception()
             self._arrive(index, PrefabResult._from_exception(error) if error else future.result())
+        self._arrived.put(None)
 
     def _arrive(self, index: int, result: PrefabResult) -> None:
         if result.exception and result.exception.status_code == 401:
             self._refused = result.exception
-            self._stop()
+            self._waiting.clear()
+            self._cancel()
         self._arrived.put((index, result))
 
-    def _stop(self) -> None:
-        """Sends nothing more."""
-        while self._waiting:
-            with suppress(IndexError):  # a thread took the last one
-                index, _ = self._waiting.popleft()
-                self._arrived.put((index, self._unsent()))
+    def _cancel(self) -> None:
         for future in list(self._futures.values()):
             future.cancel()
 
@@ -1477,7 +1833,12 @@ class Prefab:
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
         if name.startswith("_"):  # copy, pickle and debuggers ask for those
             raise AttributeError(name)
-        return partial(self.call, name)
+
+        def function(*values: Any, **parameters: Any) -> PrefabResult:
+            _require(not values, f"{name}() takes its parameters by name, as in {name}(text=...).")
+            return self.call(name, **parameters)
+
+        return function
 
 
 class GatewayClient:
@@ -1506,15 +1867,18 @@ class GatewayClient:
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None, jwt_token: str | None = None,
                  timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
-                 ssl_context: ssl.SSLContext | None = None) -> None:
+                 ssl_context: SSLContext | None = None) -> None:
         if base_url is None:
             base_url = os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL
         try:
+            base_url = base_url.strip()  # of what a copy or a file leaves around it
             self._origin, target = _split_url(base_url)
-        except ValueError as error:
-            message = f"base_url (or else GATEWAY_BASE_URL) {error}. A token goes into internal_token=."
+        except (ValueError, AttributeError) as error:
+            problem = error if isinstance(error, ValueError) else "must be a string"
+            message = f"base_url (or else GATEWAY_BASE_URL) {problem}. A token goes into internal_token=."
             raise ValidationError(message) from None
-        _require("?" not in base_url and "#" not in base_url, "base_url must not have a query or a fragment.")
+        wrong = re.search(r"[?#\s\0-\x1f]", base_url)
+        _require(not wrong, "base_url must not have a query, a fragment or blanks in it.")
         _require_timeout(timeout)
         _require_number("max_retries", max_retries, above=-1)
         _require(ssl_context is None or hasattr(ssl_context, "wrap_socket"), "ssl_context must be an SSLContext.")
@@ -1523,18 +1887,18 @@ class GatewayClient:
         _require(len(headers) < 2, f"Give one credential, not {' and '.join(headers)}: who is the client?")
         for name, value in headers.items():
             _require_header_value(f"The credential ({name})", value)
-        if jwt_token and not jwt_token.startswith("Bearer "):
-            headers["Authorization"] = f"Bearer {jwt_token}"
+        if jwt_token:
+            without_scheme = re.sub("^bearer +", "", jwt_token.strip(), flags=re.IGNORECASE)
+            headers["Authorization"] = f"Bearer {without_scheme}"
         self._prefix = target.rstrip("/")
         self._run_path = "/v1/run" if api_key or jwt_token else "/v1/internal/run"
         self._secrets: tuple[str, ...] = ()
         self._transport = _Transport(headers, max_retries, ssl_context)
-        self.base_url = f"{self._origin}{self._prefix}"
         self.timeout = timeout
 
     @classmethod
     def from_api_key(cls: type[_Client], api_key: str, base_url: str | None = None, timeout: float | None = 60, *,
-                     max_retries: int = 2, ssl_context: ssl.SSLContext | None = None) -> _Client:
+                     max_retries: int = 2, ssl_context: SSLContext | None = None) -> _Client:
         """A client with the token that the gateway gives for an API key, now and when it expires.
 
         `POST /v1/auth/convert_to_internal_token`
@@ -1542,11 +1906,15 @@ class GatewayClient:
         _require_header_value("api_key", api_key)
         client = cls(base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context)
         client._secrets = (api_key,)
-        path = "/v1/auth/convert_to_internal_token"
-        exchange = client._request("POST", path, repeatable=True, answers_secret=True)
-        exchange.headers["Authorization"] = f"Bearer {api_key}"
-        client._transport.token_request = exchange
-        client._transport.renew_token(client._transport.credential)
+        client._transport.token_request = client._request(
+            "POST", "/v1/auth/convert_to_internal_token", headers={"Authorization": f"Bearer {api_key}"},
+            idempotent=True, answers_secret=True,
+        )
+        try:
+            client._transport.renew_token(client._transport.credential)
+        except BaseException:
+            client.close()  # or the error would keep its connection open, for as long as it is kept
+            raise
         return client
 
     @classmethod
@@ -1561,6 +1929,11 @@ class GatewayClient:
         given = [name for name, value in zip(names, values) if value]
         _require(len(given) < 2, f"Set one credential, not {' and '.join(given)}: who is the client?")
         return cls.from_api_key(key, **options) if key else cls(internal_token=token, jwt_token=jwt, **options)
+
+    @property
+    def base_url(self) -> str:
+        """The gateway's address. It can't be changed: another gateway needs another client."""
+        return f"{self._origin}{self._prefix}"
 
     def __repr__(self) -> str:
         return f"GatewayClient({self.base_url!r}, {next(iter(self._transport.credential), 'allow-list')})"
@@ -1618,7 +1991,7 @@ class GatewayClient:
 
     def run_batch(self, calls: Iterable[PrefabCall], *, max_workers: int = 8, timeout: float | None = None,
                   on_result: Callable[[int, PrefabResult], object] | None = None,
-                  executor: concurrent.futures.Executor | None = None, single_request: bool = False) -> BatchResult:
+                  executor: Executor | None = None, single_request: bool = False) -> BatchResult:
         """Runs calls side by side, each a request like that of `run`, so that none costs another's result.
 
         Args:
@@ -1644,22 +2017,23 @@ class GatewayClient:
             for index, result in enumerate(results):
                 report(index, result)
         else:
-            requests = [self._run_request([call], timeout) for call in calls]
-            results = _Batch(self, requests, executor).run(max_workers, report)
+            batch = _Batch(self._transport, (self._run_request([call], timeout) for call in calls), executor)
+            results = batch.run(max_workers, report)
         return BatchResult._from_results(results, job_id)
 
     def _run_request(self, calls: Sequence[PrefabCall], timeout: float | None) -> _Request:
         for call in calls:
             _require_call(call)
-        prefabs = {(call.prefab_id, call.version) for call in calls}
-        prefab = dict(zip(("prefab_id", "version"), prefabs.pop())) if len(prefabs) == 1 else {}
+        subjects = {(call.prefab_id, call.version) for call in calls}
+        subject: dict[str, str] = {}
+        if len(subjects) == 1:
+            subject = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
         content = {"calls": [call.to_dict() for call in calls]}
         try:
-            return self._request("POST", self._run_path, content=content, timeout=timeout, prefab=prefab)
+            return self._request("POST", self._run_path, content=content, timeout=timeout, subject=subject)
         except ValidationError:
             for call in calls:
-                for key, value in (call.parameters or {}).items():  # which one is it?
-                    _encode({key: value}, f"Parameter {key!r} of {call.function_name!r}")
+                _encode(call.parameters)  # whose error has the path as the user knows it
             raise
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
@@ -1668,7 +2042,7 @@ class GatewayClient:
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
         """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
-        request = self._request("GET", "/v1/prefabs", {"status": status}, prefab={})
+        request = self._request("GET", "/v1/prefabs", {"status": status}, subject={})
         return self._transport.send(request, _read_prefabs)
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
@@ -1680,17 +2054,19 @@ class GatewayClient:
         if version is None:
             found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
             if not found:
-                raise PrefabNotFoundError(prefab_id, "latest")
+                message = f"The gateway's directory has no prefab {prefab_id!r}. {PrefabNotFoundError._remedy}"
+                raise PrefabNotFoundError(prefab_id, "latest", message)
             version = max(found, key=lambda prefab: (prefab.status != "failed", _version_key(prefab.version))).version
-        prefab = {"prefab_id": prefab_id, "version": version}
-        return self._fetch("GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", prefab=prefab)
+        subject = {"prefab_id": prefab_id, "version": version}
+        return self._fetch("GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", subject=subject)
 
     # Secrets
 
     def set_secret(self, prefab_id: str, secret_name: str, secret_value: str) -> None:
         """Stores a secret of yours for a prefab. `POST /v1/secrets`"""
+        _require_text(prefab_id=prefab_id, secret_name=secret_name)
+        _require(isinstance(secret_value, str) and secret_value, "secret_value must be a string that is not empty.")
         content = {"prefab_id": prefab_id, "secret_name": secret_name, "secret_value": secret_value}
-        _require_text(**content)
         request = self._request("POST", "/v1/secrets", content=content, secrets=(secret_value,))
         self._transport.send(request, _Response.read_all)
 
@@ -1720,7 +2096,7 @@ class GatewayClient:
             headers["Content-Type"] = content_type
         with _open_file(file_path) as file:
             content = {"filename": _file_name(file_path), "content_type": content_type}
-            answer = self._fetch("POST", "/internal/files/generate_upload_url", content=content, repeatable=True,
+            answer = self._fetch("POST", "/internal/files/generate_upload_url", content=content, idempotent=True,
                                  expect={"upload_url": str, "s3_url": str})
             request = self._presigned("PUT", answer["upload_url"], headers=headers, file=file, on_progress=on_progress)
             self._transport.send(request, _Response.read_all)
@@ -1772,7 +2148,7 @@ class GatewayClient:
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
         """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
-        _require_s3_url("s3_url", s3_url)
+        _require_s3_url("s3_url", s3_url, "a result's get_file_urls(), or list_files(),")
         _require_number("expires_in", expires_in)
         query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
         answer = self._fetch("GET", "/internal/files/download", query, expect={"presigned_url": str})
@@ -1836,7 +2212,7 @@ class GatewayClient:
         encoded = urlencode(asked, quote_via=quote)
         target = f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}"
         timeout = self.timeout if timeout is None else timeout
-        options.setdefault("repeatable", method != "POST")
+        options.setdefault("idempotent", method != "POST")
         return _Request(method, self._origin, target, timeout, secrets=self._secrets + secrets, **options)
 
     def _presigned(self, method: str, url: str, **options: Any) -> _Request:
@@ -1845,7 +2221,7 @@ class GatewayClient:
             origin, target = _split_url(url)
         except ValueError as error:
             raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
-        return _Request(method, origin, target, self.timeout, repeatable=True, to_gateway=False,
+        return _Request(method, origin, target, self.timeout, idempotent=True, to_gateway=False,
                         secrets=_secrets_of_query(target), **options)
 
     def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
@@ -1858,62 +2234,147 @@ class GatewayClient:
 
 # --- Command line ---------------------------------------------------------------------------------
 
+# What the library's messages say in Python, and how the command line says it.
+_COMMAND_HINTS: Mapping[str, str] = {
+    r"client\.list_prefabs\(\)": "gateway-sdk list",
+    r"client\.get_prefab_spec\('([\w.-]+)'[^()]*\)": r"gateway-sdk spec \1",
+    r"client\.get_prefab_spec\(prefab_id, version\)": "gateway-sdk spec PREFAB",
+    r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', \w+\)": r"gateway-sdk secret set \1 \2",
+    r"(client\.)?upload_input_file\(\w*\)": "gateway-sdk upload --input",
+    r"\btimeout=": "--timeout",
+    r"\bbase_url\b": "--base-url",
+    r"\binternal_token=": "X_INTERNAL_TOKEN",
+}
+# Control characters but tabs and line ends, and those that turn the direction of writing.
+_CONTROL_CODES = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(b"\t\n\r")
+_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CODES}
 
-def _progress_bar(label: str, unit: str = "B") -> _Progress:
-    """A callback that shows rate and time left on stderr, if that is a terminal."""
-    started = shown = time.monotonic()
 
-    def show(done: int, total: int | None) -> None:
-        nonlocal shown
+def _fit(text: str, cells: int) -> str:
+    """The text, cut or filled with blanks to so many cells of a terminal. A CJK character takes two."""
+    import unicodedata  # here only: nobody else should wait for it
+
+    for position, character in enumerate(text):
+        width = 2 if unicodedata.east_asian_width(character) in ("F", "W") else 1
+        if width > cells:
+            return text[:position] + " " * cells
+        cells -= width
+    return text + " " * cells
+
+
+class _ProgressBar:
+    """A line on stderr, if that is a terminal, with what is done, its rate and the time left."""
+
+    _eraser = ""  # what wipes the bar off the terminal; empty while there is none
+
+    def __init__(self, label: str, unit: str = "B") -> None:
+        self._label = " ".join(label.split()).translate(_ESCAPES)
+        self._unit = unit
+        self._started = self._drawn = time.monotonic()
+
+    def __call__(self, done: int, total: int | None) -> None:
         now = time.monotonic()
-        if done == total or now - shown > 0.1:
-            shown = now
-            rate = max(done, 1) / max(now - started, 1e-6)
-            rest = f"{100 * done // total} %, {(total - done) / rate:.0f} s left" if total else ""
-            text = f"{label}: {done:,} {unit}, {rate:,.0f} {unit}/s {rest}"
-            print(f"\r{text:<79}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        if now - self._drawn < 0.1 and done != total:
+            return
+        self._drawn = now
+        rate = max(done, 1) / max(now - self._started, 1e-6)
+        text = f"{done:,} {self._unit}, {rate:,.0f} {self._unit}/s"
+        if total:
+            text += f", {100 * done // total} %, {(total - done) / rate:.0f} s left"
+        with suppress(OSError):  # stderr is not a terminal
+            cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            _ProgressBar._eraser = f"\r{' ' * cells}\r"  # first, as Ctrl-C may come in between
+            print("\r" + _fit(f"{text}: {self._label}", cells), end="", file=sys.stderr, flush=True)
+            if done == total:
+                print(file=sys.stderr)
+                _ProgressBar._eraser = ""
 
-    return show if sys.stderr.isatty() else _ignore
+    @staticmethod
+    def wipe() -> None:
+        """Makes room for what is printed next."""
+        print(_ProgressBar._eraser, end="", file=sys.stderr, flush=True)
+        _ProgressBar._eraser = ""
 
 
-def _print_json(document: Any) -> None:
+def _print_line(text: str) -> None:
+    """Prints one line on stderr, with nothing in it that a terminal would obey."""
+    _ProgressBar.wipe()
+    lines = [line.strip() for line in text.expandtabs(1).splitlines()]
+    print("; ".join(filter(None, lines)).replace(":; ", ": ").translate(_ESCAPES), file=sys.stderr)
+
+
+def _print_text(text: str) -> None:
+    """Prints on stdout at once. A terminal gets control characters as escapes."""
+    _ProgressBar.wipe()
+    if sys.stdout.isatty():
+        text = text.translate(_ESCAPES)
+    print(text, end="", flush=True)
+
+
+def _print_json(document: Any, *, one_line: bool = False) -> None:
+    """Prints a document, which a terminal gets indented unless it is one of many lines."""
     escape = "utf" not in str(sys.stdout.encoding).lower()  # the terminal could not show it
-    print(json.dumps(document, ensure_ascii=escape), flush=True)
+    indent = 2 if sys.stdout.isatty() and not one_line else None
+    _print_text(json.dumps(document, ensure_ascii=escape, indent=indent) + "\n")
 
 
 def _result_document(result: PrefabResult) -> _Json:
-    return {name: getattr(result, name) for name in ("status", "output", "error", "job_id")}
+    return {"status": result.status, "output": result.output, "error": result.error, "job_id": result.job_id}
 
 
 def _raise_failed(results: Iterable[PrefabResult]) -> None:
-    reasons = [f"{result.status}: {(result.error or {}).get('message') or result.error}"
-               for result in results if not result.is_success()]
+    failed = [result for result in results if not result.is_success()]
+    reasons = [f"{result.status}: {(result.error or {}).get('message') or result.error}" for result in failed]
     if reasons:
-        raise GatewayError("\n".join(dict.fromkeys(reasons)))
+        raise GatewayError("\n".join(dict.fromkeys(reasons)))  # each reason once
 
 
 def _read_text(path: str) -> str:
-    with sys.stdin if path == "-" else open(path, encoding="utf-8-sig") as file:
-        return file.read()
+    """A file, or stdin for `-`, as UTF-8 with or without a byte order mark, whatever the locale."""
+    with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+        content = file.read()
+    return content.decode("utf-8-sig").replace("\r\n", "\n")
 
 
-def _name_and_value(text: str) -> tuple[str, str]:
-    from argparse import ArgumentTypeError
+def _decode_input(text: str, name: str) -> Any:
+    """The JSON that a user wrote. NaN, which `json` takes but which cannot be sent, is none."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ValidationError(f"{name} is not JSON: {error}") from error
+    return value
 
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise ArgumentTypeError(f"must be NAME=VALUE, not {text!r}")
+
+def _split_pair(pair: str, form: str) -> tuple[str, str]:
+    name, separator, value = pair.partition("=")
+    _require(separator, f"{form} is needed, not {pair!r}.")
     return name, value
+
+
+def _read_parameters(data: str, pairs: Iterable[str]) -> _Json:
+    """The parameters of `-d`, and over them those of `-p`."""
+    if data == "-" or data.startswith("@"):
+        data = _read_text(data.lstrip("@"))
+    parameters: _Json = _decode_input(data, "-d")
+    _require(isinstance(parameters, dict), "-d must be a JSON object.")
+    for pair in pairs:
+        name, text = _split_pair(pair, "-p NAME=VALUE")
+        parameters[name] = text
+        with suppress(ValidationError):
+            parameters[name] = _decode_input(text, name)
+    return parameters
 
 
 def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
     """Downloads files by the names at the ends of their URLs, numbered where two are alike."""
     paths: list[str] = []
     for url in urls:
-        name = re.sub(r"^\.*$|[\0\\:]", "_", url.rpartition("/")[2])
-        while (path := os.path.join(folder, name)) in paths:
+        name = re.sub(r"^\.*$|[\x00-\x1f\x7f\\:]", "_", url.rpartition("/")[2])
+        while os.path.join(folder, name) in paths:
             name = f"{len(paths) + 1}-{name}"
-        client.download_file(url, path, on_progress=_progress_bar(path))
+        path = os.path.join(folder, name)
+        client.download_file(url, path, on_progress=_ProgressBar(path))
         paths.append(path)
     return paths
 
@@ -1924,89 +2385,94 @@ def _print_stream(stream: EventStream, as_json: bool) -> None:
         if event.type == StreamEventType.ERROR:
             failed.append(PrefabResult(CallStatus.FAILED, error=_event_error(event)))
         if as_json:
-            _print_json(event.raw)
+            _print_json(event.raw, one_line=True)
         elif event.type == StreamEventType.CONTENT and isinstance(event.data, str):
-            print(event.data, end="", flush=True)
+            _print_text(event.data)
         elif event.type == StreamEventType.CONTENT:
-            _print_json(event.data)
+            _print_json(event.data, one_line=True)
     if not as_json:
-        print(flush=True)
+        _print_text("\n")
     _raise_failed(failed)
-
-
-def _read_parameters(data: str, pairs: Iterable[tuple[str, str]]) -> _Json:
-    if data == "-" or data.startswith("@"):
-        data = _read_text(data.lstrip("@"))
-    try:
-        parameters: _Json = _decode_answer(data)
-    except ValueError as error:
-        raise ValidationError(f"-d is not JSON: {error}") from error
-    _require(isinstance(parameters, dict), "-d must be a JSON object.")
-    for name, text in pairs:
-        parameters[name] = text
-        with suppress(ValueError):
-            parameters[name] = _decode_answer(text)
-    return parameters
 
 
 def _run_command(client: GatewayClient, args: Any) -> None:
     _require(not (args.stream and args.save), "--save does not go with --stream.")
     parameters = _read_parameters(args.data, args.parameter)
     files: dict[str, list[str]] = {}
-    for name, path in args.file:
-        if not path.startswith("s3://"):
-            path = client.upload_input_file(path, on_progress=_progress_bar(path))
-        files.setdefault(name, []).append(path)
-    call = (args.prefab, args.version, args.function, parameters, files)
+    for name, url in [_split_pair(pair, "-f NAME=PATH") for pair in args.file]:
+        if not url.startswith("s3://"):
+            url = client.upload_input_file(url, on_progress=_ProgressBar(url))
+            if not url.startswith("s3://"):
+                raise GatewayError(f"The gateway's URL of an uploaded file is {url!r}, and not an s3:// URL.")
+        files.setdefault(name, []).append(url)
     if args.stream:
-        return _print_stream(client.run(*call, stream=True), args.json)
-    result: PrefabResult = client.run(*call)
+        stream = client.run(args.prefab, args.version, args.function, parameters, files, stream=True)
+        _print_stream(stream, args.json)
+        return
+    result = client.run(args.prefab, args.version, args.function, parameters, files)
     document = _result_document(result)
     try:
         if args.save:
             document["saved"] = _save(client, result.get_file_urls(), args.save)
+    except ValidationError as error:  # the URLs are the gateway's, so this is not wrong usage
+        raise GatewayError(f"An output file cannot be saved: {error}") from error
     finally:  # the result was paid for, whatever becomes of its files
         _print_json(document)
-    return _raise_failed([result])
+    _raise_failed([result])
+
+
+def _read_calls(path: str) -> list[PrefabCall]:
+    """The calls of a file: JSON lines, or one JSON array."""
+    text = _read_text(path)
+    lines = text.split("\n")  # JSON may have other line ends in it
+    if text.lstrip().startswith("["):
+        lines = [json.dumps(element) for element in _decode_input(text, path)]
+    calls = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            entry = _decode_input(line, f"Line or element {number}")
+            try:
+                calls.append(PrefabCall(**entry))
+            except TypeError as error:
+                raise ValidationError(f"Line or element {number} has not the fields of a call: {error}") from error
+    return calls
 
 
 def _batch_command(client: GatewayClient, args: Any) -> None:
-    calls = []
-    for number, line in enumerate(_read_text(args.path).split("\n"), 1):  # JSON may have other line ends in it
-        try:
-            if line.strip():
-                calls.append(PrefabCall(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise ValidationError(f"Line {number} is not a call's fields as JSON: {error}") from error
-    show, printed = _progress_bar("calls", "calls"), 0
-    waiting: dict[int, _Json] = {}
+    calls = _read_calls(args.path)
+    bar = _ProgressBar("calls", "calls")
+    waiting: dict[int, _Json] = {}  # until the results before them are printed
+    printed = 0
 
     def on_result(index: int, result: PrefabResult) -> None:
         nonlocal printed
-        waiting[index] = _result_document(result)
-        while printed in waiting:  # in order, but at once: an interruption loses nothing
-            _print_json(waiting.pop(printed))
+        waiting[index] = {"index": index, **_result_document(result)}
+        while printed in waiting:
+            _print_json(waiting.pop(printed), one_line=True)
             printed += 1
-        show(printed + len(waiting), len(calls))
+        bar(printed + len(waiting), len(calls))
 
     try:
         _raise_failed(client.run_batch(calls, max_workers=args.workers, on_result=on_result).results)
     finally:
         for index in sorted(waiting):
-            _print_json(waiting[index])
+            _print_json(waiting[index], one_line=True)
 
 
 def _upload_command(client: GatewayClient, args: Any) -> None:
     _require(not (args.input and args.temp), "--input and --temp exclude each other.")
     _require(args.temp or (args.session is None and args.ttl is None), "--session and --ttl go with --temp.")
-    upload: Callable[..., Any] = client.upload_input_file if args.input else client.upload_file
-    if args.temp:
-        upload = partial(client.upload_temp_file, ttl=86400 if args.ttl is None else args.ttl, session_id=args.session)
-    answers: list[Any] = []
+    ttl = 86400 if args.ttl is None else args.ttl
+    answers: list[_Json] = []
     try:
         for path in args.path:
-            answer = upload(path, on_progress=_progress_bar(path))
-            answers.append({"s3_url": answer} if args.input else answer)
+            bar = _ProgressBar(path)
+            if args.input:
+                answers.append({"s3_url": client.upload_input_file(path, on_progress=bar)})
+            elif args.temp:
+                answers.append(client.upload_temp_file(path, ttl, args.session, on_progress=bar))
+            else:
+                answers.append(client.upload_file(path, on_progress=bar))
     finally:  # what was uploaded is there, whatever becomes of the others
         if answers:
             _print_json(answers if len(args.path) > 1 else answers[0])
@@ -2015,14 +2481,10 @@ def _upload_command(client: GatewayClient, args: Any) -> None:
 def _download_command(client: GatewayClient, args: Any) -> _Json:
     path = args.target or "."
     if os.path.isdir(path) or path.endswith(("/", os.sep)):
-        (path,) = _save(client, [args.s3_url], path)
+        path = _save(client, [args.s3_url], path)[0]
     else:
-        client.download_file(args.s3_url, path, on_progress=_progress_bar(path))
+        client.download_file(args.s3_url, path, on_progress=_ProgressBar(path))
     return {"path": path, "size": os.path.getsize(path)}
-
-
-def _ls_command(client: GatewayClient, args: Any) -> list[_Json]:
-    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
 
 
 def _secret_command(client: GatewayClient, args: Any) -> Any:
@@ -2031,51 +2493,63 @@ def _secret_command(client: GatewayClient, args: Any) -> Any:
     _require(args.prefab and args.name, f"secret {args.action} needs a prefab and a name.")
     if args.action == "delete":
         client.delete_secret(args.prefab, args.name)
-    else:
+    elif sys.stdin.isatty():
         import getpass  # asks without an echo; an argument would show in the list of processes
 
-        piped = not sys.stdin.isatty()
-        value = sys.stdin.read().rstrip("\r\n") if piped else getpass.getpass(f"{args.name}: ")
-        client.set_secret(args.prefab, args.name, value)
+        client.set_secret(args.prefab, args.name, getpass.getpass(f"{args.name}: "))
+    else:
+        client.set_secret(args.prefab, args.name, _read_text("-").rstrip("\r\n"))
     return {"prefab_id": args.prefab, "secret_name": args.name}
 
 
-# Name to function, help, example and arguments. What the function gives, unless None, is printed.
-_COMMANDS: Mapping[str, tuple[Callable[[GatewayClient, Any], Any], str, str, str]] = {
-    "run": (_run_command, "run a function", "text-tools 1.1.0 statistics -p text='Hello you'",
-            "prefab version function -p/--parameter -d/--data -f/--file --stream --json --save"),
-    "batch": (_batch_command, "run the calls of a file of JSON lines", "calls.jsonl --workers 4", "path --workers"),
-    "list": (lambda client, args: [prefab.raw for prefab in client.list_prefabs(args.status)],
-             "list the prefabs", "--status deployed", "--status"),
-    "spec": (lambda client, args: client.get_prefab_spec(args.prefab, args.version),
-             "show the functions of a prefab", "text-tools", "prefab version?"),
-    "upload": (_upload_command, "upload files", "--input report.txt", "path+ --input --temp --ttl --session"),
-    "download": (_download_command, "download a file", "s3://bucket/key/report.txt downloads/", "s3_url target?"),
-    "url": (lambda client, args: {"presigned_url": client.get_presigned_url(args.s3_url)},
-            "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url"),
-    "ls": (_ls_command, "list the agent's files", "--temp", "--temp --session"),
-    "cleanup": (lambda client, args: {"deleted_count": client.cleanup_temp_files(args.session)},
-                "delete a session's temporary files", "session-1", "session"),
-    "secret": (_secret_command, "set (from stdin), list or delete your secrets", "list", "action prefab? name?"),
-}
-_FLAG: _Json = {"action": "store_true"}
-_PAIRS: _Json = {"action": "append", "default": [], "type": _name_and_value}
-_ARGUMENTS: Mapping[str, _Json] = {
-    "-p/--parameter": {**_PAIRS, "metavar": "NAME=VALUE", "help": "VALUE is JSON, else text"},
-    "-d/--data": {"default": "{}", "metavar": "JSON", "help": "all parameters: JSON, @FILE or - for stdin"},
-    "-f/--file": {**_PAIRS, "metavar": "NAME=PATH", "help": "an input: a file to upload, or an s3:// URL"},
-    "--stream": {**_FLAG, "help": "print contents as they come"},
-    "--json": {**_FLAG, "help": "with --stream: print events as JSON lines"},
-    "--save": {"metavar": "FOLDER", "help": "download the output files"},
-    "--workers": {"type": int, "default": 8, "help": "calls at a time"},
-    "--status": {"help": "deployed or failed"},
-    "--input": {**_FLAG, "help": "as the input of a call; needs no agent's token"},
-    "--temp": {**_FLAG, "help": "temporary files"},
-    "--ttl": {"type": int, "help": "seconds that temporary files live; default: 86400"},
-    "--session": {"help": "an id that temporary files have in common"},
-    "target": {"help": "a file or a folder"},
-    "action": {"choices": ("set", "list", "delete")},
-}
+def _other_command(client: GatewayClient, args: Any) -> Any:
+    """The commands that are one call of the client."""
+    if args.command == "list":
+        return [prefab.raw for prefab in client.list_prefabs(args.status)]
+    if args.command == "spec":
+        return client.get_prefab_spec(args.prefab, args.version)
+    if args.command == "url":
+        return {"presigned_url": client.get_presigned_url(args.s3_url)}
+    if args.command == "cleanup":
+        return {"deleted_count": client.cleanup_temp_files(args.session)}
+    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
+
+
+def _add_commands(add: Callable[..., Any]) -> None:
+    """Adds the commands by means of `add(handler, name, help, example, *positional_arguments)`."""
+    repeated: _Json = {"action": "append", "default": []}
+    text = 'run a function; if it reports "success": false, the exit status is 0 all the same'
+    example = "text-tools 1.1.0 statistics -p text='Hello you'"
+    run = add(_run_command, "run", text, example, "prefab", "version", "function")
+    run.add_argument("-p", "--parameter", metavar="NAME=VALUE", help="VALUE is JSON, else text", **repeated)
+    run.add_argument("-d", "--data", default="{}", metavar="JSON", help="all parameters: JSON, @FILE or - for stdin")
+    run.add_argument("-f", "--file", metavar="NAME=PATH", help="an input: a file, or an s3:// URL", **repeated)
+    run.add_argument("--stream", action="store_true", help="print contents as they come")
+    run.add_argument("--json", action="store_true", help="with --stream: print events as JSON lines")
+    run.add_argument("--save", metavar="FOLDER", help="download the output files")
+    batch = add(_batch_command, "batch", "run the calls of a file: JSON lines or an array", "calls.jsonl", "path")
+    batch.add_argument("--workers", type=int, default=8, help="calls at a time")
+    prefabs = add(_other_command, "list", "list the prefabs", "--status deployed")
+    prefabs.add_argument("--status", help="deployed or failed")
+    spec = add(_other_command, "spec", "show the functions of a prefab", "text-tools", "prefab")
+    spec.add_argument("version", nargs="?", help="default: the newest")
+    upload = add(_upload_command, "upload", "upload files", "--input report.txt")
+    upload.add_argument("path", nargs="+")
+    upload.add_argument("--input", action="store_true", help="as the input of a call; needs no agent's token")
+    upload.add_argument("--temp", action="store_true", help="temporary files")
+    upload.add_argument("--ttl", type=int, help="seconds that temporary files live; default: 86400")
+    upload.add_argument("--session", help="an id that temporary files have in common")
+    download = add(_download_command, "download", "download a file", "s3://bucket/key/report.txt downloads/", "s3_url")
+    download.add_argument("target", nargs="?", help="a file or a folder")
+    add(_other_command, "url", "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url")
+    ls = add(_other_command, "ls", "list the agent's files", "--temp")
+    ls.add_argument("--temp", action="store_true", help="temporary files")
+    ls.add_argument("--session", help="an id that temporary files have in common")
+    add(_other_command, "cleanup", "delete a session's temporary files", "session-1", "session")
+    secret = add(_secret_command, "secret", "set (from stdin), list or delete your secrets", "list")
+    secret.add_argument("action", choices=("set", "list", "delete"))
+    secret.add_argument("prefab", nargs="?")
+    secret.add_argument("name", nargs="?")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
@@ -2088,15 +2562,35 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     credentials = "The credential comes from X_INTERNAL_TOKEN, AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN."
     parser = argparse.ArgumentParser("gateway-sdk", description=credentials, parents=[common])
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, (_, text, example, arguments) in _COMMANDS.items():
-        epilog = f"example: gateway-sdk {command} {example}"
-        subparser = commands.add_parser(command, help=text, description=text, epilog=epilog, parents=[common])
-        for argument in arguments.split():
-            name = argument.rstrip("?+")
-            nargs: _Json = {"nargs": argument[-1]} if name != argument else {}
-            subparser.add_argument(*name.split("/"), **nargs, **_ARGUMENTS.get(name, {}))
+    commands = parser.add_subparsers(required=True)
+
+    def add(handler: Any, name: str, text: str, example: str, *positional: str) -> argparse.ArgumentParser:
+        example = f"example: gateway-sdk {name} {example}"
+        command = commands.add_parser(name, help=text, description=text, epilog=example, parents=[common])
+        command.set_defaults(command=name, handler=handler)
+        for argument in positional:
+            command.add_argument(argument)
+        return command
+
+    _add_commands(add)
     return parser.parse_args(argv, argparse.Namespace(base_url=None, timeout=60, verbose=False))
+
+
+def _report(error: Exception) -> int:
+    """Prints an error as one line. Returns the exit status for it."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # keep the interpreter from trying it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # the reader has seen enough
+        return 0
+    message = str(error).strip() or repr(error)
+    for in_python, command in _COMMAND_HINTS.items():
+        message = re.sub(in_python, command, message)
+    _print_line(f"error: {message}")
+    if isinstance(error, ValidationError):
+        return 2 if error.status_code is None else 1
+    return 2 if isinstance(error, UnicodeDecodeError) else 1  # a user's file; no answer raises that
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -2105,39 +2599,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """
-    for name in ("stdin", "stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - for good
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
     args = _parse_arguments(argv)
     if args.verbose:
         import logging
 
-        logging.basicConfig(level=logging.DEBUG)
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                _print_line(self.format(record))
+
+        logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with GatewayClient.from_env(base_url=args.base_url, timeout=args.timeout) as client:
-            document = _COMMANDS[args.command][0](client, args)
+            document = args.handler(client, args)
         if document is not None:
             _print_json(document)
     except KeyboardInterrupt:
         return 130
     except (GatewayError, OSError, ValueError, EOFError, RecursionError) as error:
-        try:
-            sys.stdout.flush()
-        except OSError:  # keep the interpreter from trying it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader has seen enough
-            return 0
-        print("error:", re.sub(r"\s*[\r\n]\s*", "; ", str(error).strip() or repr(error)), file=sys.stderr)
-        return 2 if isinstance(error, ValueError) and getattr(error, "status_code", None) is None else 1
+        return _report(error)
+    finally:
+        _ProgressBar.wipe()
     return 0
 
 
 # `from gateway_sdk.exceptions import ...` and `gateway_sdk.models`, as in the older SDK: the import
 # looks into sys.modules before it asks whether the parent is a package.
-exceptions = models = sys.modules[__name__]
-sys.modules[f"{__name__}.exceptions"] = sys.modules[f"{__name__}.models"] = exceptions
+if not TYPE_CHECKING:  # which takes a variable for Any
+    exceptions = models = sys.modules[__name__]
+    sys.modules[f"{__name__}.exceptions"] = sys.modules[f"{__name__}.models"] = exceptions
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,11 +16,13 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import email.utils
 import functools
 import gc
 import hashlib
 import hmac
+import html
 import http.client
 import importlib.util
 import inspect
@@ -28,10 +30,12 @@ import io
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import operator
 import os
 import pickle
+import queue
 import random
 import re
 import shutil
@@ -46,11 +50,13 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
+import unicodedata
 import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +94,10 @@ from local_gateway import LocalGateway
 cpython_only = pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts on CPython's own ways")
 TOKEN = "token-of-the-agent"
 WAIT_SECONDS = 10.0  # for what must happen; only a failing test waits that long
+FUZZ_SEED = int(os.environ.get("GATEWAY_FUZZ_SEED", 20240229))
+FUZZ_COUNT = int(os.environ.get("GATEWAY_FUZZ_COUNT", 150))  # of each kind
+LARGE_MIB = int(os.environ.get("GATEWAY_LARGE_MIB", 256))
+SHORT_SECONDS = 0.2  # a timeout that is meant to run out
 
 # --- Servers --------------------------------------------------------------------------------------
 
@@ -279,18 +289,18 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.lower().endswith("_proxy") or name.startswith(("GATEWAY_", "X_INTERNAL_", "AGENT_BUILDER_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(gateway_sdk, "_BACKOFF_BASE_SECONDS", 0.001)
+    monkeypatch.setattr(gateway_sdk, "_CONNECT_BACKOFF_BASE_SECONDS", 0.001)
 
 
 # --- Helpers --------------------------------------------------------------------------------------
 
 S3 = "s3://bucket/agent-outputs/u/a/r.txt"
-HIDDEN = (
-    'Hush"h\u00fcsh/hush%41'  # a secret; as quoted, escaped or cut as it may be, "hush" is left
-)
+HIDDEN = 'Hush"h\u00fcsh/hush%41'  # a secret: as quoted, escaped or cut as it may be, "hush" is left
 NO_BODY = answer(body=b"")
 UNAVAILABLE = answer({"detail": "down"}, 503)
 REFUSED = answer({"detail": "Could not validate credentials"}, 401)
 CREDENTIAL_HEADERS = {"x-internal-token", "x-api-key", "authorization", "proxy-authorization"}
+HEAD = chunked(end=False)
 
 
 def run(client: GatewayClient, **options: Any) -> Any:
@@ -299,6 +309,10 @@ def run(client: GatewayClient, **options: Any) -> Any:
 
 def call(number: int = 0) -> PrefabCall:
     return PrefabCall("p", "1.0.0", "f", {"n": number})
+
+
+def moved(location: str) -> bytes:
+    return answer(None, 302, Location=location)
 
 
 def error_of(given: Answer, act: Callable[[GatewayClient], Any] = run, **options: Any) -> Any:
@@ -318,6 +332,10 @@ def send(data: bytes) -> Callable[[socket.socket], None]:
     return lambda sock: sock.sendall(data)
 
 
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 def link(query: str = "X-Sig=1") -> Answer:
     """Presigned URLs that lead back to the server that gives them."""
 
@@ -329,6 +347,37 @@ def link(query: str = "X-Sig=1") -> Answer:
 
 
 LINK = link()
+
+
+class Mode(NamedTuple):
+    """A kind of credential: how a client is given it, and what it sends then."""
+
+    options: dict[str, str]
+    headers: dict[str, str]
+    run_path: str
+
+
+EXCHANGED = "exchanged API key"
+MODES = {
+    "internal token": Mode({"internal_token": TOKEN}, {"x-internal-token": TOKEN}, "/v1/internal/run"),
+    "allow-list": Mode({}, {}, "/v1/internal/run"),
+    "JWT": Mode({"jwt_token": "j.w.t"}, {"authorization": "Bearer j.w.t"}, "/v1/run"),
+    "JWT with Bearer": Mode({"jwt_token": "Bearer j.w.t"}, {"authorization": "Bearer j.w.t"}, "/v1/run"),
+    "API key": Mode({"api_key": "key-1"}, {"x-api-key": "key-1"}, "/v1/run"),
+    EXCHANGED: Mode({}, {"x-internal-token": TOKEN}, "/v1/internal/run"),
+}
+TOKEN_ANSWERS = [answer({"internal_token": token}) for token in ("first", "second")]
+
+
+def exchange_of(mode: str) -> list[Answer]:
+    """The answers that a client of this mode needs to be made."""
+    return [answer({"internal_token": TOKEN})] if mode == EXCHANGED else []
+
+
+def client_in(mode: str, url: str, **options: Any) -> GatewayClient:
+    if mode == EXCHANGED:
+        return GatewayClient.from_api_key("key-1", url, **options)
+    return GatewayClient(url, **MODES[mode].options, **options)
 
 
 def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -367,6 +416,9 @@ class TlsScript(Script):
         with contextlib.suppress(OSError):
             with self._context.wrap_socket(sock, server_side=True) as tls:
                 super()._serve(tls, number)
+        with self._changed:
+            self._sockets.discard(sock)  # which the TLS socket stood for
+            self._changed.notify_all()
 
 
 @pytest.fixture(scope="module")
@@ -385,6 +437,14 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def trusting(certificate: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(certificate))
+
+
+@pytest.fixture
+def content_file(tmp_path: Path) -> Path:
+    """A small file to upload. Beside it there is room for downloads."""
+    path = tmp_path / "content"
+    path.write_bytes(b"content")
+    return path
 
 
 @pytest.fixture
@@ -413,63 +473,41 @@ def _closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # --- Errors ---------------------------------------------------------------------------------------
 
-ERRORS = [
-    GatewayError("m", {"a": [1]}),
-    AuthenticationError("m"),
-    PrefabNotFoundError("p", "1.0.0"),
-    ValidationError("m", {"errors": []}),
-    QuotaExceededError("m", 10, 9, "calls"),
-    MissingSecretError("p", "KEY", "Ask for one"),
-    AgentContextRequiredError(),
-    ServiceUnavailableError("m"),
-    GatewayTimeoutError("m"),
-]
+# Errors made as in the older SDK, and what they then have.
+MADE = [
+    (GatewayError("m", {"a": 1}), {"message": "m", "details": {"a": 1}, "args": ("m",), "status_code": None}),
+    (AuthenticationError("m"), {"details": {}, "error_code": None}),
+    (PrefabNotFoundError("p", "1.0.0"), {"prefab_id": "p", "version": "1.0.0", "message": "Prefab p@1.0.0 not found"}),
+    (PrefabNotFoundError("p", "1.0.0", "gone"), {"prefab_id": "p", "version": "1.0.0", "message": "gone"}),
+    (ValidationError("m", {"errors": []}), {"details": {"errors": []}}),
+    (QuotaExceededError("m", 10, 9, "calls"), {"message": "m", "limit": 10, "used": 9, "quota_type": "calls"}),
+    (MissingSecretError("p", "KEY", instructions="Ask for one"),
+     {"prefab_id": "p", "secret_name": "KEY", "instructions": "Ask for one", "error_code": "MISSING_SECRET"}),
+    (MissingSecretError("p", "KEY"), {"instructions": None}),
+    (AgentContextRequiredError("m"), {"message": "m"}),
+    (AgentContextRequiredError(), {"error_code": "MISSING_AGENT_CONTEXT"}),
+    (ServiceUnavailableError("m"), {"message": "m"}),
+    (GatewayTimeoutError("m"), {"message": "m"}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize(
-    "duplicate",
-    [
-        copy.copy,
-        copy.deepcopy,
-        *(lambda e, p=p: pickle.loads(pickle.dumps(e, p)) for p in range(6)),
-    ],
-    ids=["copy", "deepcopy", *(f"pickle {p}" for p in range(6))],
-)
-def test_every_error_pickles_and_copies(error: GatewayError, duplicate: Any) -> None:
+@pytest.mark.parametrize(("error", "attributes"), MADE, ids=repr)
+def test_errors_are_made_as_in_the_older_sdk_and_pickle_and_copy(error: Any, attributes: dict[str, Any]) -> None:
+    assert {name: getattr(error, name) for name in attributes} == attributes
+    assert str(error) == error.message and (attributes.get("instructions") or "") in error.message
     original = copy.copy(error)
     original.status_code, original.error_code = 418, "TEAPOT"
-    second = duplicate(original)
-    assert (type(second), str(second), vars(second)) == (type(error), str(error), vars(original))
+    pickled = [pickle.loads(pickle.dumps(original, protocol)) for protocol in range(6)]
+    for second in (original, copy.copy(original), copy.deepcopy(original), *pickled):
+        assert (type(second), str(second), vars(second)) == (type(error), str(error), vars(original))
 
 
 def test_errors_form_the_tree_that_users_catch_by() -> None:
-    assert all(isinstance(error, GatewayError) for error in ERRORS)
+    assert all(isinstance(error, GatewayError) for error, _ in MADE)
     assert issubclass(ValidationError, ValueError)
-    assert issubclass(GatewayTimeoutError, (ServiceUnavailableError,))
+    assert issubclass(GatewayTimeoutError, ServiceUnavailableError)
     assert issubclass(GatewayTimeoutError, TimeoutError)
     assert not issubclass(ServiceUnavailableError, TimeoutError)
-
-
-def test_errors_are_made_as_in_the_older_sdk() -> None:
-    plain = GatewayError("m", {"a": 1})
-    assert (plain.message, plain.details, str(plain)) == ("m", {"a": 1}, "m")
-    assert (plain.status_code, plain.error_code, GatewayError("m").details) == (None, None, {})
-    missing = PrefabNotFoundError("p", "1.0.0", "gone")
-    assert (missing.prefab_id, missing.version, missing.message) == ("p", "1.0.0", "gone")
-    assert "p@1.0.0" in str(PrefabNotFoundError("p", "1.0.0"))
-    quota = QuotaExceededError("m", 10, 9, "calls")
-    assert (quota.message, quota.limit, quota.used, quota.quota_type) == ("m", 10, 9, "calls")
-    secret = MissingSecretError("p", "KEY", instructions="Ask for one")
-    assert (secret.prefab_id, secret.secret_name, secret.instructions) == (
-        "p",
-        "KEY",
-        "Ask for one",
-    )
-    assert secret.error_code == "MISSING_SECRET" and "Ask for one" in str(secret)
-    assert MissingSecretError("p", "KEY").instructions is None
-    assert AgentContextRequiredError("m").message == "m"
-    assert AgentContextRequiredError().error_code == "MISSING_AGENT_CONTEXT"
 
 
 @pytest.mark.parametrize(
@@ -481,20 +519,168 @@ def test_retry_after_is_read_in_both_forms(value: str, seconds: float | None) ->
     assert gateway_sdk._retry_after_seconds(value) == seconds
 
 
-def test_retry_after_as_a_date_is_counted_from_now() -> None:
-    date = email.utils.formatdate(time.time() + 3600, usegmt=True)
-    assert 3000 < gateway_sdk._retry_after_seconds(date) <= 3600
-
-
-@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the time zone cannot be set here")
-def test_a_retry_after_without_a_zone_is_in_gmt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "Asia/Shanghai")
-    time.tzset()
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Shanghai"])
+def test_retry_after_as_a_date_is_counted_from_now_and_in_gmt_without_a_zone(
+    zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_zone = getattr(time, "tzset", lambda: None)
+    monkeypatch.setenv("TZ", zone)
+    set_zone()
     try:
-        assert 3000 < gateway_sdk._retry_after_seconds(time.asctime(time.gmtime(time.time() + 3600))) <= 3600
+        in_an_hour = time.time() + 3600
+        for date in (email.utils.formatdate(in_an_hour, usegmt=True), time.asctime(time.gmtime(in_an_hour))):
+            assert 3000 < gateway_sdk._retry_after_seconds(date) <= 3600
     finally:
         monkeypatch.undo()
-        time.tzset()
+        set_zone()
+
+
+# What asks, and how the error names it.
+ACTS: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
+    "run": (run, "POST /v1/internal/run"),
+    "stream": (lambda c: run(c, stream=True), "POST /v1/internal/run"),
+    "directory": (lambda c: c.list_prefabs(), "GET /v1/prefabs"),
+    "spec": (lambda c: c.get_prefab_spec("p", "1.0.0"), "GET /v1/prefabs/p/1.0.0/spec"),
+    "files": (lambda c: c.list_files(), "GET /internal/files/list"),
+    "secrets": (lambda c: c.delete_secret("p", "KEY"), "DELETE /v1/secrets/p/KEY"),
+}
+PREFAB = {"prefab_id": "p", "version": "1.0.0"}
+QUOTA = {"limit": 10, "used": 11, "quota_type": "calls"}
+NO_QUOTA = {"limit": 0, "used": 0, "quota_type": "unknown"}
+SECRET = {"prefab_id": "q", "secret_name": "KEY", "instructions": "Ask for one"}
+PLAIN_SECRET = "Secret 'KEY' for prefab 'q' is not configured"
+REASON = {"detail": "the reason"}
+
+
+def coded(code: str, **fields: Any) -> dict[str, Any]:
+    return {"error_code": code, "message": "the reason", **fields}
+
+
+MAPPING = [
+    ("run", 401, REASON, AuthenticationError, {}),
+    ("directory", 401, REASON, AuthenticationError, {}),
+    ("files", 403, REASON, AuthenticationError, {}),
+    ("run", 404, REASON, PrefabNotFoundError, PREFAB),
+    ("stream", 404, REASON, PrefabNotFoundError, PREFAB),
+    ("spec", 404, {"detail": coded("GONE")}, PrefabNotFoundError, {**PREFAB, "error_code": "GONE"}),
+    ("directory", 404, REASON, PrefabNotFoundError, {}),
+    ("files", 404, REASON, GatewayError, {}),
+    ("secrets", 404, REASON, GatewayError, {}),
+    ("run", 422, REASON, ValidationError, {}),
+    ("run", 422, {"detail": coded("BAD")}, ValidationError, {"error_code": "BAD"}),
+    ("run", 422, {"detail": [{"msg": "the reason"}, "odd", None, {"loc": 3}]}, ValidationError, {}),
+    ("run", 429, REASON, QuotaExceededError, NO_QUOTA),
+    ("run", 429, {"detail": coded("QUOTA_EXCEEDED", **QUOTA)}, QuotaExceededError, QUOTA),
+    ("files", 429, coded("Q", details=QUOTA), QuotaExceededError, {**QUOTA, "error_code": "Q"}),
+    ("run", 429, {"detail": coded("Q", details=QUOTA)}, QuotaExceededError, QUOTA),
+    ("run", 429, {"detail": coded("Q", limit=None)}, QuotaExceededError, NO_QUOTA),
+    ("run", 400, {"detail": coded("MISSING_SECRET", **SECRET)}, MissingSecretError, SECRET),
+    ("run", 400, coded("MISSING_SECRET", details=SECRET), MissingSecretError, SECRET),
+    ("run", 400, {"detail": PLAIN_SECRET}, MissingSecretError,
+     {**SECRET, "instructions": None, "error_code": "MISSING_SECRET"}),
+    ("files", 400, {"detail": coded("MISSING_AGENT_CONTEXT")}, AgentContextRequiredError,
+     {"error_code": "MISSING_AGENT_CONTEXT"}),
+    ("files", 400, coded("MISSING_AGENT_CONTEXT"), AgentContextRequiredError, {}),
+    ("run", 400, {"detail": coded("OTHER")}, GatewayError, {"error_code": "OTHER"}),
+    ("run", 409, {"detail": coded("MISSING_SECRET", **SECRET)}, GatewayError, {}),
+    ("run", 418, REASON, GatewayError, {"error_code": None}),
+    ("run", 500, b"the reason", ServiceUnavailableError, {}),
+    ("run", 503, REASON, ServiceUnavailableError, {}),
+    ("run", 599, coded("DOWN"), ServiceUnavailableError, {"error_code": "DOWN"}),
+    ("run", 302, {"detail": "x"}, GatewayError, {}),
+    ("directory", 304, b"", GatewayError, {}),
+    # What is not as promised is an error although the status says otherwise.
+    *(("run", 200, body, GatewayError, {}) for body in (
+        b"", b"<html>", b"null", b"{}", b'{"results": {}}', b'{"results": []}', b'{"results": [null]}',
+        b'{"results": [{}, {}]}', b'{"results": [NaN]}', b"\xff", b"[" * 9999)),
+    ("stream", 200, b"<html>", GatewayError, {}),
+    ("stream", 200, b'{"results": []}', GatewayError, {}),
+    ("directory", 200, b"[1]", GatewayError, {}),
+    ("directory", 200, b'[{"id": "p"}]', GatewayError, {}),
+    ("spec", 200, b"[]", GatewayError, {}),
+    ("files", 200, b"{}", GatewayError, {}),
+    ("files", 200, b'{"files": null}', GatewayError, {}),
+]  # fmt: skip
+
+
+def answered(body: Any, status: int) -> bytes:
+    return answer(body=body, status=status) if isinstance(body, bytes) else answer(body, status)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "body", "kind", "attributes"), MAPPING,
+    ids=[f"{name} {status} {str(body)[:40]}" for name, status, body, _, _ in MAPPING],
+)  # fmt: skip
+def test_an_answer_that_is_no_success_becomes_its_exception(
+    name: str, status: int, body: Any, kind: type[GatewayError], attributes: dict[str, Any]
+) -> None:
+    act, asked = ACTS[name]
+    error = error_of(answered(body, status), act)
+    assert type(error) is kind and error.status_code == status
+    assert {key: getattr(error, key) for key in attributes} == attributes
+    assert asked in str(error) and str(status) in str(error) and str(error) == error.message
+    said = PLAIN_SECRET if PLAIN_SECRET in str(body) else "the reason"
+    assert said in str(error) or status < 400
+
+
+FORMS = {
+    "string": (REASON, {}),
+    "object": ({"detail": coded("E", more=1)}, {"error_code": "E", "more": 1}),
+    "bare": (coded("E", more=1), {"error_code": "E", "more": 1}),
+    "bare with details": (coded("E", details={"more": 1}), {"error_code": "E", "more": 1}),
+    "details beside": (coded("E", more=1, details={"n": 2}), {"error_code": "E", "more": 1, "n": 2}),
+    "object without code": ({"detail": {"message": "the reason"}}, {}),
+    "list": ({"detail": [{"loc": ["body"], "msg": "the reason"}]}, {}),
+    "HTML": (b"<html>the reason</html>", {}),
+    "text in latin-1": (b"the reason \xff", {}),
+    "empty": (b"", {}),
+    "null": (None, {}),
+    "number": (5, {}),
+    "empty object": ({}, {}),
+    "deep": (b"[" * 9999, {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_body_is_understood_with_any_status(form: str) -> None:
+    body, fields = FORMS[form]
+    kinds = {400: GatewayError, 404: PrefabNotFoundError, 429: QuotaExceededError, 503: ServiceUnavailableError}
+    for status, kind in kinds.items():
+        error = error_of(answered(body, status))
+        assert type(error) is kind and error.status_code == status
+        assert fields.items() <= error.details.items() and error.error_code == fields.get("error_code")
+        assert ("the reason" in str(error)) == ("the reason" in str(body))
+        assert pickle.loads(pickle.dumps(error)).details == error.details
+
+
+def test_a_422_reads_as_one_line_per_field() -> None:
+    missing = {"loc": ["body", "calls", 0, "version"], "msg": "Field required", "type": "missing", "url": "u"}
+    wrong = {"loc": ["query", "limit"], "msg": "Input should be an integer", "input": "x"}
+    lines = str(error_of(answer({"detail": [missing, wrong]}, 422))).partition(" 422: ")[2].splitlines()
+    fields = ["body.calls.0.version: Field required", "query.limit: Input should be an integer"]
+    assert [line.strip() for line in lines] == fields
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_of_what_is_not_json_the_first_500_characters_are_shown(status: int) -> None:
+    error = error_of(answer(body=b"<html>" + b"x" * 9000, status=status))
+    assert "<html>" + "x" * 494 in str(error) and "x" * 495 not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "remedy"),
+    [(401, "x", "credential"), (404, "x", "list_prefabs"), (400, PLAIN_SECRET, "set_secret('q', 'KEY'"),
+     (400, coded("MISSING_SECRET", **SECRET), "Ask for one"),
+     (400, coded("MISSING_AGENT_CONTEXT"), "upload_input_file")],
+    ids=str,
+)  # fmt: skip
+def test_an_error_names_its_remedy(status: int, detail: Any, remedy: str) -> None:
+    assert remedy in str(error_of(answer({"detail": detail}, status)))
+
+
+def test_an_error_body_that_breaks_off_still_has_its_status() -> None:
+    error = error_of(HangUp(answer({"detail": "x"}, 401)[:-3]))
+    assert type(error) is AuthenticationError and error.status_code == 401
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -516,54 +702,28 @@ def test_a_call_leaves_out_files_when_there_are_none() -> None:
     assert full.to_dict() == {**names, "inputs": {"parameters": {}, "files": {"video": [S3]}}}
 
 
-ENVELOPE = {"status": "SUCCESS", "output": {"success": True, "message": "hi"}, "files": {"a": [S3]}}
+BUSINESS = {"success": True, "message": "m", "error": "e", "error_code": "E"}
+FULL_ENVELOPE = {"status": "SUCCESS", "output": BUSINESS, "files": {"a": [S3]}}
 
 
 @pytest.mark.parametrize(
-    ("output", "result", "function_result", "files"),
-    [
-        (ENVELOPE, ENVELOPE, ENVELOPE["output"], {"a": [S3]}),
-        ({"output": None, "files": None}, {"output": None, "files": None}, {}, {}),
-        ({"output": [1]}, {"output": [1]}, [1], {}),
-        ({"output": 0}, {"output": 0}, 0, {}),
-        ({"output": False, "files": {}}, {"output": False, "files": {}}, False, {}),
-        ({"result": 5}, 5, {}, {}),
-        ({"result": None}, None, {}, {}),
-        ({"success": True}, {"success": True}, {}, {}),
-        (None, None, {}, {}),
-        ("text", "text", {}, {}),
-    ],
-    ids=["envelope", "nulls", "list", "zero", "false", "result", "null result", "older", "none",
-         "text"],
+    ("output", "result", "function_result"),
+    [(FULL_ENVELOPE, FULL_ENVELOPE, BUSINESS), ({**FULL_ENVELOPE, "success": False, "message": "outer"}, ..., BUSINESS),
+     ({"output": None, "files": None}, ..., {}), ({"output": [1]}, ..., [1]), ({"output": 0}, ..., 0),
+     ({"output": False, "files": {}}, ..., False), ({"output": "text"}, ..., "text"), ({"output": [{}]}, ..., [{}]),
+     ({"result": 5}, 5, {"result": 5}), ({"result": None}, None, {"result": None}), (None, None, {}),
+     ("text", "text", "text"), ([1], [1], [1]), ({}, {}, {}), (3, 3, 3)],
+    ids=repr,
 )  # fmt: skip
-def test_a_result_reads_both_shapes_of_output(
-    output: Any, result: Any, function_result: Any, files: Any
-) -> None:
+def test_a_result_reads_both_shapes_of_output(output: Any, result: Any, function_result: Any) -> None:
     made = PrefabResult(CallStatus.SUCCESS, output)
-    assert (made.get_result(), made.get_function_result()) == (result, function_result)
-    assert (made.get_files(), made.get_file_urls()) == (
-        files,
-        [u for v in files.values() for u in v],
-    )
+    assert (made.get_result(), made.get_function_result()) == (output if result is ... else result, function_result)
+    told = (made.get_business_success(), made.get_business_message(), made.get_business_error(),
+            made.get_business_error_code())  # fmt: skip
+    assert told == ((True, "m", "e", "E") if function_result is BUSINESS else (False, "", None, None))
+    has_files = function_result is BUSINESS
+    assert (made.get_files(), made.get_file_urls()) == (({"a": [S3]}, [S3]) if has_files else ({}, []))
     assert made.get("no such key", "default") == "default"
-
-
-@pytest.mark.parametrize(
-    "output", [None, "text", [1], {}, {"output": None}, {"output": "text"}, {"output": [{}]}, 3],
-    ids=repr
-)  # fmt: skip
-def test_business_fields_are_never_missed(output: Any) -> None:
-    made = PrefabResult("SUCCESS", output)
-    assert made.get_business_success() is False
-    assert made.get_business_message() == ""
-    assert made.get_business_error() is made.get_business_error_code() is None
-
-
-def test_business_fields_come_from_what_the_function_returned() -> None:
-    inner = {"success": True, "message": "m", "error": "e", "error_code": "E"}
-    made = PrefabResult("SUCCESS", {"output": inner, "success": False, "message": "outer"})
-    assert made.get_business_success() is True and made.get_business_message() == "m"
-    assert (made.get_business_error(), made.get_business_error_code()) == ("e", "E")
 
 
 def test_files_beside_the_output_are_found() -> None:
@@ -590,82 +750,211 @@ def test_an_event_keeps_its_whole_object() -> None:
 
 
 def test_a_directory_entry_may_lack_nearly_everything() -> None:
-    whole = {
-        "id": "p", "version": "1.0.0", "name": "P", "description": "d", "tags": ["t"],
-        "deployment_status": "deployed", "functions": [{"name": "f"}], "requires_secrets": True,
-        "secrets": [{"name": "KEY"}], "is_official": True, "author": "a", "github_url": "g",
-    }  # fmt: skip
+    same = {"version": "1.0.0", "name": "P", "description": "d", "tags": ["t"], "functions": [{"name": "f"}],
+            "requires_secrets": True, "secrets": [{"name": "KEY"}], "is_official": True, "author": "a"}  # fmt: skip
+    whole = {**same, "id": "p", "deployment_status": "deployed", "github_url": "g"}
     with Script(answer([whole, {"id": "q", "version": "2", "tags": None, "new": 1}])) as server:
         first, second = client_of(server).list_prefabs()
     assert isinstance(first, PrefabInfo) and first.raw == whole
-    told = {("status" if k == "deployment_status" else "prefab_id" if k == "id" else k): v
-            for k, v in whole.items() if k != "github_url"}  # fmt: skip
+    told = {**same, "prefab_id": "p", "status": "deployed"}
     assert {name: getattr(first, name) for name in told} == told
     assert (second.prefab_id, second.tags, second.functions, second.secrets) == ("q", [], [], [])
     assert (second.status, second.is_official, second.author) == (None, False, None)
 
 
-def test_versions_sort_by_number_and_releases_after_their_candidates() -> None:
-    ordered = ["0.9", "1.0.0-alpha", "1.0.0-rc.1", "1.0.0-rc.2", "1.0.0-rc.10", "1.0.0", "1.9.0",
-               "1.10.0", "v1.11.0", "2.0.0+build", "10.0.0"]  # fmt: skip
-    assert sorted({*ordered}, key=gateway_sdk._version_key) == ordered
-    assert sorted(["latest", "1.0", "", "1..0", "x-y"], key=gateway_sdk._version_key)
+# --- Arguments: what cannot be used is refused before anything is sent ----------------------------
+
+LOOP: list[Any] = []
+LOOP.append(LOOP)
+UNSPEAKABLE = [datetime(2024, 1, 1), float("nan"), float("inf"), {1, 2}, b"bytes", "\ud800", LOOP, {(1, 2): 3}]
+NO_FILES = [{"v": "s3://b/k"}, {"v": ["/tmp/a.mp4"]}, {"v": ["https://b/k"]}, {"v": [Path("a.mp4")]}, {"v": None},
+            {"v": [S3, "a.mp4"]}, {"v": ["s3://"]}, {"v": {S3: 1}}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"prefab_id": ""}, "prefab_id"), ({"version": None}, "version"), ({"function_name": 3}, "function_name"),
+     ({"parameters": ["list"]}, "parameters"), ({"files": [S3]}, "files"), ({"files": S3}, "files"),
+     *(({"parameters": {"fine": 1, "culprit": value}}, "culprit") for value in UNSPEAKABLE),
+     *(({"files": files}, "upload_input_file") for files in NO_FILES)],
+    ids=ascii,
+)  # fmt: skip
+def test_a_call_that_cannot_be_sent_is_refused_with_its_reason(change: dict[str, Any], said: str) -> None:
+    bad = dataclasses.replace(call(), **change)
+    names = (bad.prefab_id, bad.version, bad.function_name)
+    with Script() as server:
+        client = client_of(server)
+        for act in (
+            lambda: client.run(*names, bad.parameters, bad.files),
+            lambda: client.run(*names, bad.parameters, bad.files, stream=True),
+            lambda: client.run_batch([call()] * 20 + [bad]),
+            lambda: client.run_batch([call(), bad], single_request=True),
+        ):
+            with pytest.raises(ValidationError, match=said):
+                act()
+    assert not server.received
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda c: run(c, timeout=0),
+        lambda c: run(c, timeout=-1),
+        lambda c: run(c, timeout="5"),
+        lambda c: run(c, timeout=float("nan")),
+        lambda c: c.run_batch([call(), None]),
+        lambda c: c.run_batch([call(), {"prefab_id": "p"}], single_request=True),
+        lambda c: c.run_batch([call()], max_workers=0),
+        lambda c: c.run_batch([call()], single_request=True, executor=concurrent.futures.Executor()),
+        lambda c: c.get_presigned_url("https://b/k"),
+        lambda c: c.get_presigned_url(None),
+        lambda c: c.download_file(S3, "f", mode="stream"),
+        lambda c: c.upload_temp_file(__file__, ttl=0),
+        lambda c: c.upload_temp_file(__file__, ttl="1"),
+        lambda c: c.cleanup_temp_files(""),
+        lambda c: c.set_secret("p", "", "v"),
+        lambda c: c.set_secret("p", "KEY", None),
+        lambda c: c.upload_input_file(__file__, "a/b\r\nX: y"),
+    ],
+    ids=lambda act: inspect.getsource(act).strip().partition(": ")[2],
+)
+def test_an_argument_that_cannot_be_used_is_refused(act: Any) -> None:
+    with Script() as server, pytest.raises((ValidationError, TypeError)):
+        act(client_of(server))
+    assert not server.received
+
+
+# What takes an id, by its path with ID for the id.
+ID_TAKERS: dict[str, Callable[[GatewayClient, str], Any]] = {
+    "/v1/prefabs/ID/1/spec": lambda c, value: c.get_prefab_spec(value, "1"),
+    "/v1/prefabs/p/ID/spec": lambda c, value: c.get_prefab_spec("p", value),
+    "/v1/secrets/ID": lambda c, value: c.list_secrets(value),
+    "/v1/secrets/ID/KEY": lambda c, value: c.delete_secret(value, "KEY"),
+    "/v1/secrets/p/ID": lambda c, value: c.delete_secret("p", value),
+}
+
+
+@pytest.mark.parametrize("value", [".", "..", "", 3], ids=repr)
+def test_an_id_that_would_be_another_path_is_refused(value: Any) -> None:
+    with Script() as server:
+        for take in ID_TAKERS.values():
+            with pytest.raises(ValidationError):
+                take(client_of(server), value)
+    assert not server.received
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("base_url", value) for value in (
+        "", "gateway", "gateway:80", "//gateway", "ftp://gateway", "http://", "http:///v1", "https://:80",
+        "http://gate way", "http://gateway:port", "http://gateway:99999", "http://gateway?a=1", 5, b"http://gateway")),
+     ("timeout", 0), ("timeout", "5"), ("max_retries", -1), ("max_retries", 1.5), ("ssl_context", "x")],
+    ids=repr,
+)  # fmt: skip
+def test_an_option_that_cannot_be_used_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValidationError, match=name):
+        GatewayClient(**{"base_url": "http://gateway.example", name: value})
+
+
+def test_a_token_given_as_base_url_is_recognized_and_not_shown() -> None:
+    with pytest.raises(ValidationError, match="internal_token=") as caught:
+        GatewayClient("eyJhbGciOiJIUzI1NiJ9.e30." + HIDDEN)
+    assert "hush" not in text_of(caught.value)
+
+
+NAMES = ("internal_token", "api_key", "jwt_token")
+VARIABLES = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
+UNSENDABLE = ["hush\n", "hush\r\nX-Evil: 1", "hush\x7f", "hush\u20ac", "hush\u2028"]
+NO_TEXT = ["\x00hush", "", b"hush", 7]  # which an environment variable cannot be, or is as if unset
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("internal_token", value) for value in UNSENDABLE),
+     *itertools.product(["api_key", "jwt_token", "from_api_key", *VARIABLES], UNSENDABLE[:2]),
+     *itertools.product([*NAMES, "from_api_key"], NO_TEXT)],
+    ids=ascii,
+)  # fmt: skip
+def test_a_credential_that_no_header_can_carry_is_refused_without_showing_it(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Script() as server, pytest.raises(ValidationError) as caught:
+        if name in VARIABLES:
+            monkeypatch.setenv(name, value)
+            GatewayClient.from_env(base_url=server.url)
+        elif name == "from_api_key":
+            GatewayClient.from_api_key(value, server.url)
+        else:
+            GatewayClient(server.url, **{name: value})
+    assert "hush" not in text_of(caught.value) and not server.received
+
+
+PAIRS_AND_ALL = [*itertools.combinations(NAMES, 2), NAMES, *itertools.combinations(VARIABLES, 2), VARIABLES]
+
+
+@pytest.mark.parametrize("names", PAIRS_AND_ALL, ids="+".join)
+def test_more_than_one_credential_is_an_error(names: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {name: "hush" for name in names if name in NAMES}
+    for name in set(names) - set(options):
+        monkeypatch.setenv(name, "hush")
+    make: Any = GatewayClient if options else GatewayClient.from_env
+    with pytest.raises(ValidationError) as caught:
+        make(base_url="http://gateway.example", **options)
+    assert "hush" not in text_of(caught.value).lower()
 
 
 # --- Requests -------------------------------------------------------------------------------------
 
-BODY = {"prefab_id": "p", "version": "1.0.0", "function_name": "f",
-        "inputs": {"parameters": {"n": 1}}}  # fmt: skip
+
+class Endpoint(NamedTuple):
+    """A method of the client, the one request that it sends (RUN: the mode's path), and a fitting answer."""
+
+    act: Callable[[GatewayClient], Any]
+    request: str
+    content: Any
+    given: bytes
+
+
+BODY = {"prefab_id": "p", "version": "1.0.0", "function_name": "f", "inputs": {"parameters": {"n": 1}}}
 BODY_WITH_FILES = {**BODY, "inputs": {"parameters": {}, "files": {"video": [S3]}}}
 PAGE = answer({"files": []})
-ENDPOINTS: dict[str, tuple[Any, str, str, Any, bytes]] = {
-    "run": (run, "POST", "RUN", {"calls": [BODY]}, ran()),
-    "run with files": (lambda c: c.run("p", "1.0.0", "f", files={"video": [S3]}),
-                       "POST", "RUN", {"calls": [BODY_WITH_FILES]}, ran()),
-    "stream": (lambda c: list(run(c, stream=True)), "POST", "RUN", {"calls": [BODY]}, ran()),
-    "prefab": (lambda c: c.prefab("p", "1.0.0").f(n=1), "POST", "RUN", {"calls": [BODY]}, ran()),
-    "batch": (lambda c: c.run_batch([call(1)]), "POST", "RUN", {"calls": [BODY]}, ran()),
-    "single request": (
-        lambda c: c.run_batch([call(1), PrefabCall("p", "1.0.0", "f", {}, {"video": [S3]})],
-                              single_request=True),
-        "POST", "RUN", {"calls": [BODY, BODY_WITH_FILES]}, answer({"results": [{}, {}]})),
-    "directory": (lambda c: c.list_prefabs(), "GET", "/v1/prefabs", None, answer([])),
-    "directory by status": (lambda c: c.list_prefabs(status="failed"),
-                            "GET", "/v1/prefabs?status=failed", None, answer([])),
-    "spec": (lambda c: c.get_prefab_spec("p", "1.0.0"),
-             "GET", "/v1/prefabs/p/1.0.0/spec", None, answer({})),
-    "set a secret": (lambda c: c.set_secret("p", "KEY", "v"), "POST", "/v1/secrets",
-                     {"prefab_id": "p", "secret_name": "KEY", "secret_value": "v"},
-                     answer(status=204, body=b"")),
-    "delete a secret": (lambda c: c.delete_secret("p", "KEY"),
-                        "DELETE", "/v1/secrets/p/KEY", None, answer(status=204, body=b"")),
-    "list secrets": (lambda c: c.list_secrets(),
-                     "GET", "/v1/secrets", None, answer({"secrets": []})),
-    "list a prefab's secrets": (lambda c: c.list_secrets("p"), "GET", "/v1/secrets/p", None,
-                                answer({"prefab_id": "p", "secret_names": ["KEY"]})),
-    "presigned URL": (lambda c: c.get_presigned_url(S3), "GET",
-                      f"/internal/files/download?s3_url={S3}&mode=presigned&expires_in=3600", None,
-                      answer({"presigned_url": "http://h/"})),
-    "list files": (lambda c: c.list_files(), "GET", "/internal/files/list?limit=100", None, PAGE),
-    "list files from a page on": (lambda c: c.list_files(5, "next"), "GET",
-                                  "/internal/files/list?limit=5&continuation_token=next", None,
-                                  PAGE),
-    "list temporary files": (lambda c: c.list_temp_files(), "GET",
-                             "/internal/files/list_temp?limit=100", None, PAGE),
-    "list a session's files": (
-        lambda c: c.list_temp_files("s", 7, "next"), "GET",
-        "/internal/files/list_temp?limit=7&session_id=s&continuation_token=next", None, PAGE),
-    "clean up": (lambda c: c.cleanup_temp_files("s"), "DELETE",
-                 "/internal/files/cleanup_temp?session_id=s", None, answer({"deleted_count": 3})),
-}  # fmt: skip
-MODES: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
-    "internal token": ({"internal_token": TOKEN}, {"x-internal-token": TOKEN}, "/v1/internal/run"),
-    "allow-list": ({}, {}, "/v1/internal/run"),
-    "JWT": ({"jwt_token": "j.w.t"}, {"authorization": "Bearer j.w.t"}, "/v1/run"),
-    "JWT with Bearer": ({"jwt_token": "Bearer j.w.t"}, {"authorization": "Bearer j.w.t"},
-                        "/v1/run"),
-    "API key": ({"api_key": "key-1"}, {"x-api-key": "key-1"}, "/v1/run"),
-    "exchanged API key": ({}, {"x-internal-token": TOKEN}, "/v1/internal/run"),
+GONE = answer(status=204, body=b"")
+ENDPOINTS = {
+    "run": Endpoint(run, "POST RUN", {"calls": [BODY]}, ran()),
+    "run with files": Endpoint(
+        lambda c: c.run("p", "1.0.0", "f", files={"video": [S3]}), "POST RUN", {"calls": [BODY_WITH_FILES]}, ran()),
+    "stream": Endpoint(lambda c: list(run(c, stream=True)), "POST RUN", {"calls": [BODY]}, ran()),
+    "prefab": Endpoint(lambda c: c.prefab("p", "1.0.0").f(n=1), "POST RUN", {"calls": [BODY]}, ran()),
+    "batch": Endpoint(lambda c: c.run_batch([call(1)]), "POST RUN", {"calls": [BODY]}, ran()),
+    "single request": Endpoint(
+        lambda c: c.run_batch([call(1), PrefabCall("p", "1.0.0", "f", {}, {"video": [S3]})], single_request=True),
+        "POST RUN", {"calls": [BODY, BODY_WITH_FILES]}, answer({"results": [{}, {}]})),
+    "directory": Endpoint(lambda c: c.list_prefabs(), "GET /v1/prefabs", None, answer([])),
+    "directory by status": Endpoint(
+        lambda c: c.list_prefabs(status="failed"), "GET /v1/prefabs?status=failed", None, answer([])),
+    "spec": Endpoint(lambda c: c.get_prefab_spec("p", "1.0.0"), "GET /v1/prefabs/p/1.0.0/spec", None, answer({})),
+    "set a secret": Endpoint(
+        lambda c: c.set_secret("p", "KEY", "v"), "POST /v1/secrets",
+        {"prefab_id": "p", "secret_name": "KEY", "secret_value": "v"}, GONE),
+    "delete a secret": Endpoint(lambda c: c.delete_secret("p", "KEY"), "DELETE /v1/secrets/p/KEY", None, GONE),
+    "list secrets": Endpoint(lambda c: c.list_secrets(), "GET /v1/secrets", None, answer({"secrets": []})),
+    "list a prefab's secrets": Endpoint(
+        lambda c: c.list_secrets("p"), "GET /v1/secrets/p", None, answer({"prefab_id": "p", "secret_names": ["KEY"]})),
+    "presigned URL": Endpoint(
+        lambda c: c.get_presigned_url(S3),
+        f"GET /internal/files/download?s3_url={S3}&mode=presigned&expires_in=3600", None,
+        answer({"presigned_url": "http://h/"})),
+    "list files": Endpoint(lambda c: c.list_files(), "GET /internal/files/list?limit=100", None, PAGE),
+    "list files from a page on": Endpoint(
+        lambda c: c.list_files(5, "next"), "GET /internal/files/list?limit=5&continuation_token=next", None, PAGE),
+    "list temporary files": Endpoint(
+        lambda c: c.list_temp_files(), "GET /internal/files/list_temp?limit=100", None, PAGE),
+    "list a session's files": Endpoint(
+        lambda c: c.list_temp_files("s", 7, "next"),
+        "GET /internal/files/list_temp?limit=7&session_id=s&continuation_token=next", None, PAGE),
+    "clean up": Endpoint(
+        lambda c: c.cleanup_temp_files("s"), "DELETE /internal/files/cleanup_temp?session_id=s", None,
+        answer({"deleted_count": 3})),
 }  # fmt: skip
 
 
@@ -674,60 +963,59 @@ def target_parts(target: str) -> tuple[str, dict[str, str]]:
     return parts.path, dict(urllib.parse.parse_qsl(parts.query, strict_parsing=bool(parts.query)))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("endpoint", ENDPOINTS)
-def test_each_endpoint_is_asked_as_the_protocol_says(endpoint: str, mode: str) -> None:
-    act, method, target, content, given = ENDPOINTS[endpoint]
-    options, credential, run_path = MODES[mode]
-    if mode == "exchanged API key":
-        with Script(answer({"internal_token": TOKEN}), given) as server:
-            act(GatewayClient.from_api_key("key-1", server.url))
-            exchange, received = server.received
-        assert exchange[:2] == ("POST", "/v1/auth/convert_to_internal_token") and not exchange.body
-        assert exchange.headers["authorization"] == "Bearer key-1"
-        assert not {"x-internal-token", "x-api-key", "content-type"} & {*exchange.headers}
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [*(("internal token", name) for name in ENDPOINTS),
+     *((mode, name) for mode in list(MODES)[1:] for name in ("run", "directory", "presigned URL"))],
+)  # fmt: skip
+def test_each_endpoint_is_asked_as_the_protocol_says(mode: str, name: str) -> None:
+    endpoint = ENDPOINTS[name]
+    with Script(*exchange_of(mode), endpoint.given) as server:
+        endpoint.act(client_in(mode, server.url))
+    *exchange, received = server.received
+    for first in exchange:
+        assert first[:2] == ("POST", "/v1/auth/convert_to_internal_token") and not first.body
+        assert first.headers["authorization"] == "Bearer key-1"
+        assert not {"x-internal-token", "x-api-key", "content-type"} & {*first.headers}
+    headers = {"host": f"127.0.0.1:{server.port}", **MODES[mode].headers}
+    if endpoint.content is None:
+        assert not received.body
     else:
-        with Script(given) as server:
-            act(GatewayClient(server.url, **options))
-            (received,) = server.received
-    headers = {"host": f"127.0.0.1:{server.port}", **credential}
-    if content is not None:
-        headers["content-type"] = "application/json"
-        headers["content-length"] = str(len(received.body))
-        assert received.json == content
-    assert received.method == method and (content is not None or not received.body)
-    assert target_parts(received.target) == target_parts(target.replace("RUN", run_path))
+        headers.update({"content-type": "application/json", "content-length": str(len(received.body))})
+        assert received.json == endpoint.content
+    method, _, target = endpoint.request.replace("RUN", MODES[mode].run_path).partition(" ")
+    assert (received.method, target_parts(received.target)) == (method, target_parts(target))
     assert received.headers.get("accept-encoding", "identity") == "identity"
     incidental = {"user-agent", "accept", "accept-encoding", "connection"}
     assert {k: v for k, v in received.headers.items() if k not in incidental} == headers
+    assert len(exchange) == (mode == EXCHANGED)
 
 
 @pytest.mark.parametrize("content_type", [None, "video/mp4"])
-@pytest.mark.parametrize("mode", [mode for mode in MODES if "exchanged" not in mode])
+@pytest.mark.parametrize("mode", ["internal token", "JWT", "API key"])
 def test_presigned_requests_carry_what_was_signed_and_no_credential(
     mode: str, content_type: str | None, tmp_path: Path
 ) -> None:
     (tmp_path / "a.mp4").write_bytes(b"film")
     with Script(LINK, NO_BODY, LINK, answer(body=b"film")) as server:
-        client = GatewayClient(server.url, **MODES[mode][0])
+        client = client_in(mode, server.url)
         assert client.upload_input_file(tmp_path / "a.mp4", content_type) == S3
         client.download_file(S3, tmp_path / "b.mp4")
     step, put, _, get = server.received
     assert step[:2] == ("POST", "/internal/files/generate_upload_url")
     assert step.json == {"filename": "a.mp4", "content_type": content_type}
+    assert MODES[mode].headers.items() <= step.headers.items()
     assert put[:2] == ("PUT", "/bucket/o.bin?X-Sig=1") and put.body == b"film"
     assert put.headers["content-length"] == "4" and put.headers.get("content-type") == content_type
     assert "transfer-encoding" not in put.headers
     assert get[:2] == ("GET", "/bucket/o.bin?X-Sig=1") and "range" not in get.headers
     assert not CREDENTIAL_HEADERS & {*put.headers, *get.headers}
-    assert MODES[mode][1].items() <= step.headers.items()
 
 
 def test_a_presigned_url_arrives_as_it_was_signed(tmp_path: Path) -> None:
     signed = "/b/a%20b%2Fc+d~(1)!/%E4%BD%A0?X-Amz-Credential=k%2F1&sig=a%2Bb/c=&empty=&x=1+2"
-    with Script(answer(body=b"")) as storage:
-        with Script(answer({"presigned_url": storage.url + signed})) as server:
-            client_of(server).download_file(S3, tmp_path / "f")
+    with Script(NO_BODY) as storage, Script(answer({"presigned_url": storage.url + signed})) as server:
+        client_of(server).download_file(S3, tmp_path / "f")
     assert storage.received[0].target == signed
 
 
@@ -740,34 +1028,6 @@ def test_a_path_prefix_of_base_url_is_kept_and_its_last_slash_does_not_matter(pr
     targets = [received.target for received in server.received]
     assert targets == [prefix.rstrip("/") + path for path in ("/v1/internal/run", "/v1/prefabs")]
     assert client.base_url == server.url + prefix.rstrip("/")
-
-
-@pytest.mark.parametrize(
-    "base_url",
-    ["", "gateway", "gateway:80", "//gateway", "ftp://gateway", "http://", "http:///v1",
-     "https://:80",
-     "http://gate way", "http://gateway:port", "http://gateway:99999", "http://gateway?a=1", 5,
-     b"http://gateway"],
-    ids=repr,
-)  # fmt: skip
-def test_a_base_url_that_is_no_http_url_is_refused(base_url: Any) -> None:
-    with pytest.raises(ValidationError, match="base_url"):
-        GatewayClient(base_url)
-
-
-def test_a_token_given_as_base_url_is_recognized_and_not_shown() -> None:
-    with pytest.raises(ValidationError, match="internal_token=") as caught:
-        GatewayClient("eyJhbGciOiJIUzI1NiJ9.e30." + HIDDEN)
-    assert "hush" not in text_of(caught.value)
-
-
-def test_base_url_comes_from_the_environment_if_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert GatewayClient().base_url == DEFAULT_BASE_URL == "http://nodeport.sensedeal.vip:30566"
-    monkeypatch.setenv("GATEWAY_BASE_URL", "")
-    assert GatewayClient().base_url == DEFAULT_BASE_URL
-    monkeypatch.setenv("GATEWAY_BASE_URL", "http://env.example/x/")
-    assert GatewayClient().base_url == "http://env.example/x"
-    assert GatewayClient("http://given.example").base_url == "http://given.example"
 
 
 def test_ipv6_addresses_work() -> None:
@@ -788,39 +1048,14 @@ def test_ipv6_addresses_work() -> None:
 
 @pytest.mark.parametrize(
     ("value", "segment"),
-    [("a/b", "a%2Fb"), ("a b", "a%20b"), ("a?b#c", "a%3Fb%23c"), ("100%", "100%25"),
-     ("%2F", "%252F"),
+    [("a/b", "a%2Fb"), ("a b", "a%20b"), ("a?b#c", "a%3Fb%23c"), ("100%", "100%25"), ("%2F", "%252F"),
      ("ü你", "%C3%BC%E4%BD%A0"), ("a+b", "a%2Bb"), ("...", "..."), ("../x", "..%2Fx")],
 )  # fmt: skip
 def test_an_id_stays_one_segment_of_the_path(value: str, segment: str) -> None:
-    secret = answer({"secret_names": []})
-    with Script(answer({}), answer({}), secret, NO_BODY, NO_BODY) as server:
-        client = client_of(server)
-        client.get_prefab_spec(value, "1")
-        client.get_prefab_spec("p", value)
-        client.list_secrets(value)
-        client.delete_secret(value, "KEY")
-        client.delete_secret("p", value)
-    assert [received.target for received in server.received] == [
-        f"/v1/prefabs/{segment}/1/spec", f"/v1/prefabs/p/{segment}/spec", f"/v1/secrets/{segment}",
-        f"/v1/secrets/{segment}/KEY", f"/v1/secrets/p/{segment}",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("value", [".", "..", "", 3], ids=repr)
-def test_an_id_that_would_be_another_path_is_refused(value: Any) -> None:
-    with Script() as server:
-        client = client_of(server)
-        for act in (
-            lambda: client.get_prefab_spec(value, "1"),
-            lambda: client.get_prefab_spec("p", value),
-            lambda: client.list_secrets(value),
-            lambda: client.delete_secret(value, "KEY"),
-            lambda: client.delete_secret("p", value),
-        ):
-            with pytest.raises(ValidationError):
-                act()
-    assert not server.received
+    with Script(*[answer({"secret_names": []})] * len(ID_TAKERS)) as server:
+        for take in ID_TAKERS.values():
+            take(client_of(server), value)
+    assert [received.target for received in server.received] == [path.replace("ID", segment) for path in ID_TAKERS]
 
 
 def test_query_values_arrive_as_they_were_given() -> None:
@@ -830,9 +1065,9 @@ def test_query_values_arrive_as_they_were_given() -> None:
         client.list_files(continuation_token=odd)
         client.list_temp_files(odd)
         client.cleanup_temp_files(odd)
-    queries = [received.target.partition("?")[2] for received in server.received]
-    assert [list(target_parts("?" + query)[1].values())[-1] for query in queries] == [odd] * 3
-    assert not any(re.search(r"[+ #]", query) for query in queries)
+    for received in server.received:
+        assert list(target_parts(received.target)[1].values())[-1] == odd
+        assert not re.search(r"[+ #]", received.target)
 
 
 def test_parameters_arrive_whole() -> None:
@@ -842,244 +1077,12 @@ def test_parameters_arrive_whole() -> None:
     assert server.received[0].json["calls"][0]["inputs"]["parameters"] == sent
 
 
-LOOP: list[Any] = []
-LOOP.append(LOOP)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [datetime(2024, 1, 1), float("nan"), float("inf"), {1, 2}, b"bytes", "\ud800", LOOP,
-     {(1, 2): 3}],
-    ids=["datetime", "nan", "infinity", "set", "bytes", "surrogate", "loop", "tuple as key"],
-)  # fmt: skip
-def test_a_parameter_that_json_cannot_carry_is_named_before_anything_is_sent(value: Any) -> None:
-    with Script() as server, pytest.raises(ValidationError, match="'culprit'"):
-        client_of(server).run("p", "1.0.0", "f", {"fine": 1, "culprit": value})
-    assert not server.received
-
-
-@pytest.mark.parametrize(
-    "files",
-    [{"v": "s3://b/k"}, {"v": ["/tmp/a.mp4"]}, {"v": ["https://b/k"]}, {"v": [Path("a.mp4")]},
-     {"v": None},
-     {"v": [S3, "a.mp4"]}, {"v": ["s3://"]}, {"v": {S3: 1}}, [S3], S3],
-    ids=str,
-)  # fmt: skip
-def test_files_that_are_no_lists_of_s3_urls_are_refused_before_anything_is_sent(files: Any) -> None:
-    with Script() as server:
-        for act in (
-            lambda c: c.run("p", "1.0.0", "f", {}, files),
-            lambda c: c.prefab("p", "1.0.0").call("f", files=files),
-            lambda c: c.run_batch([call(), PrefabCall("p", "1.0.0", "f", {}, files)]),
-        ):
-            with pytest.raises(ValidationError) as caught:
-                act(client_of(server))
-            assert "upload_input_file" in str(caught.value) or not isinstance(files, dict)
-    assert not server.received
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda c: c.run("", "1.0.0", "f"),
-        lambda c: c.run("p", None, "f"),
-        lambda c: c.run("p", "1.0.0", 3),
-        lambda c: c.run("p", "1.0.0", "f", ["list"]),
-        lambda c: run(c, timeout=0),
-        lambda c: run(c, timeout=-1),
-        lambda c: run(c, timeout="5"),
-        lambda c: run(c, timeout=float("nan")),
-        lambda c: c.run_batch([call()], max_workers=0),
-        lambda c: c.run_batch([call()], single_request=True, executor=concurrent.futures.Executor()),
-        lambda c: c.get_presigned_url("https://b/k"),
-        lambda c: c.get_presigned_url(None),
-        lambda c: c.download_file(S3, "f", mode="stream"),
-        lambda c: c.upload_temp_file(__file__, ttl=0),
-        lambda c: c.upload_temp_file(__file__, ttl="1"),
-        lambda c: c.cleanup_temp_files(""),
-        lambda c: c.set_secret("p", "", "v"),
-        lambda c: c.set_secret("p", "KEY", None),
-        lambda c: c.upload_input_file(__file__, "a/b\r\nX: y"),
-    ],
-    ids=lambda act: inspect.getsource(act).strip().partition(": c.")[2] or "run",
-)
-def test_bad_arguments_are_refused_before_anything_is_sent(act: Any) -> None:
-    with Script() as server:
-        with pytest.raises((ValidationError, TypeError)):
-            act(client_of(server))
-    assert not server.received
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"timeout": 0}, {"timeout": "5"}, {"max_retries": -1}, {"max_retries": 1.5}, {"ssl_context": "x"}],
-    ids=str,
-)
-def test_bad_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=next(iter(options))):
-        GatewayClient("http://gateway.example", **options)
-
-
-# --- Credentials ----------------------------------------------------------------------------------
-
-VARIABLES = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
-NAMES = ("internal_token", "api_key", "jwt_token")
-
-
-@pytest.mark.parametrize("names", [*itertools.combinations(NAMES, 2), NAMES], ids="+".join)
-def test_more_than_one_credential_is_an_error(names: tuple[str, ...]) -> None:
-    with pytest.raises(ValidationError) as caught:
-        GatewayClient("http://gateway.example", **dict.fromkeys(names, HIDDEN))
-    assert "hush" not in text_of(caught.value).lower()
-
-
-@pytest.mark.parametrize(
-    ("variables", "headers"),
-    [
-        ({}, {}),
-        (dict.fromkeys(VARIABLES, ""), {}),
-        ({"X_INTERNAL_TOKEN": "t"}, {"x-internal-token": "t"}),
-        ({"AGENT_BUILDER_API_KEY": "k"}, {"x-internal-token": "exchanged"}),
-        ({"GATEWAY_JWT_TOKEN": "j"}, {"authorization": "Bearer j"}),
-        ({"GATEWAY_JWT_TOKEN": "j", "X_INTERNAL_TOKEN": ""}, {"authorization": "Bearer j"}),
-    ],
-    ids=str,
-)
-def test_from_env_takes_the_credential_that_is_set(
-    variables: dict[str, str], headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    exchange = [answer({"internal_token": "exchanged"})] if "k" in variables.values() else []
-    with Script(*exchange, ran()) as server:
-        monkeypatch.setenv("GATEWAY_BASE_URL", server.url)
-        run(GatewayClient.from_env(timeout=WAIT_SECONDS))
-    received = server.received[-1].headers.items()
-    assert {k: v for k, v in received if k in CREDENTIAL_HEADERS} == headers
-    assert len(server.received) == len(exchange) + 1
-
-
-@pytest.mark.parametrize("names", [*itertools.combinations(VARIABLES, 2), VARIABLES], ids="+".join)
-def test_from_env_refuses_to_choose(names: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in names:
-        monkeypatch.setenv(name, "hush")
-    with pytest.raises(ValidationError) as caught:
-        GatewayClient.from_env(base_url="http://gateway.example")
-    assert "hush" not in text_of(caught.value).lower()
-
-
-def test_the_constructor_picks_no_credential_out_of_the_environment(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in VARIABLES:
-        monkeypatch.setenv(name, "t")
-    with Script(ran()) as server:
-        run(GatewayClient(server.url))
-    assert not CREDENTIAL_HEADERS & {*server.received[0].headers}
-
-
-UNSENDABLE = ["hush\n", "hush\r\nX-Evil: 1", "hush\x7f", "hush\u20ac", "hush\u2028"]
-NO_TEXT = ["\x00hush", "", b"hush", 7]  # which an environment variable cannot be, or is as if unset
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [*itertools.product([*NAMES, "from_api_key"], UNSENDABLE + NO_TEXT),
-     *itertools.product(VARIABLES, UNSENDABLE)],
-    ids=ascii,
-)  # fmt: skip
-def test_a_credential_that_no_header_can_carry_is_refused_without_showing_it(
-    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make: Any = GatewayClient
-    if name in VARIABLES:
-        monkeypatch.setenv(name, value)
-        make = GatewayClient.from_env
-    elif name == "from_api_key":
-        make = lambda base_url: GatewayClient.from_api_key(value, base_url)  # noqa: E731
-    options = {name: value} if name in NAMES else {}
-    with Script() as server, pytest.raises(ValidationError) as caught:
-        make(base_url=server.url, **options)
-    assert "hush" not in text_of(caught.value) and not server.received
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_repr_shows_the_mode_and_never_the_secret(mode: str) -> None:
-    with Script(answer({"internal_token": TOKEN})) as server:
-        if mode == "exchanged API key":
-            client = GatewayClient.from_api_key("key-1", server.url)
-        else:
-            client = GatewayClient(server.url, **MODES[mode][0])
-    others = {repr(GatewayClient(server.url, **options)) for options, _, _ in MODES.values()}
-    assert not re.search(f"{TOKEN}|j.w.t|key-1", repr(client))
-    assert server.url in repr(client) and len(others) == 4
-
-
-def test_an_expired_token_is_exchanged_again_once_however_many_threads_see_it() -> None:
-    barrier = threading.Barrier(8)
-
-    def refuse_all_at_once(sock: socket.socket) -> None:
-        barrier.wait(WAIT_SECONDS)
-        sock.sendall(REFUSED)
-
-    first, second = (answer({"internal_token": token}) for token in ("first", "second"))
-    refusals = [Steps((refuse_all_at_once,))] * 8
-    with Script(first, *refusals, second, *[ran()] * 8) as server:
-        client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
-        with concurrent.futures.ThreadPoolExecutor(8) as threads:
-            results = list(threads.map(lambda _: run(client), range(8)))
-    assert all(result.is_success() for result in results)
-    tokens = [received.headers.get("x-internal-token") for received in server.received]
-    assert tokens == [None, *["first"] * 8, None, *["second"] * 8]
-
-
-@pytest.mark.parametrize(
-    "act",
-    [lambda c: c.list_prefabs(), lambda c: list(run(c, stream=True)),
-     lambda c: c.run_batch([call()]),
-     lambda c: c.upload_file(__file__)],
-    ids=["GET", "stream", "batch", "upload"],
-)  # fmt: skip
-def test_every_kind_of_request_survives_the_end_of_its_token(act: Any) -> None:
-    with LocalGateway(any_credential=False) as gateway:
-        client = GatewayClient.from_api_key(gateway.api_key, gateway.base_url)
-        gateway.expire_tokens()
-        with contextlib.suppress(AgentContextRequiredError, PrefabNotFoundError):
-            act(client)
-        tokens = [r.headers.get("x-internal-token") for r in gateway.requests]
-    first, refused, second, accepted = tokens
-    assert first is second is None and refused != accepted
-
-
-def test_a_token_that_is_refused_though_it_is_new_is_an_error() -> None:
-    tokens = [answer({"internal_token": token}) for token in ("first", "second")]
-    with Script(tokens[0], REFUSED, tokens[1], REFUSED) as server:
-        client = GatewayClient.from_api_key("key-1", server.url)
-        with pytest.raises(AuthenticationError):
-            run(client)
-    assert len(server.received) == 4
-
-
-@pytest.mark.parametrize(
-    ("given", "kind"),
-    [(REFUSED, AuthenticationError), (answer({}), GatewayError), (answer([]), GatewayError),
-     (answer({"internal_token": "a\nb"}), GatewayError),
-     (answer({"internal_token": 5}), GatewayError),
-     (answer({"internal_token": ""}), GatewayError), (answer(body=b"<html>"), GatewayError)],
-    ids=["401", "no token", "list", "line break", "number", "empty", "HTML"],
-)  # fmt: skip
-def test_an_exchange_that_gives_no_token_is_an_error(given: bytes, kind: Any) -> None:
-    with Script(given) as server, pytest.raises(kind):
-        GatewayClient.from_api_key("key-1", server.url)
-    assert len(server.received) == 1
-
-
 # --- Connections ----------------------------------------------------------------------------------
 
 
 def test_a_connection_is_used_again() -> None:
-    others = [answer({"detail": "x"}, 404), answer([]), answer(status=204, body=b"")]
-    with Script(ran(), *others, chunked(event("done")), ran()) as server:
+    answers = [ran(), answer({"detail": "x"}, 404), answer([]), GONE, chunked(event("done")), ran()]
+    with Script(*answers) as server:
         client = client_of(server)
         run(client)
         with pytest.raises(GatewayError):
@@ -1103,19 +1106,25 @@ def test_the_connection_that_was_used_last_is_used_first(last: int) -> None:
     assert [received.connection for received in server.received] == [0, 1, last, last, last]
 
 
-def test_there_are_never_more_connections_than_calls_at_once() -> None:
-    with Script(*[ran()] * 60) as server:
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + answer([]), True),
+     (answer([], Connection="close"), False), (HangUp(b"HTTP/1.0 200 OK\r\n\r\n[]"), False),
+     (HangUp(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n[]"), False)],
+    ids=["interim answers", "Connection: close", "HTTP/1.0 without length", "HTTP/1.0"],
+)  # fmt: skip
+def test_a_connection_is_kept_unless_the_server_will_close_it(given: Answer, kept: bool) -> None:
+    with Script(given, answer([])) as server:
         client = client_of(server)
-        for _ in range(3):
-            assert client.run_batch([call()] * 20, max_workers=3).all_success()
-    assert server.connections <= 3
+        assert client.list_prefabs() == client.list_prefabs() == []
+    assert [received.connection for received in server.received] == [0, 0 if kept else 1]
 
 
 @pytest.mark.parametrize(
     "end",
-    [lambda s: s.shutdown(socket.SHUT_WR), send(b"HTTP/1.1 408 Slow\r\nContent-Length: 0\r\n\r\n")],
+    [lambda sock: sock.shutdown(socket.SHUT_WR), send(b"HTTP/1.1 408 Slow\r\nContent-Length: 0\r\n\r\n")],
     ids=["closed", "sent something"],
-)  # fmt: skip
+)
 def test_a_connection_that_the_server_ended_while_it_was_idle_is_not_used(end: Any) -> None:
     idle, ended = threading.Event(), threading.Event()
     steps = (send(ran()), lambda _: idle.wait(WAIT_SECONDS), end, lambda _: ended.set())
@@ -1140,19 +1149,6 @@ def test_a_connection_that_was_idle_for_too_long_is_dropped(
         server.wait_until(lambda: server.open_connections <= 1)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [answer([], Connection="close"), HangUp(b"HTTP/1.0 200 OK\r\n\r\n[]"),
-     HangUp(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n[]")],
-    ids=["Connection: close", "HTTP/1.0 without length", "HTTP/1.0"],
-)  # fmt: skip
-def test_a_connection_that_the_server_will_close_is_not_kept(given: Answer) -> None:
-    with Script(given, answer([])) as server:
-        client = client_of(server)
-        assert client.list_prefabs() == client.list_prefabs() == []
-    assert [received.connection for received in server.received] == [0, 1]
-
-
 def test_a_small_request_is_one_write() -> None:
     pieces: list[bytes] = []
 
@@ -1164,7 +1160,7 @@ def test_a_small_request_is_one_write() -> None:
     with listening(serve) as port, GatewayClient(f"http://127.0.0.1:{port}") as client:
         for _ in range(30):
             run(client)
-    assert len(pieces) == 30 + 1 and all(p.startswith(b"POST ") for p in pieces[:-1])
+    assert len(pieces) == 30 + 1 and all(piece.startswith(b"POST ") for piece in pieces[:-1])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -1186,49 +1182,8 @@ def test_a_forked_process_does_not_touch_the_connections_of_its_parent() -> None
     assert [received.connection for received in server.received] == [0, 1, 0]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_client_pickles_without_its_connections(mode: str) -> None:
-    exchanged = [answer({"internal_token": TOKEN})] if mode == "exchanged API key" else []
-    with Script(*exchanged, ran(), ran()) as server:
-        if exchanged:
-            client = GatewayClient.from_api_key("key-1", server.url)
-        else:
-            client = GatewayClient(server.url, timeout=7, **MODES[mode][0])
-        run(client)
-        copied = pickle.loads(pickle.dumps(client))
-        run(copied)
-    first, second = server.received[-2:]
-    assert first[:2] == second[:2] and first.headers == second.headers
-    assert first.connection != second.connection
-    assert (copied.base_url, copied.timeout) == (client.base_url, client.timeout)
-
-
-def test_a_pickled_client_still_exchanges_its_key() -> None:
-    tokens = [answer({"internal_token": token}) for token in ("first", "second")]
-    with Script(tokens[0], REFUSED, tokens[1], ran()) as server:
-        client = pickle.loads(pickle.dumps(GatewayClient.from_api_key("key-1", server.url)))
-        assert run(client).is_success()
-
-
-def test_a_client_with_an_ssl_context_says_that_it_cannot_be_pickled() -> None:
-    with pytest.raises(TypeError, match="ssl_context"):
-        pickle.dumps(GatewayClient("https://h", ssl_context=ssl.create_default_context()))
-
-
-def test_a_client_can_be_closed_twice_and_is_a_context_manager() -> None:
-    with Script(ran()) as server:
-        with client_of(server) as client:
-            run(client)
-            assert server.open_connections == 1
-        client.close()
-        server.wait_until(lambda: server.open_connections == 0)
-
-
-@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy"])
-@pytest.mark.parametrize("login", ["", "user:p%40ss@"])
-def test_http_goes_through_the_proxy(
-    variable: str, login: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("variable", "login"), [("HTTP_PROXY", ""), ("http_proxy", "user:p%40ss@")])
+def test_http_goes_through_the_proxy(variable: str, login: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Script(ran(), ran()) as proxy:
         monkeypatch.setenv(variable, f"http://{login}127.0.0.1:{proxy.port}")
         client = GatewayClient("http://gateway.invalid:8080/x", internal_token=TOKEN)
@@ -1250,9 +1205,8 @@ def test_no_proxy_is_honoured(no_proxy: str, monkeypatch: pytest.MonkeyPatch) ->
     assert not proxy.connections
 
 
-@pytest.mark.parametrize("login", ["", "user:p%40ss@"])
 def test_https_goes_through_a_tunnel(
-    login: str, certificate: Path, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    certificate: Path, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside: list[bytes] = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -1265,51 +1219,39 @@ def test_https_goes_through_a_tunnel(
             tls.recv(1)
 
     with Script(Steps((send(b"HTTP/1.1 200 Connected\r\n\r\n"), serve))) as proxy:
-        monkeypatch.setenv("HTTPS_PROXY", f"http://{login}127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:p%40ss@127.0.0.1:{proxy.port}")
         with GatewayClient("https://localhost:9", api_key="key-1", ssl_context=trusting) as client:
             assert run(client).is_success()
     (connect,) = proxy.received
     assert connect[:2] == ("CONNECT", "localhost:9") and "x-api-key" not in connect.headers
-    assert ("proxy-authorization" in connect.headers) == bool(login)
+    assert connect.headers["proxy-authorization"] == "Basic " + base64.b64encode(b"user:p@ss").decode()
     assert b"proxy-auth" not in inside[0].lower() and inside[0].startswith(b"POST /v1/run HTTP/1.1")
 
 
-def test_a_proxy_that_cannot_be_used_is_an_error_without_its_password(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("proxy", "said"),
+    [("socks5://user:hush@proxy.example:1080", "(?i)http_proxy"),
+     ("http://user:hush%2Dhush@127.0.0.1:{repeating}", "who is"),
+     ("http://user:hush@127.0.0.1:{refusing}", "gateway.invalid through the proxy 127.0.0.1:{refusing}")],
+)  # fmt: skip
+def test_an_error_of_the_proxy_names_it_without_its_password(
+    proxy: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "socks5://user:hush@proxy.example:1080")
-    with pytest.raises(GatewayError, match="(?i)http_proxy") as caught:
-        run(GatewayClient("http://gateway.invalid"))
-    assert "hush" not in text_of(caught.value)
-
-
-def test_a_proxy_that_repeats_its_password_does_not_have_it_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     login = base64.b64encode(b"user:hush-hush").decode()
-    with Script(answer({"detail": f"who is user:hush-hush, {login}?"}, 407)) as proxy:
-        monkeypatch.setenv("HTTP_PROXY", f"http://user:hush%2Dhush@127.0.0.1:{proxy.port}")
-        with pytest.raises(GatewayError, match="who is") as caught:
+    repeating = Script(answer({"detail": f"who is user:hush-hush, {login}?"}, 407))
+    with repeating, socket.socket() as refusing:
+        refusing.bind(("127.0.0.1", 0))
+        ports = {"repeating": repeating.port, "refusing": refusing.getsockname()[1]}
+        monkeypatch.setenv("HTTP_PROXY", proxy.format(**ports))
+        with pytest.raises(GatewayError, match=said.format(**ports)) as caught:
             run(GatewayClient("http://gateway.invalid"))
     assert "hush" not in text_of(caught.value) and login not in text_of(caught.value)
 
 
-def test_an_error_names_the_proxy_through_which_there_is_no_connection(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with socket.socket() as bound:  # it refuses
-        bound.bind(("127.0.0.1", 0))
-        proxy = f"127.0.0.1:{bound.getsockname()[1]}"
-        monkeypatch.setenv("HTTP_PROXY", f"http://user:hush@{proxy}")
-        with pytest.raises(ServiceUnavailableError, match=f"gateway.invalid through the proxy {proxy}") as caught:
-            run(GatewayClient("http://gateway.invalid"))
-    assert "hush" not in text_of(caught.value)
-
-
-def test_https_uses_the_given_ssl_context(
-    certificate: Path, trusting: ssl.SSLContext, tmp_path: Path
-) -> None:
+def test_https_uses_the_given_ssl_context(certificate: Path, trusting: ssl.SSLContext, tmp_path: Path) -> None:
     (tmp_path / "f.bin").write_bytes(os.urandom(700_000))
-    uploaded = answer({"s3_url": S3})
-    with TlsScript(certificate, ran(), uploaded, chunked(event("done")), ran()) as server:
+    answers = [ran(), answer({"s3_url": S3}), chunked(event("done")), ran()]
+    with TlsScript(certificate, *answers) as server:
         with GatewayClient(server.url, ssl_context=trusting, timeout=WAIT_SECONDS) as client:
             assert run(client).is_success()
             client.upload_file(tmp_path / "f.bin")
@@ -1335,43 +1277,47 @@ def test_a_wrong_certificate_is_an_error_and_nothing_is_sent(
         with pytest.raises(ServiceUnavailableError, match="(?i)certificate") as caught:
             run(client)
     assert caught.value.status_code is None
-    assert not server.received and server.connections == 2
+    assert not server.received and server.connections == 1  # trying again would not help
 
 
 # --- Transport ------------------------------------------------------------------------------------
+
+
+class Sending(NamedTuple):
+    """What sends; what is answered before the request in question, and what ends it well."""
+
+    act: Callable[..., Any]  # is given a client's options and a file
+    before: list[Answer]
+    good: list[Answer]
 
 
 def by_client(act: Callable[[GatewayClient, Path], Any]) -> Callable[..., Any]:
     return lambda url, path, **options: act(GatewayClient(url, **options), path)
 
 
-# What sends, what is answered before the request in question, and what ends it well.
-SENDING: dict[str, tuple[Callable[..., Any], list[Answer], list[Answer]]] = {
-    "GET": (by_client(lambda c, _: c.list_prefabs()), [], [answer([])]),
-    "DELETE": (by_client(lambda c, _: c.delete_secret("p", "KEY")), [], [NO_BODY]),
-    "presigned GET": (
-        by_client(lambda c, path: c.download_file(S3, path.with_name("new"))),
-        [LINK], [answer(body=b"data")]),
-    "presigned PUT": (by_client(lambda c, path: c.upload_input_file(path)), [LINK], [NO_BODY]),
-    "token exchange": (lambda url, _, **options: GatewayClient.from_api_key("key-1", url,
-                       **options),
-                       [], [answer({"internal_token": "t"})]),
-    "generate_upload_url": (
-        by_client(lambda c, path: c.upload_input_file(path)), [], [LINK, NO_BODY]),
-    "run": (by_client(lambda c, _: run(c)), [], [ran()]),
-    "stream": (by_client(lambda c, _: list(run(c, stream=True))), [], [ran()]),
-    "batch in one request": (
-        by_client(lambda c, _: c.run_batch([call()], single_request=True)), [], [ran()]),
-    "upload": (by_client(lambda c, path: c.upload_file(path)), [], [answer({"s3_url": S3})]),
-    "temporary upload": (
-        by_client(lambda c, path: c.upload_temp_file(path)), [], [answer({"s3_url": S3})]),
+STORED = answer({"s3_url": S3})
+REPEATABLE = {
+    "GET": Sending(by_client(lambda c, _: c.list_prefabs()), [], [answer([])]),
+    "DELETE": Sending(by_client(lambda c, _: c.delete_secret("p", "KEY")), [], [NO_BODY]),
+    "presigned GET": Sending(
+        by_client(lambda c, path: c.download_file(S3, path.with_name("new"))), [LINK], [answer(body=b"data")]),
+    "presigned PUT": Sending(by_client(lambda c, path: c.upload_input_file(path)), [LINK], [NO_BODY]),
+    "token exchange": Sending(
+        lambda url, _, **options: GatewayClient.from_api_key("key-1", url, **options), [], [TOKEN_ANSWERS[0]]),
+    "generate_upload_url": Sending(by_client(lambda c, path: c.upload_input_file(path)), [], [LINK, NO_BODY]),
 }  # fmt: skip
-REPEATABLE = list(SENDING)[:6]
-DIRECT = [name for name, (_, before, _) in SENDING.items() if not before]
+SENDING = {
+    **REPEATABLE,
+    "run": Sending(by_client(lambda c, _: run(c)), [], [ran()]),
+    "stream": Sending(by_client(lambda c, _: list(run(c, stream=True))), [], [ran()]),
+    "batch in one request": Sending(
+        by_client(lambda c, _: c.run_batch([call()], single_request=True)), [], [ran()]),
+    "upload": Sending(by_client(lambda c, path: c.upload_file(path)), [], [STORED]),
+    "temporary upload": Sending(by_client(lambda c, path: c.upload_temp_file(path)), [], [STORED]),
+}  # fmt: skip
+DIRECT = [name for name, sending in SENDING.items() if not sending.before]
 LOST: dict[str, Answer] = {
     "hung up": HangUp(),
-    "reset": HangUp(reset=True),
-    "head cut": HangUp(b"HTTP/1.1 200 OK\r\nContent-Le"),
     "head cut between lines": HangUp(b"HTTP/1.1 200 OK\r\nX: y\r\n"),
     "body cut": HangUp(answer(body=b"0123456789")[:-3]),
     "chunks cut": HangUp(chunked(b"[]", end=False, content_type="application/json")),
@@ -1381,94 +1327,64 @@ LOST: dict[str, Answer] = {
 }
 FINAL: dict[str, Answer] = {
     "500": answer(body=b"Internal Server Error", status=500),
-    "501": answer(None, 501),
     "429": answer({"detail": "quota"}, 429, Retry_After="0"),
     "404": answer({"detail": "x"}, 404),
-    "408": answer({"detail": "x"}, 408),
-    "307": answer(None, 307, Location="/"),
+    "307": answer(None, 307, Location="/elsewhere?sig=2"),
 }
-SILENT: dict[str, Answer] = {
-    "no answer in time": Pause(),
-    "no body in time": Pause(answer(body=b"0123456789")[:-3]),
-}
+SILENT = {"no answer in time": Pause(), "no body in time": Pause(answer(body=b"0123456789")[:-3])}
+FAULTY = {**LOST, **FINAL, **SILENT}
 
 
-@pytest.mark.parametrize("fault", [*LOST, *FINAL, *SILENT])
-@pytest.mark.parametrize("name", SENDING)
-def test_only_what_can_do_no_harm_is_sent_again(name: str, fault: str, tmp_path: Path) -> None:
-    act, before, good = SENDING[name]
-    given: Answer = {**LOST, **FINAL, **SILENT}[fault]
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [*((name, fault) for name in ("GET", "run") for fault in FAULTY),
+     *((name, fault) for name in SENDING if name not in ("GET", "run") for fault in ("hung up", "503", "500", "307")),
+     *((name, "no answer in time") for name in DIRECT if name not in ("GET", "run"))],
+)  # fmt: skip
+def test_only_what_can_do_no_harm_is_sent_again(name: str, fault: str, content_file: Path) -> None:
+    sending = SENDING[name]
     repeated = fault in LOST and name in REPEATABLE
-    timeout = WAIT_SECONDS if fault not in SILENT else 0.5 if before else 0.05
     followed = fault == "307" and name == "presigned GET"
     error: Any = None
-    (tmp_path / "file").write_bytes(b"content")
-    with Script(*before, given, *good) as server:
+    with Script(*sending.before, FAULTY[fault], *sending.good) as server:
         try:
-            act(server.url, tmp_path / "file", timeout=timeout)
+            sending.act(server.url, content_file, timeout=0.05 if fault in SILENT else WAIT_SECONDS)
         except GatewayError as raised:
             error = raised
-    attempts = server.received[len(before) :][: 2 if repeated or followed else 1]
-    assert len(server.received) == len(before) + (1 + len(good) if repeated or followed else 1)
-    if followed:
+    asked = server.received[len(sending.before) :]
+    assert len(asked) == 1 + (len(sending.good) if repeated or followed else 0)
+    if repeated:
+        assert error is None and asked[0][:2] == asked[1][:2] and asked[0].body == asked[1].body
+        assert asked[0].connection != asked[1].connection  # a retry opens a fresh one
+    elif followed:
         assert error is None
-    elif repeated:
-        first, second = attempts
-        assert error is None and first[:2] == second[:2] and first.body == second.body
-        assert first.connection != second.connection  # a retry opens a fresh one
     else:
         assert isinstance(error, GatewayTimeoutError) == (fault in SILENT)
-        assert isinstance(error, ServiceUnavailableError) == (fault not in list(FINAL)[2:])
+        assert isinstance(error, ServiceUnavailableError) == (fault not in ("429", "404", "307"))
         assert error.status_code == (int(fault) if fault.isdecimal() else None)
-        assert server.received[-1].method in str(error)
+        assert server.received[-1].method in str(error) and "sig=2" not in text_of(error)
 
 
-@pytest.mark.parametrize("fault", ["refused", "unknown host"])
-@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [*((name, "http://127.0.0.1:{refusing}") for name in DIRECT), ("GET", "http://host.invalid"),
+     ("run", "http://host.invalid"), *((name, "https://behind.the.proxy") for name in DIRECT)],
+)  # fmt: skip
 def test_everything_is_sent_again_where_there_was_no_connection(
-    name: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, url: str, content_file: Path, delays: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lookups: list[Any] = []
-    look_up = socket.getaddrinfo
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        lookups.append(arguments)
-        if fault == "unknown host":
-            raise socket.gaierror(-2, "Name or service not known")
-        return look_up(*arguments, **options)
-
-    (tmp_path / "file").write_bytes(b"content")
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    monkeypatch.setattr(socket, "getaddrinfo", counted)
-    with pytest.raises(ServiceUnavailableError) as caught:
-        SENDING[name][0](f"http://127.0.0.1:{port}", tmp_path / "file", max_retries=3)
-    assert len(lookups) == 4 and caught.value.status_code is None
-
-
-@pytest.mark.parametrize("name", DIRECT)
-def test_everything_is_sent_again_where_the_proxy_made_no_connection(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_bytes(b"content")
-    with Script(*[answer(body=b"", status=502)] * 9) as proxy:
+    with Script(*[answer(body=b"", status=502)] * 9) as proxy, socket.socket() as refusing:
+        refusing.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        with pytest.raises(ServiceUnavailableError):
-            SENDING[name][0]("https://gateway.invalid", tmp_path / "file", max_retries=1)
-    assert [received.method for received in proxy.received] == ["CONNECT"] * 2
+        with pytest.raises(ServiceUnavailableError) as caught:
+            SENDING[name].act(url.format(refusing=refusing.getsockname()[1]), content_file, max_retries=3)
+    assert len(delays) == 3 and caught.value.status_code is None
+    assert [received.method for received in proxy.received] == ["CONNECT"] * (4 if "proxy" in url else 0)
 
 
-@pytest.mark.parametrize("max_retries", [0, 1, 5])
-@pytest.mark.parametrize("fault", LOST)
-def test_max_retries_is_how_often_at_most_it_is_sent_again(fault: str, max_retries: int) -> None:
-    with Script(*[LOST[fault]] * 9) as server, pytest.raises(ServiceUnavailableError):
-        client_of(server, max_retries=max_retries).list_prefabs()
-    assert len(server.received) == 1 + max_retries
-
-
-@pytest.mark.parametrize("fault", [HangUp(), HangUp(reset=True)], ids=["closed", "reset"])
-def test_a_call_on_a_used_connection_that_may_have_run_is_not_sent_again(fault: Answer) -> None:
-    with Script(ran(), fault, ran()) as server:
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_call_on_a_used_connection_that_may_have_run_is_not_sent_again(reset: bool) -> None:
+    with Script(ran(), HangUp(reset=reset), ran()) as server:
         client = client_of(server)
         run(client)
         with pytest.raises(ServiceUnavailableError, match="may have run"):
@@ -1486,12 +1402,13 @@ def test_retry_after_is_obeyed_up_to_a_minute(value: str, delay: Any, delays: li
         with contextlib.suppress(ServiceUnavailableError):
             client_of(server).list_prefabs()
     assert len(server.received) == (1 if delay is None else 2)
-    assert delays == ([] if delay is None else [delay]) or (delay is ... and 0 <= delays[0] < 0.01)
+    if delay is ...:  # as if there were no such header
+        assert len(delays) == 1 and 0 <= delays[0] < 0.01
+    else:
+        assert delays == ([] if delay is None else [delay])
 
 
-def test_retries_wait_longer_and_longer_with_full_jitter(
-    delays: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retries_wait_longer_and_longer_with_full_jitter(delays: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway_sdk, "_BACKOFF_BASE_SECONDS", 0.5)
     with Script(*[UNAVAILABLE] * 40) as server, pytest.raises(ServiceUnavailableError):
         client_of(server, max_retries=39).list_prefabs()
@@ -1500,93 +1417,25 @@ def test_retries_wait_longer_and_longer_with_full_jitter(
     assert max(delays) > 4 and min(delays[4:]) < 4 and len({*delays}) > 30
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_a_redirect_of_a_presigned_get_is_followed(status: int, tmp_path: Path) -> None:
-    with Script(answer(body=b"data")) as other:
-        moved = answer(body=b"gone", status=status, Location=f"{other.url}/there?sig=2")
-        relative = answer(body=b"", status=status, Location="else?where")
-        with Script(LINK, relative, moved) as server:
-            client_of(server).download_file(S3, tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == b"data"
-    assert server.received[2].target == "/bucket/else?where"
-    assert other.received[0].target == "/there?sig=2"
-    assert not CREDENTIAL_HEADERS & {*other.received[0].headers}
-
-
-@pytest.mark.parametrize("hops", [5, 6])
-def test_at_most_five_redirects_are_followed(hops: int, tmp_path: Path) -> None:
-    with Script(LINK, *[answer(None, 302, Location="/on")] * hops, answer(body=b"data")) as server:
-        client = client_of(server)
-        if hops == 5:
-            client.download_file(S3, tmp_path / "f")
-        else:
-            with pytest.raises(GatewayError, match="redirects"):
-                client.download_file(S3, tmp_path / "f")
-    assert len(server.received) == 1 + 5 + 1
-
-
-@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://h/x", "http://[/"])
-def test_a_redirect_to_what_is_no_http_url_is_an_error(location: str, tmp_path: Path) -> None:
-    with Script(LINK, answer(None, 302, Location=location)) as server:
-        with pytest.raises(GatewayError, match="Location"):
-            client_of(server).download_file(S3, tmp_path / "f")
-    assert not list(tmp_path.iterdir()) and len(server.received) == 2
-
-
-def test_a_redirect_from_https_to_http_is_refused_and_the_other_way_followed(
+def test_a_redirect_is_followed_also_to_another_host_but_not_from_https_to_http(
     certificate: Path, trusting: ssl.SSLContext, tmp_path: Path
 ) -> None:
     options: Any = {"ssl_context": trusting, "timeout": WAIT_SECONDS}
-    with (
-        Script() as plain,
-        TlsScript(certificate, answer(None, 302, Location=plain.url)) as storage,
-    ):
+    with Script() as plain, TlsScript(certificate, moved(plain.url)) as storage:
         with Script(answer({"presigned_url": storage.url + "/o?sig=1"})) as server:
-            with client_of(server, **options) as client:
-                with pytest.raises(GatewayError, match="https to http"):
-                    client.download_file(S3, tmp_path / "f")
+            with client_of(server, **options) as client, pytest.raises(GatewayError, match="https to http"):
+                client.download_file(S3, tmp_path / "f")
     assert not plain.connections
     with TlsScript(certificate, answer(body=b"data")) as secure:
-        moved = answer(None, 302, Location=secure.url)
-        with Script(LINK, moved) as server, client_of(server, **options) as client:
-            client.download_file(S3, tmp_path / "f")
+        with Script(LINK, moved("else?where"), moved(f"{secure.url}/there?sig=2")) as server:
+            with client_of(server, **options) as client:
+                client.download_file(S3, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"data"
+    assert (server.received[2].target, secure.received[0].target) == ("/bucket/else?where", "/there?sig=2")
+    assert not CREDENTIAL_HEADERS & {*secure.received[0].headers}
 
 
-@pytest.mark.parametrize("name", [name for name in SENDING if name != "presigned GET"])
-@pytest.mark.parametrize("status", [301, 307])
-def test_any_other_redirect_is_an_error(name: str, status: int, tmp_path: Path) -> None:
-    act, before, _ = SENDING[name]
-    (tmp_path / "file").write_bytes(b"content")
-    with Script() as other:
-        with Script(*before, answer(None, status, Location=f"{other.url}/x?sig=2")) as server:
-            with pytest.raises(GatewayError) as caught:
-                act(server.url, tmp_path / "file")
-    assert type(caught.value) is GatewayError and caught.value.status_code == status
-    assert "sig=2" not in text_of(caught.value) and not other.connections
-
-
-def test_an_early_answer_counts_more_than_the_broken_pipe(tmp_path: Path) -> None:
-    (tmp_path / "big").write_bytes(bytes(30_000_000))
-
-    def refuse(sock: socket.socket) -> None:
-        sock.recv(65536)
-        sock.sendall(answer({"detail": "too much for us"}, 413, Connection="close"))
-
-    with listening(refuse) as port, pytest.raises(GatewayError, match="too much for us") as caught:
-        GatewayClient(f"http://127.0.0.1:{port}").upload_file(tmp_path / "big")
-    assert caught.value.status_code == 413
-
-
-def test_interim_answers_are_skipped() -> None:
-    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
-    with Script(interim + ran(), ran()) as server:
-        client = client_of(server)
-        assert run(client).is_success() and run(client).is_success()
-    assert server.connections == 1
-
-
-def test_the_timeout_is_for_each_wait_and_each_call(tmp_path: Path) -> None:
+def test_the_timeout_is_for_each_wait_and_each_call() -> None:
     with Script(Pause(), Pause(), ran()) as server:
         with pytest.raises(TimeoutError):
             run(client_of(server), timeout=0.05)
@@ -1597,42 +1446,91 @@ def test_the_timeout_is_for_each_wait_and_each_call(tmp_path: Path) -> None:
 
 def test_each_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "gateway_sdk")
-    with Script(UNAVAILABLE, answer({"files": []}), ran(), HangUp()) as server:
+    with Script(UNAVAILABLE, PAGE, ran(), HangUp()) as server:
         client = client_of(server)
         client.list_files(continuation_token="page-2")
         run(client)
         with pytest.raises(ServiceUnavailableError):
             run(client)
-    assert {record.levelname for record in caplog.records} == {"DEBUG"}
-    assert {record.name for record in caplog.records} == {"gateway_sdk"}
-    lines = [record.getMessage() for record in caplog.records if " ms" in record.getMessage()]
+    assert {(record.levelname, record.name) for record in caplog.records} == {("DEBUG", "gateway_sdk")}
+    lines = [record.getMessage() for record in caplog.records]
     listing, call_ = r"GET /internal/files/list\b.*", r"POST /v1/internal/run\b.*"
     expected = [listing + "503.* 1", listing + "200.* 2", call_ + "200.* 1", call_ + " 1"]
-    assert len(lines) == 4 and all(map(re.match, expected, lines)), lines
-    (reason,) = [
-        record.getMessage() for record in caplog.records if " ms" not in record.getMessage()
-    ]
+    requests = [line for line in lines if " ms" in line]
+    assert len(requests) == 4 and all(map(re.match, expected, requests)), requests
+    (reason,) = [line for line in lines if " ms" not in line]
     assert "503" in reason and "down" in reason and "page-2" not in caplog.text
+
+
+def test_an_expired_token_is_exchanged_again_once_however_many_threads_see_it() -> None:
+    barrier = threading.Barrier(8)
+
+    def refuse_all_at_once(sock: socket.socket) -> None:
+        barrier.wait(WAIT_SECONDS)
+        sock.sendall(REFUSED)
+
+    with Script(TOKEN_ANSWERS[0], *[Steps((refuse_all_at_once,))] * 8, TOKEN_ANSWERS[1], *[ran()] * 8) as server:
+        client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
+        client = pickle.loads(pickle.dumps(client))  # a copy can do so too
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            results = list(threads.map(lambda _: run(client), range(8)))
+    assert all(result.is_success() for result in results)
+    tokens = [received.headers.get("x-internal-token") for received in server.received]
+    assert tokens == [None, *["first"] * 8, None, *["second"] * 8]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda c: c.list_prefabs(), lambda c: list(run(c, stream=True)), lambda c: c.run_batch([call()]),
+     lambda c: c.upload_file(__file__)],
+    ids=["GET", "stream", "batch", "upload"],
+)  # fmt: skip
+def test_every_kind_of_request_survives_the_end_of_its_token(act: Any) -> None:
+    with LocalGateway(any_credential=False) as gateway:
+        client = GatewayClient.from_api_key(gateway.api_key, gateway.base_url)
+        gateway.expire_tokens()
+        with contextlib.suppress(AgentContextRequiredError, PrefabNotFoundError):
+            act(client)
+        tokens = [r.headers.get("x-internal-token") for r in gateway.requests]
+    first, refused, second, accepted = tokens
+    assert first is second is None and refused != accepted
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind"),
+    [([REFUSED], AuthenticationError), ([TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], REFUSED], AuthenticationError),
+     *(([given], GatewayError) for given in (
+         answer({}), answer([]), answer({"internal_token": "a\nb"}), answer({"internal_token": 5}),
+         answer({"internal_token": ""}), answer(body=b"<html>")))],
+    ids=["401", "refused though it is new", "no token", "list", "line break", "number", "empty", "HTML"],
+)  # fmt: skip
+def test_an_exchange_that_gives_no_good_token_is_an_error(answers: list[bytes], kind: type[GatewayError]) -> None:
+    with Script(*answers) as server, pytest.raises(kind):
+        run(GatewayClient.from_api_key("key-1", server.url))
+    assert len(server.received) == len(answers)
 
 
 # Nothing that is shown has a secret in it, not even where the gateway repeats it.
 WHO: dict[str, Callable[[str, Path], Any]] = {
     "internal token": lambda url, _: run(GatewayClient(url, internal_token=HIDDEN, max_retries=1)),
+    "exchanged API key": lambda url, _: GatewayClient.from_api_key(HIDDEN, url, max_retries=1),
+    "presigned GET": lambda url, path: GatewayClient(url).download_file(S3, path),
     "token that streams": lambda url, _: list(
         run(GatewayClient(url, internal_token=HIDDEN, max_retries=1), stream=True)),
     "token of a batch": lambda url, _: raise_first(
         GatewayClient(url, internal_token=HIDDEN).run_batch([call(), call()])),
     "API key": lambda url, _: GatewayClient(url, api_key=HIDDEN, max_retries=1).list_prefabs(),
     "JWT": lambda url, _: GatewayClient(url, jwt_token=HIDDEN).list_files(),
-    "exchanged API key": lambda url, _: GatewayClient.from_api_key(HIDDEN, url, max_retries=1),
     "secret": lambda url, _: GatewayClient(url).set_secret("p", "KEY", HIDDEN),
-    "presigned GET": lambda url, path: GatewayClient(url).download_file(S3, path),
     "presigned PUT": lambda url, path: GatewayClient(url).upload_input_file(__file__),
 }  # fmt: skip
 QUOTED = urllib.parse.quote(HIDDEN, safe="")
 ECHOES: dict[str, Callable[[str], Answer]] = {
-    "string": lambda s: answer({"detail": f"bad {s}"}, 400),
     "fields": lambda s: answer({"detail": {"error_code": s, "message": s, s: [{s: s}]}}, 401),
+    "quoted": lambda s: answer(body=urllib.parse.quote(s, safe="").encode(), status=503),
+    "status line": lambda s: HangUp(f"{s}\r\n\r\n".encode("latin-1")),
+    "other JSON": lambda s: answer({"given": s, "results": s}),
+    "string": lambda s: answer({"detail": f"bad {s}"}, 400),
     "details": lambda s: answer({"error_code": "X", "message": "m", "details": {"given": s}}, 429),
     "no message": lambda s: answer({"detail": {"given": s}}, 400),
     "list": lambda s: answer({"detail": [{"loc": ["body", s], "msg": s, "input": s}]}, 422),
@@ -1641,16 +1539,14 @@ ECHOES: dict[str, Callable[[str], Answer]] = {
     "JSON string": lambda s: answer(s, 500),
     "HTML": lambda s: answer(body=f"<p>{s}</p>".encode(), status=502),
     "XML": lambda s: answer(body=f"<Code>{s}</Code><Message>{s}</Message>".encode(), status=403),
-    "quoted": lambda s: answer(body=urllib.parse.quote(s, safe="").encode(), status=503),
     "reason": lambda s: f"HTTP/1.1 400 {s}\r\nContent-Length: 0\r\n\r\n".encode("latin-1"),
-    "status line": lambda s: HangUp(f"{s}\r\n\r\n".encode("latin-1")),
     "status": lambda s: HangUp(f"HTTP/1.1 {s} OK\r\n\r\n".encode("latin-1")),
-    "chunk size": lambda s: HangUp(chunked(end=False) + f"{s}\r\n".encode("latin-1")),
+    "chunk size": lambda s: HangUp(HEAD + f"{s}\r\n".encode("latin-1")),
     "location": lambda s: answer({}, 307, Location=f"ftp://h/{s}?{QUOTED}"),
     "not JSON": lambda s: answer(body=s.encode()),
-    "other JSON": lambda s: answer({"given": s, "results": s}),
     "other results": lambda s: answer({"results": [s, {"given": s}], "files": 1}),
 }  # fmt: skip
+TOLD = [(who, echo) for number, who in enumerate(WHO) for place, echo in enumerate(ECHOES) if number < 3 or place < 4]
 
 
 def raise_first(batch: BatchResult) -> None:
@@ -1660,292 +1556,415 @@ def raise_first(batch: BatchResult) -> None:
             raise failed.exception
 
 
-@pytest.mark.parametrize("echo", ECHOES)
-@pytest.mark.parametrize("who", WHO)
-def test_no_secret_is_shown_anywhere(
-    who: str, echo: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(("who", "echo"), TOLD)
+def test_no_secret_is_shown_anywhere(who: str, echo: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    shown: dict[str, Any] = {}
+    shown: list[Any] = []
     before = [link(f"X-Sig={QUOTED}&X-Expires=5")] if who.startswith("presigned") else []
     with Script(*before, *[ECHOES[echo](HIDDEN)] * 3) as server:
         try:
             WHO[who](server.url, tmp_path / "f")
         except GatewayError as error:
-            shown = {
-                "message": error.message, "str": str(error), "repr": repr(error),
-                "args": error.args,
-                "details": error.details, "attributes": vars(error), "traceback": text_of(error),
-                "pickle": pickle.dumps(error),
-            }  # fmt: skip
+            shown += [str(error), repr(error), error.args, vars(error), text_of(error), pickle.dumps(error)]
     assert len(server.received) > len(before)
-    shown["log"] = [(record.getMessage(), record.args) for record in caplog.records]
-    leaks = {channel: text for channel, text in shown.items() if "hush" in repr(text).lower()}
-    assert not leaks
+    shown += [(record.getMessage(), record.args) for record in caplog.records]
+    assert not [text for text in shown if "hush" in repr(text).lower()]
 
 
-# --- Error mapping --------------------------------------------------------------------------------
-
-ACTS: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
-    "run": (run, "POST /v1/internal/run"),
-    "stream": (lambda c: run(c, stream=True), "POST /v1/internal/run"),
-    "directory": (lambda c: c.list_prefabs(), "GET /v1/prefabs"),
-    "spec": (lambda c: c.get_prefab_spec("p", "1.0.0"), "GET /v1/prefabs/p/1.0.0/spec"),
-    "files": (lambda c: c.list_files(), "GET /internal/files/list"),
-    "secrets": (lambda c: c.delete_secret("p", "KEY"), "DELETE /v1/secrets/p/KEY"),
-}
-PREFAB = {"prefab_id": "p", "version": "1.0.0"}
-QUOTA = {"limit": 10, "used": 11, "quota_type": "calls"}
-NO_QUOTA = {"limit": 0, "used": 0, "quota_type": "unknown"}
-SECRET = {"prefab_id": "q", "secret_name": "KEY", "instructions": "Ask for one"}
-PLAIN_SECRET = "Secret 'KEY' for prefab 'q' is not configured"
+# --- Event stream ---------------------------------------------------------------------------------
 
 
-def coded(code: str, **fields: Any) -> dict[str, Any]:
-    return {"error_code": code, "message": "the reason", **fields}
+def test_each_event_is_handed_over_when_it_has_arrived() -> None:
+    taken = [threading.Event() for _ in range(3)]
+    steps: list[Any] = [send(HEAD)]
+    for number, gate in enumerate(taken):
+        steps += [send(chunk(event("content", number))), lambda _, gate=gate: gate.wait(WAIT_SECONDS)]
+    with Script(Steps((*steps, send(b"0\r\n\r\n")))) as server:
+        for number, received in enumerate(run(client_of(server), stream=True)):
+            assert received.data == number and not taken[number].is_set()
+            taken[number].set()
+    assert all(gate.is_set() for gate in taken)
 
 
-MAPPING = [
-    ("run", 401, {"detail": "the reason"}, AuthenticationError, {}),
-    ("directory", 401, {"detail": "the reason"}, AuthenticationError, {}),
-    ("files", 403, {"detail": "the reason"}, AuthenticationError, {}),
-    ("run", 404, {"detail": "the reason"}, PrefabNotFoundError, PREFAB),
-    ("stream", 404, {"detail": "the reason"}, PrefabNotFoundError, PREFAB),
-    ("spec", 404, {"detail": coded("GONE")}, PrefabNotFoundError, {**PREFAB, "error_code": "GONE"}),
-    ("directory", 404, {"detail": "the reason"}, PrefabNotFoundError, {}),
-    ("files", 404, {"detail": "the reason"}, GatewayError, {}),
-    ("secrets", 404, {"detail": "the reason"}, GatewayError, {}),
-    ("run", 422, {"detail": "the reason"}, ValidationError, {}),
-    ("run", 422, {"detail": coded("BAD")}, ValidationError, {"error_code": "BAD"}),
-    ("run", 422, {"detail": [{"msg": "the reason"}, "odd", None, {"loc": 3}]}, ValidationError, {}),
-    ("run", 429, {"detail": "the reason"}, QuotaExceededError, NO_QUOTA),
-    ("run", 429, {"detail": coded("QUOTA_EXCEEDED", **QUOTA)}, QuotaExceededError, QUOTA),
-    ("files", 429, coded("Q", details=QUOTA), QuotaExceededError, {**QUOTA, "error_code": "Q"}),
-    ("run", 429, {"detail": coded("Q", details=QUOTA)}, QuotaExceededError, QUOTA),
-    ("run", 429, {"detail": coded("Q", limit=None)}, QuotaExceededError, NO_QUOTA),
-    ("run", 400, {"detail": coded("MISSING_SECRET", **SECRET)}, MissingSecretError, SECRET),
-    ("run", 400, coded("MISSING_SECRET", details=SECRET), MissingSecretError, SECRET),
-    ("run", 400, {"detail": PLAIN_SECRET}, MissingSecretError,
-     {**SECRET, "instructions": None, "error_code": "MISSING_SECRET"}),
-    ("files", 400, {"detail": coded("MISSING_AGENT_CONTEXT")}, AgentContextRequiredError,
-     {"error_code": "MISSING_AGENT_CONTEXT"}),
-    ("files", 400, coded("MISSING_AGENT_CONTEXT"), AgentContextRequiredError, {}),
-    ("run", 400, {"detail": coded("OTHER")}, GatewayError, {"error_code": "OTHER"}),
-    ("run", 409, {"detail": coded("MISSING_SECRET", **SECRET)}, GatewayError, {}),
-    ("run", 418, {"detail": "the reason"}, GatewayError, {"error_code": None}),
-    ("run", 500, b"the reason", ServiceUnavailableError, {}),
-    ("run", 503, {"detail": "the reason"}, ServiceUnavailableError, {}),
-    ("run", 599, coded("DOWN"), ServiceUnavailableError, {"error_code": "DOWN"}),
-    ("run", 302, {"detail": "x"}, GatewayError, {}),
-    ("directory", 304, b"", GatewayError, {}),
-]  # fmt: skip
+@cpython_only
+@pytest.mark.parametrize("way", ["break", "the end of a with", "an error in a with", "closing it twice", "dropping it"])
+def test_leaving_a_stream_frees_its_connection(way: str) -> None:
+    with Script(Pause(HEAD + chunk(event("content", 1)) + chunk(event("content", 2)))) as server:
+        client = client_of(server)
+        stream = run(client, stream=True)
+        if way == "break":
+            for _ in stream:
+                break
+            stream = None
+            gc.collect()
+        elif way == "the end of a with":
+            with stream as entered:
+                assert next(entered).data == 1
+        elif way == "an error in a with":
+            with contextlib.suppress(LookupError), stream:
+                raise LookupError
+        elif way == "closing it twice":
+            assert next(stream).data == 1
+            stream.close()
+            stream.close()
+        else:
+            assert next(stream).data == 1
+            stream = None
+            gc.collect()
+        server.wait_until(lambda: server.open_connections == 0)
+        if stream:
+            with pytest.raises(GatewayError, match="closed before its end"):
+                next(stream)
+
+
+def test_a_stream_is_an_iterator(client: GatewayClient) -> None:
+    stream = client.run("text-tools", "1.1.0", "words", {"text": "a b"}, stream=True)
+    assert isinstance(stream, EventStream) and next(stream).type is StreamEventType.START
+    assert [(e.type, e.data) for e in stream][:2] == [("content", "a "), ("content", "b")]
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_stream_of_a_plain_function_is_its_result(client: GatewayClient) -> None:
+    content, done = client.run("text-tools", "1.1.0", "echo", {"value": 5}, stream=True)
+    assert (content.type, done.type) == (StreamEventType.CONTENT, StreamEventType.DONE)
+    assert content.data == client.run("text-tools", "1.1.0", "echo", {"value": 5}).get_result()
+    (failed,) = client.run("faulty", "1.0.0", "refuse", {"message": "no"}, stream=True)
+    assert failed.type == "error" and failed.data == {"message": "no", "type": "Refused"}
 
 
 @pytest.mark.parametrize(
-    ("name", "status", "body", "kind", "attributes"), MAPPING,
-    ids=[f"{name} {status} {str(body)[:40]}" for name, status, body, _, _ in MAPPING],
+    ("contents", "value"),
+    [(["a ", "b"], "a b"), ([{"n": 1}, {"n": 2}], [{"n": 1}, {"n": 2}]), (["a", 1], ["a", 1]), (["a"], "a")],
+    ids=str,
+)
+def test_a_streaming_function_called_for_its_result_gives_one(contents: Any, value: Any) -> None:
+    events = [event("start"), event("progress", 1), *(event("content", c) for c in contents)]
+    with Script(chunked(*events, event("done", {"job_id": "j"}))) as server:
+        result = run(client_of(server))
+    assert result.is_success() and result.get_function_result() == value
+
+
+def test_an_error_event_is_yielded_or_makes_a_result_failed_that_keeps_what_came(client: GatewayClient) -> None:
+    events = list(client.run("faulty", "1.0.0", "stumble", {"text": "far"}, stream=True))
+    assert [e.type for e in events] == ["start", "content", "error"]
+    assert events[-1].data["message"] == "stumbled"
+    result = client.run("faulty", "1.0.0", "stumble", {"text": "far"})
+    assert result.status == "FAILED" and result.error and result.error["message"] == "stumbled"
+    assert result.get_function_result() == "far"
+
+
+PLAIN_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "types", "connections"),
+    [(chunked(event("done"), event("content", "late"), event("done")), ["done", "content", "done"], 1),
+     (HangUp(PLAIN_HEAD + b"\r\n" + event("content", 1) + event("done")), ["content", "done"], 2)],
+    ids=["events after done", "without a length"],
 )  # fmt: skip
-def test_an_error_answer_becomes_its_exception(
-    name: str, status: int, body: Any, kind: type[GatewayError], attributes: dict[str, Any]
+def test_a_stream_that_says_done_is_whole(given: Answer, types: list[str], connections: int) -> None:
+    with Script(given, ran()) as server:
+        client = client_of(server)
+        assert [e.type for e in run(client, stream=True)] == types
+        run(client)
+    assert server.connections == connections
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    "given",
+    [HangUp(HEAD + chunk(event("content", 1))), HangUp(HEAD + chunk(event("content", 1)) + chunk(event("done"))[:-9]),
+     HangUp(PLAIN_HEAD + b"Content-Length: 999\r\n\r\n" + event("content", 1)),
+     HangUp(PLAIN_HEAD + b"\r\n" + event("content", 1))],
+    ids=["between chunks", "inside a chunk", "by length", "without length"],
+)  # fmt: skip
+def test_a_stream_that_breaks_never_just_ends(given: Answer, stream: bool) -> None:
+    seen = []
+    with Script(given) as server, pytest.raises(ServiceUnavailableError):
+        for received in run(client_of(server), stream=stream):
+            seen.append(received.data)
+    assert seen == ([1] if stream else []) and len(server.received) == 1
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+SIZES = {"empty": 0, "small": 5, "large": 3_000_001}
+UPLOADS: dict[str, Callable[..., str]] = {
+    "input": lambda c, path, **options: c.upload_input_file(path, **options),
+    "permanent": lambda c, path, **options: c.upload_file(path, **options)["s3_url"],
+    "temporary": lambda c, path, **options: c.upload_temp_file(path, **options)["s3_url"],
+}
+
+
+def rising(steps: list[tuple[int, Any]], total: int) -> bool:
+    done = [step for step, _ in steps]
+    totals = {total for _, total in steps}
+    return done == sorted(done) and (done[0], done[-1]) == (0, total) and totals == {total}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("upload", UPLOADS)
+def test_what_is_uploaded_comes_back(upload: str, size: str, tmp_path: Path, client: GatewayClient) -> None:
+    source, target = tmp_path / "ü q.bin", tmp_path / "new" / "folder" / "b.bin"
+    source.write_bytes(os.urandom(SIZES[size]))
+    up: list[tuple[int, Any]] = []
+    down: list[tuple[int, Any]] = []
+    s3_url = UPLOADS[upload](client, source, on_progress=lambda *step: up.append(step))
+    assert s3_url.startswith("s3://") and rising(up, SIZES[size])
+    if upload == "input":  # such a one is read by prefabs
+        lines = client.prefab("file-tools", "1.0.0").checksum(files={"files": [s3_url]})
+        s3_url = lines.get_file_urls()[0]
+        client.download_file(s3_url, target)
+        digest = lines.get_function_result()["checksums"][0]["sha256"]
+        assert target.read_text() == f"{digest}  ü q.bin\n"
+    else:
+        client.download_file(s3_url, str(target), on_progress=lambda *step: down.append(step))
+        assert target.read_bytes() == source.read_bytes() and rising(down, SIZES[size])
+    assert [path.name for path in target.parent.iterdir()] == ["b.bin"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "media_type"),
+    [("plain.txt", "plain.txt", "text/plain"), ('quo"te.png', "quo%22te.png", "image/png"),
+     ("line\nbreak\r.json", "line%0Abreak%0D.json", "application/json"),
+     ("ümlaut 你好.pdf", "ümlaut 你好.pdf", "application/pdf"),
+     ("back\\slash;semi=.no-such-type", "back\\slash;semi=.no-such-type", "application/octet-stream"),
+     ("100%41", "100%41", "application/octet-stream")],
+)  # fmt: skip
+@pytest.mark.skipif(os.name == "nt", reason="has no such names")
+def test_multipart_bodies_are_written_as_browsers_do(name: str, sent: str, media_type: str, tmp_path: Path) -> None:
+    content = b"\r\n--not the boundary\r\n\x00\xff"
+    (tmp_path / name).write_bytes(content)
+    with Script(*[STORED] * 3) as server:
+        client = client_of(server)
+        client.upload_file(tmp_path / name)
+        client.upload_temp_file(tmp_path / name, 60, "s-1")
+        client.upload_temp_file(tmp_path / name)
+    forms = [{}, {"ttl": "60", "session_id": "s-1"}, {"ttl": "86400"}]
+    for received, target, form in zip(server.received, ["upload", "upload_temp", "upload_temp"], forms):
+        media, _, boundary = received.headers["content-type"].partition("; boundary=")
+        start = f"--{boundary}\r\nContent-Disposition: form-data; name="
+        head = "".join(f'{start}"{key}"\r\n\r\n{value}\r\n' for key, value in form.items())
+        head += f'{start}"file"; filename="{sent}"\r\nContent-Type: {media_type}\r\n\r\n'
+        assert received.body == head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
+        assert received[:2] == ("POST", f"/internal/files/{target}") and media == "multipart/form-data"
+        assert received.headers["x-internal-token"] == TOKEN
+        assert received.headers["content-length"] == str(len(received.body))
+
+
+@pytest.mark.parametrize("upload", UPLOADS)
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("missing", FileNotFoundError), (".", (OSError, ValidationError)), ("/dev/zero", ValidationError)],
+)
+def test_a_file_that_cannot_be_uploaded_is_an_error_before_anything_is_sent(
+    upload: str, source: str, kind: Any, tmp_path: Path
 ) -> None:
-    act, asked = ACTS[name]
-    given = (
-        answer(body, status) if not isinstance(body, bytes) else answer(body=body, status=status)
-    )
-    error = error_of(given, act)
-    assert type(error) is kind and error.status_code == status
-    assert {key: getattr(error, key) for key in attributes} == attributes
-    assert asked in str(error) and str(status) in str(error) and str(error) == error.message
-    said = PLAIN_SECRET if PLAIN_SECRET in str(body) else "the reason"
-    assert said in str(error) or status < 400
+    if source == "/dev/zero" and not os.path.exists(source):
+        pytest.skip("no devices here")
+    with Script() as server, pytest.raises(kind):
+        UPLOADS[upload](client_of(server), tmp_path / source)
+    assert not server.received
 
 
-FORMS = {
-    "string": ({"detail": "the reason"}, {}),
-    "object": ({"detail": coded("E", more=1)}, {"error_code": "E", "more": 1}),
-    "bare": (coded("E", more=1), {"error_code": "E", "more": 1}),
-    "bare with details": (coded("E", details={"more": 1}), {"error_code": "E", "more": 1}),
-    "details beside": (coded("E", more=1, details={"n": 2}),
-                       {"error_code": "E", "more": 1, "n": 2}),
-    "object without code": ({"detail": {"message": "the reason"}}, {}),
-    "list": ({"detail": [{"loc": ["body"], "msg": "the reason"}]}, {}),
-    "HTML": (b"<html>the reason</html>", {}),
-    "text in latin-1": (b"the reason \xff", {}),
-    "empty": (b"", {}),
-    "null": (None, {}),
-    "number": (5, {}),
-    "empty object": ({}, {}),
-    "deep": (b"[" * 9999, {}),
+def test_a_device_and_a_folder_are_no_targets_and_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    targets = [tmp_path / "full"]
+    if os.path.exists("/dev/null"):
+        (tmp_path / "link").symlink_to("/dev/null")
+        targets += [Path("/dev/null"), tmp_path / "link"]
+    with Script() as server:
+        for target in targets:
+            with pytest.raises((ValidationError, OSError)):
+                client_of(server).download_file(S3, target)
+    assert (tmp_path / "full" / "file").read_text() == "x" and not server.received
+    assert len(targets) == 1 or stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_bare_name_is_a_target_and_its_permissions_follow_the_umask(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(umask)
+    try:
+        with Script(LINK, answer(body=b"data")) as server:
+            client_of(server).download_file(S3, "result.pdf")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "result.pdf").read_bytes() == b"data"
+    assert stat.S_IMODE((tmp_path / "result.pdf").stat().st_mode) == 0o666 & ~umask
+
+
+DIGITS = b"0123456789"
+
+
+def broken(start: bytes, tag: str = '"1"') -> HangUp:
+    """The first bytes of an object of ten bytes, then the end of the connection."""
+    return HangUp(answer(body=start.ljust(10), ETag=tag)[: len(start) - 10])
+
+
+def part(data: bytes, start: int, tag: str = '"1"', total: Any = 10) -> bytes:
+    span = f"bytes {start}-{start + len(data) - 1}/{total}"
+    return answer(body=data, status=206, ETag=tag, Content_Range=span)
+
+
+# What the storage answers until the digits are there, and the ranges that it is asked for.
+DOWNLOADS: dict[str, tuple[list[Answer], list[str | None]]] = {
+    "one that goes on": ([broken(b"012"), part(b"3456789", 3)], [None, "bytes=3-"]),
+    "of an object that changed": ([broken(b"abc"), answer(body=DIGITS, ETag='"2"')], [None, "bytes=3-"]),
+    "a part of another place": (
+        [broken(b"abc"), part(b"456789", 4), answer(body=DIGITS, ETag='"2"')], [None, "bytes=3-", None]),
+    "a part of another object": (
+        [broken(b"abc"), part(b"3456789", 3, '"2"'), answer(body=DIGITS)], [None, "bytes=3-", None]),
+    "a part that is not there": ([broken(b"abc"), answer(body=b"", status=416), answer(body=DIGITS)],
+                                 [None, "bytes=3-", None]),
+    "without a strong ETag": ([broken(b"abc", 'W/"1"'), answer(body=DIGITS)], [None, None]),
+    "of unknown length": ([chunked(b"0123", b"456789", content_type="binary/octet-stream")], [None]),
+    "after five redirects": (
+        [*(answer(body=b"gone", status=status, Location="/on") for status in (301, 302, 303, 307, 308)),
+         answer(body=DIGITS)], [None] * 6),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [(400, GatewayError), (401, AuthenticationError), (404, PrefabNotFoundError),
-     (422, ValidationError),
-     (429, QuotaExceededError), (503, ServiceUnavailableError)],
-)  # fmt: skip
-def test_every_form_of_body_is_understood(status: int, kind: Any, form: str) -> None:
-    body, fields = FORMS[form]
-    given = (
-        answer(body, status) if not isinstance(body, bytes) else answer(body=body, status=status)
-    )
-    error = error_of(given)
-    assert type(error) is kind and error.status_code == status
-    assert fields.items() <= error.details.items() and error.error_code == fields.get("error_code")
-    assert ("the reason" in str(error)) == ("the reason" in str(body))
-    assert pickle.loads(pickle.dumps(error)).details == error.details
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_a_download_is_whole_whatever_happens_on_the_way(name: str, tmp_path: Path) -> None:
+    answers, ranges = DOWNLOADS[name]
+    steps: list[tuple[int, Any]] = []
+    with Script(LINK, *answers) as server:
+        client_of(server).download_file(S3, tmp_path / "f", on_progress=lambda *step: steps.append(step))
+    assert (tmp_path / "f").read_bytes() == DIGITS
+    asked = [(received.headers.get("range"), received.headers.get("if-range")) for received in server.received[1:]]
+    assert asked == [(range_, '"1"' if range_ else None) for range_ in ranges]
+    total = None if name == "of unknown length" else 10
+    assert (steps[0], steps[-1]) == ((0, total), (10, total))
 
 
-def test_a_422_reads_as_one_line_per_field() -> None:
-    problems = [
-        {
-            "loc": ["body", "calls", 0, "version"],
-            "msg": "Field required",
-            "type": "missing",
-            "url": "u",
-        },
-        {"loc": ["query", "limit"], "msg": "Input should be an integer", "input": "x"},
-    ]
-    error = error_of(answer({"detail": problems}, 422))
-    lines = [line.strip() for line in str(error).splitlines()[1:]]
-    assert lines == [
-        "body.calls.0.version: Field required",
-        "query.limit: Input should be an integer",
-    ]
+# What the storage answers, and the error that comes of it if nothing is sent again.
+BAD_DOWNLOADS: dict[str, tuple[list[Answer], type[GatewayError], str]] = {
+    "cut": ([broken(b"0123456")], ServiceUnavailableError, "cut short"),
+    "chunks cut": ([HangUp(chunked(b"0123", end=False))], ServiceUnavailableError, "cut short"),
+    "404": ([answer(body=b"<Code>NoSuchKey</Code><Message>gone</Message>", status=404)], GatewayError, "gone"),
+    "403": ([answer(body=b"Request has expired", status=403)], GatewayError, "expired"),
+    "500": ([answer(body=b"broken", status=500)], ServiceUnavailableError, "broken"),
+    "503": ([answer(body=b"SlowDown", status=503)], ServiceUnavailableError, "SlowDown"),
+    "six redirects": ([moved("/on")] * 6, GatewayError, "redirects"),
+    "redirect to a file": ([moved("file:///etc/passwd")], GatewayError, "Location"),
+    "redirect to ftp": ([moved("ftp://h/x")], GatewayError, "Location"),
+    "redirect to no URL": ([moved("http://[/")], GatewayError, "Location"),
+}
 
 
-@pytest.mark.parametrize("status", [200, 400, 503])
-def test_of_what_is_not_json_the_first_500_characters_are_shown(status: int) -> None:
-    error = error_of(answer(body=b"<html>" + b"x" * 9000, status=status))
-    assert "<html>" + "x" * 494 in str(error) and "x" * 495 not in str(error)
+@pytest.mark.parametrize("bad", BAD_DOWNLOADS)
+def test_a_failed_download_leaves_everything_as_it_was(bad: str, tmp_path: Path) -> None:
+    answers, kind, said = BAD_DOWNLOADS[bad]
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").write_text("old")
+    for target in ("kept/old", "kept/new", "made/for/it/new"):
+        with Script(LINK, *answers) as server, pytest.raises(GatewayError, match=said) as caught:
+            client_of(server, max_retries=0).download_file(S3, tmp_path / target)
+        assert type(caught.value) is kind and len(server.received) == 1 + len(answers)
+        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+        assert left == ["kept", "kept/old"] and (tmp_path / "kept" / "old").read_text() == "old"
 
 
-@pytest.mark.parametrize(
-    ("name", "body"),
-    [("run", b""), ("run", b"<html>"), ("run", b"null"), ("run", b"[]"), ("run", b"{}"),
-     ("run", b'{"results": {}}'), ("run", b'{"results": []}'), ("run", b'{"results": [null]}'),
-     ("run", b'{"results": [{}, {}]}'), ("run", b'{"results": [NaN]}'), ("run", b"\xff"),
-     ("run", b"[" * 9999),
-     ("stream", b"<html>"), ("stream", b'{"results": []}'), ("directory", b"{}"),
-     ("directory", b"[1]"),
-     ("directory", b'[{"id": "p"}]'), ("spec", b"[]"), ("files", b"{}"),
-     ("files", b'{"files": null}')],
-)  # fmt: skip
-def test_a_200_that_is_not_what_was_promised_is_an_error(name: str, body: bytes) -> None:
-    act, asked = ACTS[name]
-    error = error_of(answer(body=body), act)
-    assert type(error) is GatewayError and error.status_code == 200 and asked in str(error)
+def test_an_error_of_on_progress_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail(_: int, __: Any) -> None:
+        raise LookupError("the caller's own")
+
+    with Script(LINK, answer(body=b"data")) as server, pytest.raises(LookupError):
+        client_of(server).download_file(S3, tmp_path / "made" / "f", on_progress=fail)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("status", "detail", "remedy"),
-    [(401, "x", "credential"), (404, "x", "list_prefabs"),
-     (400, PLAIN_SECRET, "set_secret('q', 'KEY'"),
-     (400, coded("MISSING_SECRET", **SECRET), "Ask for one"),
-     (400, coded("MISSING_AGENT_CONTEXT"), "upload_input_file")],
-    ids=str,
-)  # fmt: skip
-def test_an_error_names_its_remedy(status: int, detail: Any, remedy: str) -> None:
-    assert remedy in str(error_of(answer({"detail": detail}, status)))
+@pytest.mark.parametrize("url", ["", "file:///etc/passwd", "ftp://h/x", "/o?sig=1", "s3://b/k", 5, None], ids=repr)
+def test_a_presigned_url_that_is_no_http_url_is_an_error(url: Any, tmp_path: Path) -> None:
+    given = answer({"presigned_url": url, "upload_url": url, "s3_url": S3})
+    with Script(given, given) as server:
+        with pytest.raises(GatewayError):
+            client_of(server).download_file(S3, tmp_path / "f")
+        with pytest.raises(GatewayError):
+            client_of(server).upload_input_file(__file__)
+    assert not list(tmp_path.iterdir()) and len(server.received) == 2
 
 
-def test_an_error_body_that_breaks_off_still_has_its_status() -> None:
-    error = error_of(HangUp(answer({"detail": "x"}, 401)[:-3]))
-    assert type(error) is AuthenticationError and error.status_code == 401
+def test_a_presigned_url_serves_anyone(content_file: Path, client: GatewayClient) -> None:
+    url = client.get_presigned_url(client.upload_file(content_file)["s3_url"], expires_in=60)
+    with urllib.request.urlopen(url) as response:
+        assert response.read() == b"content"
 
 
-# --- Running --------------------------------------------------------------------------------------
-
-
-def test_a_function_runs(client: GatewayClient) -> None:
-    result = client.run("text-tools", "1.1.0", "statistics", {"text": "a b"})
-    assert result.is_success() and result.status == CallStatus.SUCCESS and result.error is None
-    assert result.job_id and result.exception is None
-    assert result.get_business_success() and result.get_business_message() == "2 words"
-
-
-def test_a_business_failure_is_a_success_of_the_call(client: GatewayClient) -> None:
-    result = client.run("faulty", "1.0.0", "fail", {"message": "no"})
-    assert result.is_success() and not result.get_business_success()
-    assert (result.get_business_error(), result.get_business_error_code()) == ("no", "ALWAYS_FAILS")
-
-
-def test_a_failed_call_is_a_result_and_not_an_error(client: GatewayClient) -> None:
-    result = client.run("faulty", "1.0.0", "refuse", {"message": "no"})
-    assert result.status == "FAILED" and result.error == {"message": "no", "type": "Refused"}
-    assert result.output is None and result.get_function_result() == {} and not result.exception
-
-
-@pytest.mark.parametrize(
-    ("names", "parameters", "kind"),
-    [(("nothing", "1.0.0", "f"), {}, PrefabNotFoundError),
-     (("text-tools", "9.9.9", "echo"), {}, PrefabNotFoundError),
-     (("text-tools", "1.0.0", "nothing"), {}, PrefabNotFoundError),
-     (("text-tools", "1.0.0", "statistics"), {}, ValidationError),
-     (("vault", "1.0.0", "sign"), {"text": "x"}, MissingSecretError),
-     (("faulty", "1.0.0", "crash"), {}, ServiceUnavailableError)],
-)  # fmt: skip
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_run_raises(
-    stream: bool, names: Any, parameters: Any, kind: Any, client: GatewayClient
-) -> None:
-    with pytest.raises(kind):
-        client.run(*names, parameters, stream=stream)
-
-
-def test_any_function_of_a_prefab_is_a_method(client: GatewayClient) -> None:
-    tools = client.prefab("text-tools", "1.1.0")
-    assert isinstance(tools, Prefab) and "text-tools" in repr(tools)
-    assert tools.echo(value=[1]).get_function_result() == [1]
-    assert tools.call("echo", value=2).get_function_result() == 2
-    events = tools.stream("words", text="a b")
-    assert [e.data for e in events if e.type == "content"] == ["a ", "b"]
-    assert pickle.loads(pickle.dumps(tools)).echo(value=3).get_function_result() == 3
-    assert copy.copy(tools).echo(value=4).get_function_result() == 4
-    for name in ("_ipython_display_", "__wrapped__", "_x"):
-        assert not hasattr(tools, name)
-
-
-def test_parameters_may_have_any_name() -> None:
-    parameters = {"self": 1, "function_name": 2, "prefab_id": 3, "stream": 4, "timeout": 5}
-    with Script(ran(), ran(), ran()) as server:
-        prefab = client_of(server).prefab("p", "1.0.0")
-        prefab.call("f", files={"v": [S3]}, **parameters)
-        prefab.f(**parameters)
-        prefab.stream("f", **parameters)
-    inputs = [received.json["calls"][0]["inputs"] for received in server.received]
-    assert [given["parameters"] for given in inputs] == [parameters] * 3
-    assert [given.get("files") for given in inputs] == [{"v": [S3]}, None, None]
-
-
-def test_the_directory_is_listed(client: GatewayClient, gateway: LocalGateway) -> None:
-    listed = client.list_prefabs()
-    assert [prefab.raw for prefab in listed] == gateway.prefabs()
-    assert [(p.prefab_id, p.version) for p in listed][:2] == [
-        ("text-tools", "1.1.0"),
-        ("text-tools", "1.0.0"),
-    ]
-    vault = next(prefab for prefab in listed if prefab.prefab_id == "vault")
-    assert vault.requires_secrets and vault.secrets[0]["name"] == "SIGNING_KEY"
-    assert client.list_prefabs(status="failed") == []
-
-
-def test_the_newest_version_is_looked_at_if_none_is_given() -> None:
+def test_files_are_listed_page_by_page(content_file: Path) -> None:
     with LocalGateway() as gateway, client_of(gateway) as client:
-        for version in ("1.9.0", "1.10.0", "1.10.0-rc.1", "1.2.0"):
-            gateway.add_prefab("p", version, {})
-        gateway.add_prefab("p", "2.0.0", {}, status="failed")
-        gateway.add_prefab("broken", "1.0.0", {}, status="failed")
-        assert client.get_prefab_spec("p")["version"] == "1.10.0"
-        assert client.get_prefab_spec("p", "2.0.0")["version"] == "2.0.0"
-        assert client.get_prefab_spec("broken")["version"] == "1.0.0"
-        assert client.get_prefab_spec("text-tools")["functions"]
-        for arguments in (("none",), ("none", "1"), ("p", "3")):
-            with pytest.raises(PrefabNotFoundError) as caught:
-                client.get_prefab_spec(*arguments)
-            assert caught.value.prefab_id == arguments[0]
+        kept = {client.upload_file(content_file)["s3_url"] for _ in range(5)}
+        temporary = {client.upload_temp_file(content_file, 60, "s")["s3_url"] for _ in range(3)}
+        client.upload_temp_file(content_file, session_id="other")
+        first = client.list_files(limit=2)
+        second = client.list_files(2, first["next_token"])
+        assert len(first["files"]) == len(second["files"]) == 2 and first["files"][0]["size"] == 7
+        assert not client.list_files().get("next_token")
+        assert {file["s3_url"] for file in client.list_files()["files"]} == kept
+        before = len(gateway.requests)
+        pages = client.iter_files(page_size=2)
+        assert next(pages)["key"] and len(gateway.requests) == before + 1  # a page at a time
+        assert {file["s3_url"] for file in client.iter_files(page_size=2)} == kept
+        assert len(gateway.requests) == before + 1 + 3
+        assert {file["s3_url"] for file in client.iter_temp_files("s", page_size=2)} == temporary
+        assert len(list(client.iter_temp_files())) == len(client.list_temp_files()["files"]) == 4
+        assert client.cleanup_temp_files("s") == 3 and client.cleanup_temp_files("s") == 0
+        assert len(list(client.iter_temp_files())) == 1 and len(list(client.iter_files())) == 5
+
+
+def test_a_listing_without_an_end_is_an_error() -> None:
+    with Script(*[answer({"files": [{}], "next_token": "same"})] * 9) as server, pytest.raises(GatewayError):
+        list(client_of(server).iter_files())
+    assert len(server.received) == 2
+
+
+@pytest.mark.parametrize("session_id", [None, "mine"])
+@pytest.mark.parametrize("error", [None, LookupError, KeyboardInterrupt])
+def test_a_temporary_session_is_cleaned_up_error_or_not(
+    error: Any, session_id: str | None, content_file: Path, client: GatewayClient
+) -> None:
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        with client.temp_session(session_id) as given:
+            assert given == session_id or (session_id is None and given)
+            client.upload_temp_file(content_file, session_id=given)
+            assert len(client.list_temp_files(given)["files"]) == 1
+            if error:
+                raise error
+    assert client.list_temp_files(given)["files"] == []
+
+
+def test_the_first_error_counts_more_than_that_of_the_cleaning_up() -> None:
+    with Script(*[answer({"detail": "x"}, 400)] * 2) as server:
+        client = client_of(server)
+        with pytest.raises(LookupError), client.temp_session():
+            raise LookupError
+        with pytest.raises(GatewayError), client.temp_session():
+            pass
+    assert [received.method for received in server.received] == ["DELETE"] * 2
+
+
+def test_file_operations_need_an_agent(gateway: LocalGateway, content_file: Path) -> None:
+    with GatewayClient(gateway.base_url) as client:
+        assert client.upload_input_file(content_file).startswith("s3://")
+        for act in (
+            lambda: client.upload_file(content_file),
+            lambda: client.upload_temp_file(content_file),
+            lambda: client.list_files(),
+            lambda: client.list_temp_files(),
+            lambda: client.cleanup_temp_files("s"),
+            lambda: client.download_file(S3, content_file),
+        ):
+            with pytest.raises(AgentContextRequiredError):
+                act()
+
+
+# --- Batches --------------------------------------------------------------------------------------
 
 
 def test_a_batch_keeps_the_order_and_reports_each_result_as_it_comes() -> None:
@@ -1967,9 +1986,7 @@ def test_a_batch_keeps_the_order_and_reports_each_result_as_it_comes() -> None:
         batch = client.run_batch(calls, on_result=on_result)
         assert len(gateway.requests) == 3
     assert [result.get_function_result() for result in batch.results] == [0, 1, 2]
-    assert [index for index, _, _ in reported][-1] == 0 and {t for _, _, t in reported} == {
-        threading.get_ident()
-    }
+    assert reported[-1][0] == 0 and {thread for _, _, thread in reported} == {threading.get_ident()}
     assert all(index == value for index, value, _ in reported)
     assert (batch.status, batch.job_id, batch.all_success()) == ("COMPLETED", None, True)
     assert len({result.job_id for result in batch.results}) == 3
@@ -1989,9 +2006,8 @@ def test_as_many_calls_run_at_once_as_there_are_workers(workers: int) -> None:
 
     with LocalGateway() as gateway, client_of(gateway) as client:
         gateway.add_prefab("p", "1.0.0", {"f": meet})
-        calls = [PrefabCall("p", "1.0.0", "f")] * (3 * workers)
-        options = {} if workers == 8 else {"max_workers": workers}
-        assert client.run_batch(calls, **options).all_success()
+        options = {} if workers == 8 else {"max_workers": workers}  # 8 is the default
+        assert client.run_batch([PrefabCall("p", "1.0.0", "f")] * (3 * workers), **options).all_success()
     assert max(peaks) <= workers
 
 
@@ -2012,7 +2028,7 @@ def check_mixed(batch: BatchResult) -> None:
     assert isinstance(unknown.exception, PrefabNotFoundError) and unknown.status == "FAILED"
     assert unknown.exception.prefab_id == "nothing" and unknown.error
     assert unknown.error["type"] == "PrefabNotFoundError"
-    assert unknown.error["message"] == unknown.exception.message
+    assert unknown.error["message"] == unknown.exception.message and "error_code" not in unknown.error
     assert refused.exception is None and refused.error and refused.error["type"] == "Refused"
     assert isinstance(crashed.exception, ServiceUnavailableError) and crashed.output is None
 
@@ -2029,89 +2045,71 @@ def test_any_executor_runs_a_batch(client: GatewayClient) -> None:
     for executor in (threads, processes):
         reported: list[int] = []
         with executor:
-            batch = client.run_batch(
-                mixed_calls(), executor=executor, on_result=lambda i, _, to=reported: to.append(i)
-            )
+            batch = client.run_batch(mixed_calls(), executor=executor, on_result=lambda i, _, to=reported: to.append(i))
             assert executor.submit(int).result() == 0  # it is the caller's, and still open
         check_mixed(batch)
         assert sorted(reported) == [0, 1, 2, 3, 4]
 
 
-def test_an_executor_that_breaks_fails_its_calls_and_not_the_batch(client: GatewayClient) -> None:
-    class Broken(concurrent.futures.Executor):
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [(lambda future: future.set_exception(RuntimeError("worker lost")), "worker lost"),
+     (concurrent.futures.Future.cancel, "cancelled")],
+    ids=["breaks", "cancels"],
+)  # fmt: skip
+def test_an_executor_that_does_not_run_its_calls_fails_them_and_not_the_batch(
+    end: Any, said: str, client: GatewayClient
+) -> None:
+    class Ending(concurrent.futures.Executor):
         def submit(self, *_: Any, **__: Any) -> Any:
             future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            future.set_exception(RuntimeError("worker lost"))
+            end(future)
             return future
 
-    batch = client.run_batch(mixed_calls(), executor=Broken())
-    assert batch.status == "FAILED" and len(batch.results) == 5
-    assert "worker lost" in str(batch.results[0].error)
+    batch = client.run_batch(mixed_calls(), executor=Ending())
+    assert batch.status == "FAILED" and len({id(result) for result in batch.results}) == 5
+    for result in batch.results:
+        assert type(result.exception) is ServiceUnavailableError and said in str(result.error)
 
 
-def test_a_call_that_the_executor_cancels_has_nothing_to_do_with_credentials(client: GatewayClient) -> None:
-    class Cancelling(concurrent.futures.Executor):
-        def submit(self, *_: Any, **__: Any) -> Any:
-            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-            future.cancel()
-            return future
-
-    first, second = client.run_batch([call(), call()], executor=Cancelling()).results
-    assert type(first.exception) is ServiceUnavailableError and "cancelled" in str(first.exception)
-    assert first is not second
+FORBIDDEN = answer({"error_code": "E", "message": "not yours"}, 403)  # which may concern one prefab
+# What is answered to the calls that are sent, one after another, and the exceptions of all results.
+REFUSALS: dict[str, tuple[list[Answer], list[Any]]] = {
+    "behind a call that may have run": ([UNAVAILABLE, REFUSED], [ServiceUnavailableError, AuthenticationError]),
+    "behind a result": ([ran("paid for"), REFUSED], [type(None), *[AuthenticationError] * 3]),
+    "of single calls": ([FORBIDDEN] * 3, [AuthenticationError] * 3),
+}
 
 
-@pytest.mark.parametrize("code", ["E", None])
-def test_the_error_of_a_result_has_the_code_of_its_exception(code: str | None) -> None:
-    with Script(answer({"error_code": code, "message": "m"}, 422)) as server:
-        (result,) = client_of(server).run_batch([call()]).results
-    assert result.error and result.error.get("error_code") == code
-    assert ("error_code" in result.error) == bool(code)
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refused_credential_does_not_hide_what_became_of_other_calls(name: str) -> None:
+    answers, kinds = REFUSALS[name]
+    with Script(*answers, *[ran()] * 9) as server:
+        batch = client_of(server).run_batch([call(number) for number in range(len(kinds))], max_workers=1)
+    assert len(server.received) == len(answers)
+    assert [type(result.exception) for result in batch.results] == kinds
+    assert batch.status == ("PARTIAL_SUCCESS" if type(None) in kinds else "FAILED")
+    first = batch.results[0]
+    assert first.get_function_result() == ("paid for" if first.is_success() else {})
+    assert kinds[0] is not ServiceUnavailableError or (first.exception and first.exception.may_have_run)
+    assert answers[0] is not FORBIDDEN or (first.error and first.error["error_code"] == "E")
 
 
-@pytest.mark.parametrize("executor", [None, concurrent.futures.ThreadPoolExecutor])
-def test_after_a_refused_credential_nothing_more_is_sent(executor: Any) -> None:
-    with Script(*[REFUSED] * 9) as server, contextlib.ExitStack() as stack:
-        options = {"executor": stack.enter_context(executor(1))} if executor else {"max_workers": 1}
+@pytest.mark.parametrize("way", ["threads", "one thread", "an executor", "a single request"])
+def test_a_credential_that_is_refused_from_the_start_is_raised_and_nothing_more_is_sent(way: str) -> None:
+    with Script(*[REFUSED] * 20) as server, concurrent.futures.ThreadPoolExecutor(1) as executor:
+        ways: dict[str, Any] = {"threads": {}, "one thread": {"max_workers": 1}, "an executor": {"executor": executor},
+                                "a single request": {"single_request": True}}  # fmt: skip
         with pytest.raises(AuthenticationError) as caught:
-            client_of(server).run_batch([call(n) for n in range(9)], **options)
-    assert caught.value.status_code == 401 and len(server.received) <= (2 if executor else 1)
-
-
-@pytest.mark.parametrize("single_request", [False, True])
-def test_a_refused_credential_is_raised(single_request: bool) -> None:
-    with Script(*[REFUSED] * 3) as server, pytest.raises(AuthenticationError):
-        client_of(server).run_batch([call()] * 3, single_request=single_request)
-
-
-def test_a_refused_credential_does_not_hide_a_call_that_may_have_run() -> None:
-    with Script(UNAVAILABLE, REFUSED) as server:
-        batch = client_of(server).run_batch([call(), call()], max_workers=1)
-    first, second = (result.exception for result in batch.results)
-    assert first and first.may_have_run and isinstance(second, AuthenticationError)
-
-
-def test_a_refused_credential_does_not_cost_the_results_that_there_are() -> None:
-    with Script(ran("paid for"), REFUSED, ran()) as server:
-        batch = client_of(server).run_batch([call(n) for n in range(4)], max_workers=1)
-    assert len(server.received) == 2 and batch.status == "PARTIAL_SUCCESS"
-    assert batch.results[0].get_function_result() == "paid for"
-    assert all(isinstance(r.exception, AuthenticationError) for r in batch.results[1:])
-
-
-def test_a_403_may_concern_one_prefab_and_is_a_result() -> None:
-    with Script(*[answer({"detail": "not yours"}, 403)] * 3) as server:
-        batch = client_of(server).run_batch([call()] * 3, max_workers=1)
-    assert len(server.received) == 3 and batch.status == "FAILED"
-    assert all(isinstance(result.exception, AuthenticationError) for result in batch.results)
+            client_of(server).run_batch([call(number) for number in range(20)], **ways[way])
+    most = {"threads": 8, "an executor": 2}.get(way, 1)
+    assert caught.value.status_code == 401 and 1 <= len(server.received) <= most
 
 
 def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGateway) -> None:
     before, reported = len(gateway.requests), []
     calls = [mixed_calls()[0], mixed_calls()[2]]
-    batch = client.run_batch(
-        iter(calls), single_request=True, on_result=lambda index, _: reported.append(index)
-    )
+    batch = client.run_batch(iter(calls), single_request=True, on_result=lambda index, _: reported.append(index))
     assert len(gateway.requests) == before + 1 and reported == [0, 1]
     assert batch.status == "PARTIAL_SUCCESS" and batch.job_id
     assert {result.job_id for result in batch.results} == {batch.job_id}
@@ -2128,34 +2126,11 @@ def test_an_empty_batch_sends_nothing(single_request: bool) -> None:
     assert not server.received
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [{"prefab_id": "p"}, None, PrefabCall("p", "1.0.0", ""),
-     PrefabCall("p", "1.0.0", "f", {"x": {1}}),
-     PrefabCall("p", "1.0.0", "f", {}, {"v": ["a.mp4"]})],
-    ids=repr,
-)  # fmt: skip
-@pytest.mark.parametrize("single_request", [False, True])
-def test_a_bad_call_stops_its_batch_before_anything_is_sent(bad: Any, single_request: bool) -> None:
-    with Script() as server, pytest.raises(ValidationError):
-        client_of(server).run_batch([call()] * 20 + [bad], single_request=single_request)
-    assert not server.received
-
-
-def test_calls_are_read_whole_before_anything_is_sent() -> None:
-    def failing() -> Iterator[PrefabCall]:
-        yield call()
-        raise LookupError("the caller's own")
-
-    with Script() as server, pytest.raises(LookupError):
-        client_of(server).run_batch(failing())
-    assert not server.received
-
-
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_ctrl_c_ends_a_batch_at_once_and_nothing_more_is_sent() -> None:
     code = """if True:
-        import sys, gateway_sdk
+        import signal, sys, gateway_sdk
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
         client = gateway_sdk.GatewayClient(sys.argv[1], timeout=None)
         try:
             client.run_batch([gateway_sdk.PrefabCall("p", "1", "f")] * 20, max_workers=2)
@@ -2172,480 +2147,143 @@ def test_ctrl_c_ends_a_batch_at_once_and_nothing_more_is_sent() -> None:
     assert (output, process.returncode) == (b"interrupted\n", 0) and len(server.received) == 2
 
 
-# --- Streaming ------------------------------------------------------------------------------------
-
-HEAD = chunked(end=False)
+# --- Client ---------------------------------------------------------------------------------------
 
 
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def test_each_event_is_handed_over_when_it_has_arrived() -> None:
-    taken = [threading.Event() for _ in range(3)]
-    steps: list[Any] = [send(HEAD)]
-    for number, gate in enumerate(taken):
-        steps += [
-            send(chunk(event("content", number))),
-            lambda _, gate=gate: gate.wait(WAIT_SECONDS),
-        ]
-    with Script(Steps((*steps, send(b"0\r\n\r\n")))) as server:
-        for number, received in enumerate(run(client_of(server), stream=True)):
-            assert received.data == number and not taken[number].is_set()
-            taken[number].set()
-    assert all(gate.is_set() for gate in taken)
-
-
-def leave_by_break(stream: EventStream) -> None:
-    for _ in stream:
-        break
-
-
-def leave_with(stream: EventStream) -> None:
-    with stream as entered:
-        assert next(entered).data == 1
-
-
-def leave_with_an_error(stream: EventStream) -> None:
-    with contextlib.suppress(LookupError), stream:
-        raise LookupError
-
-
-def close_twice(stream: EventStream) -> None:
-    assert next(stream).data == 1
-    stream.close()
-    stream.close()
-
-
-@cpython_only
-@pytest.mark.parametrize("leave", [leave_by_break, leave_with, leave_with_an_error, close_twice])
-def test_leaving_a_stream_frees_its_connection(leave: Any) -> None:
-    with Script(Pause(HEAD + chunk(event("content", 1)) + chunk(event("content", 2)))) as server:
-        stream = run(client_of(server), stream=True)
-        leave(stream)
-        server.wait_until(lambda: server.open_connections == 0)
-        assert list(stream) == []
-
-
-@cpython_only
-def test_a_stream_that_nobody_has_any_more_frees_its_connection() -> None:
-    with Script(Pause(HEAD + chunk(event("content", 1)))) as server:
-        client = client_of(server)
-        stream = run(client, stream=True)
-        assert next(stream).data == 1
-        del stream
-        gc.collect()
-        server.wait_until(lambda: server.open_connections == 0)
-
-
-def test_a_stream_is_an_iterator(client: GatewayClient) -> None:
-    stream = client.run("text-tools", "1.1.0", "words", {"text": "a b"}, stream=True)
-    assert isinstance(stream, EventStream) and next(stream).type is StreamEventType.START
-    assert [(e.type, e.data) for e in stream][:2] == [("content", "a "), ("content", "b")]
-    with pytest.raises(StopIteration):
-        next(stream)
-
-
-def test_a_stream_of_a_plain_function_is_its_result(client: GatewayClient) -> None:
-    content, done = client.run("text-tools", "1.1.0", "echo", {"value": 5}, stream=True)
-    assert (content.type, done.type) == (StreamEventType.CONTENT, StreamEventType.DONE)
-    assert content.data == client.run("text-tools", "1.1.0", "echo", {"value": 5}).get_result()
-    (failed,) = client.run("faulty", "1.0.0", "refuse", {"message": "no"}, stream=True)
-    assert failed.type == "error" and failed.data == {"message": "no", "type": "Refused"}
+def test_base_url_comes_from_the_environment_if_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GatewayClient().base_url == DEFAULT_BASE_URL == "http://nodeport.sensedeal.vip:30566"
+    monkeypatch.setenv("GATEWAY_BASE_URL", "")
+    assert GatewayClient().base_url == DEFAULT_BASE_URL
+    monkeypatch.setenv("GATEWAY_BASE_URL", "http://env.example/x/")
+    assert GatewayClient().base_url == "http://env.example/x"
+    assert GatewayClient("http://given.example").base_url == "http://given.example"
 
 
 @pytest.mark.parametrize(
-    ("contents", "value"),
-    [(["a ", "b"], "a b"), ([{"n": 1}, {"n": 2}], [{"n": 1}, {"n": 2}]), (["a", 1], ["a", 1]),
-     (["a"], "a")],
+    ("variables", "headers"),
+    [({}, {}), (dict.fromkeys(VARIABLES, ""), {}), ({"X_INTERNAL_TOKEN": "t"}, {"x-internal-token": "t"}),
+     ({"AGENT_BUILDER_API_KEY": "k"}, {"x-internal-token": "first"}),
+     ({"GATEWAY_JWT_TOKEN": "j"}, {"authorization": "Bearer j"}),
+     ({"GATEWAY_JWT_TOKEN": "j", "X_INTERNAL_TOKEN": ""}, {"authorization": "Bearer j"})],
     ids=str,
 )  # fmt: skip
-def test_a_streaming_function_called_for_its_result_gives_one(contents: Any, value: Any) -> None:
-    events = [event("start"), event("progress", 1), *(event("content", c) for c in contents)]
-    with Script(chunked(*events, event("done", {"job_id": "j"}))) as server:
-        result = run(client_of(server))
-    assert result.is_success() and result.get_function_result() == value
-
-
-def test_an_error_event_makes_such_a_result_failed_and_keeps_what_came(
-    client: GatewayClient,
+def test_from_env_takes_the_credential_that_is_set_and_the_constructor_takes_none(
+    variables: dict[str, str], headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = client.run("faulty", "1.0.0", "stumble", {"text": "so far"})
-    assert result.status == "FAILED" and result.error and result.error["message"] == "stumbled"
-    assert result.get_function_result() == "so far"
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    exchange = TOKEN_ANSWERS[:1] if "k" in variables.values() else []
+    with Script(*exchange, ran(), ran()) as server:
+        monkeypatch.setenv("GATEWAY_BASE_URL", server.url)
+        run(GatewayClient.from_env(timeout=WAIT_SECONDS))
+        run(GatewayClient())
+    *_, received, bare = server.received
+    assert {name: value for name, value in received.headers.items() if name in CREDENTIAL_HEADERS} == headers
+    assert not CREDENTIAL_HEADERS & {*bare.headers} and len(server.received) == len(exchange) + 2
 
 
-def test_an_error_event_is_yielded_and_not_raised(client: GatewayClient) -> None:
-    events = list(client.run("faulty", "1.0.0", "stumble", {"text": "x"}, stream=True))
-    assert [e.type for e in events] == ["start", "content", "error"]
-    assert events[-1].data["message"] == "stumbled"
+@pytest.mark.parametrize("mode", MODES)
+def test_repr_shows_the_mode_and_never_the_secret(mode: str) -> None:
+    with Script(*exchange_of(mode)) as server:
+        shown = repr(client_in(mode, server.url))
+    others = {repr(GatewayClient(server.url, **other.options)) for other in MODES.values()}
+    assert not re.search(f"{TOKEN}|j.w.t|key-1", shown)
+    assert server.url in shown and len(others) == 4
 
 
-def test_events_after_done_are_still_handed_over() -> None:
-    with Script(chunked(event("done"), event("content", "late"), event("done")), ran()) as server:
-        client = client_of(server)
-        assert [e.type for e in run(client, stream=True)] == ["done", "content", "done"]
+@pytest.mark.parametrize("mode", MODES)
+def test_a_client_pickles_without_its_connections(mode: str) -> None:
+    with Script(*exchange_of(mode), ran(), ran()) as server:
+        client = client_in(mode, server.url, timeout=7)
         run(client)
-    assert server.connections == 1
+        copied = pickle.loads(pickle.dumps(client))
+        run(copied)
+    first, second = server.received[-2:]
+    assert first[:2] == second[:2] and first.headers == second.headers
+    assert first.connection != second.connection
+    assert (copied.base_url, copied.timeout) == (client.base_url, client.timeout)
 
 
-PLAIN_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-CUT_STREAMS: dict[str, Answer] = {
-    "between chunks": HangUp(HEAD + chunk(event("content", 1))),
-    "inside a chunk": HangUp(HEAD + chunk(event("content", 1)) + chunk(event("content", 2))[:-9]),
-    "reset": HangUp(HEAD + chunk(event("content", 1)) + b"5\r\nda", reset=False),
-    "by length": HangUp(PLAIN_HEAD + b"Content-Length: 999\r\n\r\n" + event("content", 1)),
-    "without length": HangUp(PLAIN_HEAD + b"\r\n" + event("content", 1)),
-}
+def test_a_client_with_an_ssl_context_says_that_it_cannot_be_pickled() -> None:
+    with pytest.raises(TypeError, match="ssl_context"):
+        pickle.dumps(GatewayClient("https://h", ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)))
 
 
-@pytest.mark.parametrize("cut", CUT_STREAMS)
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_stream_that_breaks_never_just_ends(cut: str, stream: bool) -> None:
-    seen = []
-    with Script(CUT_STREAMS[cut]) as server, pytest.raises(ServiceUnavailableError):
-        for received in run(client_of(server), stream=stream):
-            seen.append(received.data)
-    assert seen == ([1] if stream else []) and len(server.received) == 1
+def test_a_client_can_be_closed_twice_and_is_a_context_manager() -> None:
+    with Script(ran()) as server:
+        with client_of(server) as client:
+            run(client)
+            assert server.open_connections == 1
+        client.close()
+        server.wait_until(lambda: server.open_connections == 0)
 
 
-def test_a_stream_without_a_length_that_says_done_is_whole() -> None:
-    with Script(HangUp(PLAIN_HEAD + b"\r\n" + event("content", 1) + event("done"))) as server:
-        assert [e.type for e in run(client_of(server), stream=True)] == ["content", "done"]
+def test_a_success_a_failed_call_and_a_business_failure_are_results_and_no_errors(client: GatewayClient) -> None:
+    result = client.run("text-tools", "1.1.0", "statistics", {"text": "a b"})
+    assert result.is_success() and result.job_id and result.error is result.exception is None
+    assert result.get_business_success() and result.get_business_message() == "2 words"
+    result = client.run("faulty", "1.0.0", "refuse", {"message": "no"})
+    assert result.status == "FAILED" and result.error == {"message": "no", "type": "Refused"}
+    assert result.output is None and result.get_function_result() == {} and not result.exception
+    result = client.run("faulty", "1.0.0", "fail", {"message": "no"})
+    assert result.is_success() and not result.get_business_success()
+    assert (result.get_business_error(), result.get_business_error_code()) == ("no", "ALWAYS_FAILS")
 
 
-def test_a_stream_that_falls_silent_times_out() -> None:
-    with Script(Pause(HEAD + chunk(event("content", 1)))) as server:
-        stream = run(client_of(server), stream=True, timeout=0.1)
-        assert next(stream).data == 1
-        with pytest.raises(GatewayTimeoutError):
-            next(stream)
+def test_any_function_of_a_prefab_is_a_method(client: GatewayClient) -> None:
+    tools = client.prefab("text-tools", "1.1.0")
+    assert isinstance(tools, Prefab) and repr(tools) == "Prefab(prefab_id='text-tools', version='1.1.0')"
+    assert tools.echo(value=[1]).get_function_result() == [1]
+    assert tools.call("echo", value=2).get_function_result() == 2
+    events = tools.stream("words", text="a b")
+    assert [e.data for e in events if e.type == "content"] == ["a ", "b"]
+    assert pickle.loads(pickle.dumps(tools)).echo(value=3).get_function_result() == 3
+    assert copy.copy(tools).echo(value=4).get_function_result() == 4
+    assert not any(hasattr(tools, name) for name in ("_ipython_display_", "__wrapped__", "_x"))
 
 
-# --- Files ----------------------------------------------------------------------------------------
-
-SIZES = {"empty": 0, "small": 5, "large": 3_000_001}
-UPLOADS: dict[str, Callable[..., str]] = {
-    "input": lambda c, path, **options: c.upload_input_file(path, **options),
-    "permanent": lambda c, path, **options: c.upload_file(path, **options)["s3_url"],
-    "temporary": lambda c, path, **options: c.upload_temp_file(path, **options)["s3_url"],
-}
-
-
-def rising(steps: list[tuple[int, Any]], total: int) -> bool:
-    done = [step for step, _ in steps]
-    totals = {total for _, total in steps}
-    return done == sorted(done) and (done[0], done[-1]) == (0, total) and totals == {total}
+def test_parameters_may_have_any_name() -> None:
+    parameters = {"self": 1, "function_name": 2, "prefab_id": 3, "stream": 4, "timeout": 5}
+    with Script(ran(), ran(), ran()) as server:
+        prefab = client_of(server).prefab("p", "1.0.0")
+        prefab.call("f", files={"v": [S3]}, **parameters)
+        prefab.f(**parameters)
+        prefab.stream("f", **parameters)
+    inputs = [received.json["calls"][0]["inputs"] for received in server.received]
+    assert [given["parameters"] for given in inputs] == [parameters] * 3
+    assert [given.get("files") for given in inputs] == [{"v": [S3]}, None, None]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("upload", UPLOADS)
-def test_what_is_uploaded_comes_back(
-    upload: str, size: str, tmp_path: Path, client: GatewayClient
-) -> None:
-    source, target = tmp_path / "ü q.bin", tmp_path / "new" / "folder" / "b.bin"
-    source.write_bytes(os.urandom(SIZES[size]))
-    up: list[tuple[int, Any]] = []
-    down: list[tuple[int, Any]] = []
-    s3_url = UPLOADS[upload](client, source, on_progress=lambda *step: up.append(step))
-    assert s3_url.startswith("s3://") and rising(up, SIZES[size])
-    if upload == "input":  # such a one is read by prefabs
-        lines = client.prefab("file-tools", "1.0.0").checksum(files={"files": [s3_url]})
-        s3_url = lines.get_file_urls()[0]
-        client.download_file(s3_url, target)
-        digest = lines.get_function_result()["checksums"][0]["sha256"]
-        assert target.read_text() == f"{digest}  ü q.bin\n"
-    else:
-        client.download_file(s3_url, str(target), on_progress=lambda *step: down.append(step))
-        assert target.read_bytes() == source.read_bytes() and rising(down, SIZES[size])
-    assert [path.name for path in target.parent.iterdir()] == ["b.bin"]
+def test_the_directory_is_listed(client: GatewayClient, gateway: LocalGateway) -> None:
+    listed = client.list_prefabs()
+    assert [prefab.raw for prefab in listed] == gateway.prefabs()
+    assert [(p.prefab_id, p.version) for p in listed][:2] == [("text-tools", "1.1.0"), ("text-tools", "1.0.0")]
+    vault = next(prefab for prefab in listed if prefab.prefab_id == "vault")
+    assert vault.requires_secrets and vault.secrets[0]["name"] == "SIGNING_KEY"
+    assert client.list_prefabs(status="failed") == []
 
 
-@pytest.mark.parametrize(
-    ("name", "sent", "media_type"),
-    [
-        ("plain.txt", "plain.txt", "text/plain"),
-        ('quo"te.png', "quo%22te.png", "image/png"),
-        ("line\nbreak\r.json", "line%0Abreak%0D.json", "application/json"),
-        ("ümlaut 你好.pdf", "ümlaut 你好.pdf", "application/pdf"),
-        (
-            "back\\slash;semi=.no-such-type",
-            "back\\slash;semi=.no-such-type",
-            "application/octet-stream",
-        ),
-        ("100%41", "100%41", "application/octet-stream"),
-    ],
-)
-@pytest.mark.skipif(os.name == "nt", reason="has no such names")
-def test_multipart_bodies_are_written_as_browsers_do(
-    name: str, sent: str, media_type: str, tmp_path: Path
-) -> None:
-    content = b"\r\n--not the boundary\r\n\x00\xff"
-    (tmp_path / name).write_bytes(content)
-    with Script(*[answer({"s3_url": S3})] * 3) as server:
-        client = client_of(server)
-        client.upload_file(tmp_path / name)
-        client.upload_temp_file(tmp_path / name, 60, "s-1")
-        client.upload_temp_file(tmp_path / name)
-    fields = [
-        "",
-        'ttl"\r\n\r\n60\r\n--{0}\r\n{1}session_id"\r\n\r\ns-1\r\n--{0}\r\n{1}',
-        'ttl"\r\n\r\n86400\r\n--{0}\r\n{1}',
-    ]
-    targets = ["upload", "upload_temp", "upload_temp"]
-    for received, target, before in zip(server.received, targets, fields):
-        media, _, boundary = received.headers["content-type"].partition("; boundary=")
-        form = 'Content-Disposition: form-data; name="'
-        head = f"--{boundary}\r\n{form}{before.format(boundary, form)}"
-        head += f'file"; filename="{sent}"\r\nContent-Type: {media_type}\r\n\r\n'
-        assert received.body == head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
-        assert (
-            received[:2] == ("POST", f"/internal/files/{target}") and media == "multipart/form-data"
-        )
-        assert received.headers["x-internal-token"] == TOKEN
-        assert received.headers["content-length"] == str(len(received.body))
+def test_versions_sort_by_number_and_releases_after_their_candidates() -> None:
+    ordered = ["0.9", "1.0.0-alpha", "1.0.0-rc.1", "1.0.0-rc.2", "1.0.0-rc.10", "1.0.0", "1.9.0", "1.10.0",
+               "v1.11.0", "2.0.0+build", "10.0.0"]  # fmt: skip
+    assert sorted({*ordered}, key=gateway_sdk._version_key) == ordered
+    assert sorted(["latest", "1.0", "", "1..0", "x-y"], key=gateway_sdk._version_key)
 
 
-@pytest.mark.parametrize("upload", UPLOADS)
-def test_a_file_that_cannot_be_uploaded_is_an_error_before_anything_is_sent(
-    upload: str, tmp_path: Path
-) -> None:
-    with Script() as server:
-        for path, kind in (("missing", FileNotFoundError), (".", (OSError, ValidationError))):
-            with pytest.raises(kind):
-                UPLOADS[upload](client_of(server), tmp_path / path)
-        if os.path.exists("/dev/zero"):
-            with pytest.raises(ValidationError):
-                UPLOADS[upload](client_of(server), "/dev/zero")
-    assert not server.received
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="no devices here")
-def test_a_device_is_no_target_and_stays_a_device(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("/dev/null")
-    with Script(LINK, LINK) as server:
-        for path in ("/dev/null", tmp_path / "link"):
-            with pytest.raises((ValidationError, OSError)):
-                client_of(server).download_file(S3, path)
-    assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and not server.received
-
-
-def test_a_folder_is_no_target(tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("x")
-    with Script() as server, pytest.raises((ValidationError, OSError)):
-        client_of(server).download_file(S3, tmp_path / "full")
-    assert (tmp_path / "full" / "file").read_text() == "x" and not server.received
-
-
-@pytest.mark.skipif(os.name == "nt", reason="has no umask")
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_permissions_of_a_download_follow_the_umask(umask: int, tmp_path: Path) -> None:
-    before = os.umask(umask)
-    try:
-        with Script(LINK, answer(body=b"data")) as server:
-            client_of(server).download_file(S3, tmp_path / "f")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o666 & ~umask
-
-
-def test_a_bare_name_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with Script(LINK, answer(body=b"data")) as server:
-        client_of(server).download_file(S3, "result.pdf")
-    assert (tmp_path / "result.pdf").read_bytes() == b"data"
-
-
-BAD_DOWNLOADS: dict[str, tuple[Answer, type[GatewayError], str]] = {
-    "cut": (HangUp(answer(body=b"0123456789")[:-3]), ServiceUnavailableError, "cut short"),
-    "chunks cut": (HangUp(chunked(b"0123", end=False)), ServiceUnavailableError, "cut short"),
-    "404": (
-        answer(body=b"<Code>NoSuchKey</Code><Message>gone</Message>", status=404),
-        GatewayError,
-        "gone",
-    ),
-    "403": (answer(body=b"Request has expired", status=403), GatewayError, "expired"),
-    "500": (answer(body=b"broken", status=500), ServiceUnavailableError, "broken"),
-    "503": (answer(body=b"SlowDown", status=503), ServiceUnavailableError, "SlowDown"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_DOWNLOADS)
-def test_a_failed_download_leaves_everything_as_it_was(bad: str, tmp_path: Path) -> None:
-    given, kind, said = BAD_DOWNLOADS[bad]
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "old").write_text("old")
-    for target in ("kept/old", "kept/new", "made/for/it/new"):
-        with Script(LINK, given) as server, pytest.raises(GatewayError, match=said) as caught:
-            client_of(server, max_retries=0).download_file(S3, tmp_path / target)
-        assert type(caught.value) is kind
-        left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
-        assert left == ["kept", "kept/old"] and (tmp_path / "kept" / "old").read_text() == "old"
-
-
-def test_an_error_of_on_progress_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(_: int, __: Any) -> None:
-        raise LookupError("the caller's own")
-
-    with Script(LINK, answer(body=b"data")) as server, pytest.raises(LookupError):
-        client_of(server).download_file(S3, tmp_path / "made" / "f", on_progress=fail)
-    assert not list(tmp_path.iterdir())
-
-
-def part(data: bytes, start: int, tag: str = '"1"', total: Any = 10) -> bytes:
-    span = f"bytes {start}-{start + len(data) - 1}/{total}"
-    return answer(body=data, status=206, ETag=tag, Content_Range=span)
-
-
-RESUMED: dict[str, tuple[bytes, str | None]] = {
-    "goes on": (part(b"3456789", 3), "bytes=3-"),
-    "changed": (answer(body=b"0123456789", ETag='"2"'), "bytes=3-"),
-}
-
-
-@pytest.mark.parametrize("how", RESUMED)
-def test_a_broken_download_goes_on_where_it_was(how: str, tmp_path: Path) -> None:
-    given, wanted = RESUMED[how]
-    old = b"012" if how == "goes on" else b"abc"
-    broken = HangUp(answer(body=old + b"3456789", ETag='"1"')[:-7])
-    steps: list[tuple[int, Any]] = []
-    with Script(LINK, broken, given) as server:
-        client_of(server).download_file(S3, tmp_path / "f", on_progress=lambda *s: steps.append(s))
-    assert (tmp_path / "f").read_bytes() == b"0123456789"
-    headers = server.received[2].headers
-    assert (headers.get("range"), headers.get("if-range")) == (wanted, '"1"')
-    assert steps[0] == (0, 10) and steps[-1] == (10, 10)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [part(b"456789", 4), part(b"3456789", 3, '"2"'), answer(body=b"", status=416)],
-    ids=["another place", "another object", "no such place"],
-)  # fmt: skip
-def test_a_part_that_does_not_fit_is_not_used(given: bytes, tmp_path: Path) -> None:
-    broken = HangUp(answer(body=b"abc3456789", ETag='"1"')[:-7])
-    with Script(LINK, broken, given, answer(body=b"0123456789", ETag='"2"')) as server:
-        client_of(server).download_file(S3, tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == b"0123456789"
-    assert "range" not in server.received[-1].headers
-
-
-def test_without_a_strong_etag_a_broken_download_starts_over(tmp_path: Path) -> None:
-    broken = HangUp(answer(body=b"abc3456789", ETag='W/"1"')[:-7])
-    with Script(LINK, broken, answer(body=b"0123456789")) as server:
-        client_of(server).download_file(S3, tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == b"0123456789"
-    assert "range" not in server.received[-1].headers
-
-
-def test_a_download_goes_on_within_max_retries(tmp_path: Path) -> None:
-    broken = HangUp(answer(body=b"0123456789", ETag='"1"')[:-7])
-    with Script(LINK, broken, *[HangUp()] * 9) as server, pytest.raises(ServiceUnavailableError):
-        client_of(server, max_retries=3).download_file(S3, tmp_path / "f")
-    assert len(server.received) == 1 + 4 and not list(tmp_path.iterdir())
-
-
-def test_a_download_of_unknown_length_says_so(tmp_path: Path) -> None:
-    steps: list[tuple[int, Any]] = []
-    with Script(LINK, chunked(b"0123", b"45", content_type="binary/octet-stream")) as server:
-        client_of(server).download_file(S3, tmp_path / "f", on_progress=lambda *s: steps.append(s))
-    assert (tmp_path / "f").read_bytes() == b"012345"
-    assert steps[0] == (0, None) and steps[-1] == (6, None)
-
-
-@pytest.mark.parametrize(
-    "url", ["", "file:///etc/passwd", "ftp://h/x", "/o?sig=1", "s3://b/k", 5, None], ids=repr
-)
-def test_a_presigned_url_that_is_no_http_url_is_an_error(url: Any, tmp_path: Path) -> None:
-    given = answer({"presigned_url": url, "upload_url": url, "s3_url": S3})
-    with Script(given, given) as server:
-        with pytest.raises(GatewayError):
-            client_of(server).download_file(S3, tmp_path / "f")
-        with pytest.raises(GatewayError):
-            client_of(server).upload_input_file(__file__)
-    assert not list(tmp_path.iterdir()) and len(server.received) == 2
-
-
-def test_a_presigned_url_serves_anyone(tmp_path: Path, client: GatewayClient) -> None:
-    (tmp_path / "f").write_bytes(b"data")
-    url = client.get_presigned_url(client.upload_file(tmp_path / "f")["s3_url"], expires_in=60)
-    with urllib.request.urlopen(url) as response:
-        assert response.read() == b"data"
-
-
-def test_files_are_listed_page_by_page(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"data")
+def test_the_newest_version_is_looked_at_if_none_is_given() -> None:
     with LocalGateway() as gateway, client_of(gateway) as client:
-        kept = {client.upload_file(tmp_path / "f")["s3_url"] for _ in range(5)}
-        temporary = {client.upload_temp_file(tmp_path / "f", 60, "s")["s3_url"] for _ in range(3)}
-        client.upload_temp_file(tmp_path / "f", session_id="other")
-        first = client.list_files(limit=2)
-        second = client.list_files(2, first["next_token"])
-        assert len(first["files"]) == len(second["files"]) == 2 and first["files"][0]["size"] == 4
-        assert not client.list_files().get("next_token")
-        assert {file["s3_url"] for file in client.list_files()["files"]} == kept
-        before = len(gateway.requests)
-        pages = client.iter_files(page_size=2)
-        assert next(pages)["key"] and len(gateway.requests) == before + 1  # a page at a time
-        assert {file["s3_url"] for file in client.iter_files(page_size=2)} == kept
-        assert len(gateway.requests) == before + 1 + 3
-        assert {file["s3_url"] for file in client.iter_temp_files("s", page_size=2)} == temporary
-        assert len(list(client.iter_temp_files())) == len(client.list_temp_files()["files"]) == 4
-        assert client.cleanup_temp_files("s") == 3 and client.cleanup_temp_files("s") == 0
-        assert len(list(client.iter_temp_files())) == 1 and len(list(client.iter_files())) == 5
-
-
-def test_a_listing_without_an_end_is_an_error() -> None:
-    with Script(*[answer({"files": [{}], "next_token": "same"})] * 9) as server:
-        with pytest.raises(GatewayError):
-            list(client_of(server).iter_files())
-    assert len(server.received) == 2
-
-
-@pytest.mark.parametrize("session_id", [None, "mine"])
-@pytest.mark.parametrize("error", [None, LookupError, KeyboardInterrupt])
-def test_a_temporary_session_is_cleaned_up_error_or_not(
-    error: Any, session_id: str | None, tmp_path: Path, client: GatewayClient
-) -> None:
-    (tmp_path / "f").write_bytes(b"data")
-    with pytest.raises(error) if error else contextlib.nullcontext():
-        with client.temp_session(session_id) as given:
-            assert given == session_id or (session_id is None and given)
-            client.upload_temp_file(tmp_path / "f", session_id=given)
-            assert len(client.list_temp_files(given)["files"]) == 1
-            if error:
-                raise error
-    assert client.list_temp_files(given)["files"] == []
-
-
-def test_the_first_error_counts_more_than_that_of_the_cleaning_up() -> None:
-    with Script(*[answer({"detail": "x"}, 400)] * 2) as server:
-        client = client_of(server)
-        with pytest.raises(LookupError), client.temp_session():
-            raise LookupError
-        with pytest.raises(GatewayError), client.temp_session():
-            pass
-    assert [received.method for received in server.received] == ["DELETE"] * 2
-
-
-def test_file_operations_need_an_agent(gateway: LocalGateway, tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(b"data")
-    with GatewayClient(gateway.base_url) as client:
-        assert client.upload_input_file(tmp_path / "f").startswith("s3://")
-        for act in (
-            lambda: client.upload_file(tmp_path / "f"),
-            lambda: client.upload_temp_file(tmp_path / "f"),
-            lambda: client.list_files(),
-            lambda: client.list_temp_files(),
-            lambda: client.cleanup_temp_files("s"),
-            lambda: client.download_file(S3, tmp_path / "g"),
-        ):
-            with pytest.raises(AgentContextRequiredError):
-                act()
-
-
-# --- Secrets --------------------------------------------------------------------------------------
+        for version in ("1.9.0", "1.10.0", "1.10.0-rc.1", "1.2.0"):
+            gateway.add_prefab("p", version, {})
+        gateway.add_prefab("p", "2.0.0", {}, status="failed")
+        gateway.add_prefab("broken", "1.0.0", {}, status="failed")
+        assert client.get_prefab_spec("p")["version"] == "1.10.0"
+        assert client.get_prefab_spec("p", "2.0.0")["version"] == "2.0.0"
+        assert client.get_prefab_spec("broken")["version"] == "1.0.0"
+        assert client.get_prefab_spec("text-tools")["functions"]
+        for arguments in (("none",), ("none", "1"), ("p", "3")):
+            with pytest.raises(PrefabNotFoundError) as caught:
+                client.get_prefab_spec(*arguments)
+            assert caught.value.prefab_id == arguments[0]
 
 
 def test_a_secret_is_set_used_listed_and_deleted(client: GatewayClient) -> None:
@@ -2665,72 +2303,6 @@ def test_a_secret_is_set_used_listed_and_deleted(client: GatewayClient) -> None:
         client.delete_secret("vault", "SIGNING_KEY")
     assert type(gone.value) is GatewayError and gone.value.status_code == 404
 
-
-# --- The module -----------------------------------------------------------------------------------
-
-
-SUBMODULES = """
-import {0}gateway_sdk
-from {0}gateway_sdk.exceptions import GatewayError, ValidationError
-from {0}gateway_sdk.models import PrefabCall, StreamEventType
-import {0}gateway_sdk.models as models
-assert GatewayError is {0}gateway_sdk.GatewayError and ValidationError.__mro__[1] is GatewayError
-assert PrefabCall is {0}gateway_sdk.PrefabCall is models.PrefabCall
-import pickle
-assert pickle.loads(pickle.dumps(StreamEventType.DONE)) is StreamEventType.DONE
-"""
-
-
-@pytest.mark.parametrize("package", ["", "mypkg.", "mypkg.inner."])
-def test_the_submodules_of_the_older_sdk_can_be_imported(package: str, tmp_path: Path) -> None:
-    folder = tmp_path.joinpath(*package.split("."))
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(gateway_sdk.__file__, folder / "gateway_sdk.py")
-    for code in (SUBMODULES, "\n".join(SUBMODULES.splitlines()[2:4])):
-        done = python(code.format(package), PYTHONPATH=str(tmp_path))
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_importing_has_no_side_effects(tmp_path: Path) -> None:
-    code = """if True:
-        import logging, os, signal, socket, sys, threading
-        before = dict(os.environ), [signal.getsignal(s) for s in signal.valid_signals()]
-        connections = []
-        sys.addaudithook(lambda name, _: name.startswith("socket.") and connections.append(name))
-        import gateway_sdk
-        client = gateway_sdk.GatewayClient("http://gateway.invalid")
-        assert before == (dict(os.environ), [signal.getsignal(s) for s in signal.valid_signals()])
-        assert threading.active_count() == 1 and socket.getdefaulttimeout() is None
-        assert not logging.getLogger().handlers and not connections, connections
-        assert logging.getLogger("gateway_sdk").level == logging.NOTSET
-    """
-    done = python(code, GATEWAY_JWT_TOKEN="a\nb", X_INTERNAL_TOKEN="t")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_it_works_where_ssl_cannot_be_imported(tmp_path: Path) -> None:
-    code = """if True:
-        import sys
-        sys.modules["ssl"] = sys.modules["_ssl"] = None
-        import gateway_sdk
-        client = gateway_sdk.GatewayClient(sys.argv[1])
-        assert client.run("p", "1.0.0", "f").is_success() and client.list_prefabs() == []
-        client.download_file("s3://b/k", sys.argv[2])
-        try:
-            gateway_sdk.GatewayClient("https://localhost").list_prefabs()
-        except gateway_sdk.GatewayError as error:
-            print(error)
-    """
-    with Script(ran(), UNAVAILABLE, answer([]), LINK, answer(body=b"data")) as server:
-        done = python(code, server.url, tmp_path / "f")
-    assert (done.returncode, done.stderr) == (0, "") and "ssl" in done.stdout
-    assert (tmp_path / "f").read_bytes() == b"data"
-
-
-FUZZ_SEED = int(os.environ.get("GATEWAY_FUZZ_SEED", 20240229))
-FUZZ_COUNT = int(os.environ.get("GATEWAY_FUZZ_COUNT", 150))  # of each kind
-LARGE_MIB = int(os.environ.get("GATEWAY_LARGE_MIB", 256))
-SHORT_SECONDS = 0.2  # a timeout that is meant to run out
 
 # --- Faults: every operation meets every fault ----------------------------------------------------
 
@@ -2801,10 +2373,8 @@ def good(request: Received, storage: str) -> tuple[bytes, str]:
     content = {
         "/v1/prefabs": [{"id": "p", "version": "1"}],
         "/v1/secrets": {"stored": True},
-        "/internal/files/generate_upload_url": {"upload_url": f"{storage}/storage/in",
-            "s3_url": "s3://b/in"},
-        "/internal/files/upload": {"success": True, "s3_url": "s3://b/up", "filename": "in.bin",
-            "size": 9},
+        "/internal/files/generate_upload_url": {"upload_url": f"{storage}/storage/in?sig=x", "s3_url": "s3://b/in"},
+        "/internal/files/upload": {"success": True, "s3_url": "s3://b/up", "filename": "in.bin", "size": 9},
         "/internal/files/download": {"presigned_url": f"{storage}/storage/out?signature=x"},
         "/internal/files/cleanup_temp": {"deleted_count": 3},
     }[path]
@@ -2818,7 +2388,7 @@ def requests_to(server: Script, operation: Operation) -> list[Received]:
 
 
 def batch_of_three(client: GatewayClient, _: Path) -> Any:
-    results = client.run_batch([PrefabCall("p", "1", "f", {"n": n}) for n in range(3)]).results
+    results = client.run_batch([call(number) for number in range(3)]).results
     assert len(results) == 3
     for result in results:
         if result.exception:
@@ -2852,43 +2422,37 @@ class Operation(NamedTuple):
         return "/storage/" in self.route
 
 
+RUN_ROUTE = "POST /v1/internal/run"
 OPERATIONS = {
-    "list_prefabs": Operation(lambda c, f: [p.prefab_id for p in c.list_prefabs()], ["p"],
-        "GET /v1/prefabs"),
-    "run": Operation(lambda c, f: c.run("p", "1", "f").get_function_result(), "ok",
-        "POST /v1/internal/run"),
+    "list_prefabs": Operation(lambda c, f: [p.prefab_id for p in c.list_prefabs()], ["p"], "GET /v1/prefabs"),
+    "run": Operation(lambda c, f: c.run("p", "1", "f").get_function_result(), "ok", RUN_ROUTE),
     "run-stream": Operation(
         lambda c, f: [event.data for event in c.run("p", "1", "words", stream=True)],
-        ["a", "b", None], "POST /v1/internal/run", "events"),
+        ["a", "b", None], RUN_ROUTE, "events"),
     "run-of-a-stream": Operation(
-        lambda c, f: c.run("p", "1", "words").get_function_result(), "ab", "POST /v1/internal/run",
-            "events"),
-    "run_batch": Operation(batch_of_three, ["ok"] * 3, "POST /v1/internal/run", count=3),
+        lambda c, f: c.run("p", "1", "words").get_function_result(), "ab", RUN_ROUTE, "events"),
+    "run_batch": Operation(batch_of_three, ["ok"] * 3, RUN_ROUTE, count=3),
     "upload_input_file-url": Operation(
-        lambda c, f: c.upload_input_file(f / "in.bin"), "s3://b/in",
-            "POST /internal/files/generate_upload_url"),
+        lambda c, f: c.upload_input_file(f / "in.bin"), "s3://b/in", "POST /internal/files/generate_upload_url"),
     "upload_input_file-put": Operation(
         lambda c, f: c.upload_input_file(f / "in.bin"), "s3://b/in", "PUT /storage/in", "nothing"),
     "upload_file": Operation(
-        lambda c, f: c.upload_file(f / "in.bin")["s3_url"], "s3://b/up",
-            "POST /internal/files/upload"),
+        lambda c, f: c.upload_file(f / "in.bin")["s3_url"], "s3://b/up", "POST /internal/files/upload"),
     "download_file": Operation(download, OBJECT, "GET /storage/out", "object"),
     "get_presigned_url": Operation(
         lambda c, f: c.get_presigned_url("s3://b/out").rpartition("?")[2],
         "signature=x", "GET /internal/files/download"),
-    "set_secret": Operation(lambda c, f: c.set_secret("p", "KEY", "s3cr3t"), None,
-        "POST /v1/secrets", "nothing"),
+    "set_secret": Operation(lambda c, f: c.set_secret("p", "KEY", "s3cr3t"), None, "POST /v1/secrets", "nothing"),
     "cleanup_temp_files": Operation(
         lambda c, f: c.cleanup_temp_files("s"), 3, "DELETE /internal/files/cleanup_temp"),
 }
-each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 
 
 class Outcome(NamedTuple):
-    """The class of the error and its status (`...`: any); if a repeatable request is repeated."""
+    """The class of the error and its status, and whether a repeatable request is repeated."""
 
     error: type[GatewayError]
-    status: Any = None
+    status: int | None = None
     repeated: bool = False
 
 
@@ -2916,13 +2480,13 @@ def unframed(payload: bytes, kind: str, version: str = "1.1") -> HangUp:
 
 
 def endless(start: bytes, block: bytes) -> Steps:
-    def send(sock: socket.socket) -> None:
+    def flood(sock: socket.socket) -> None:
         sock.sendall(start)
         for _ in range(2**26 // len(block)):
             sock.sendall(block)
         raise AssertionError("the client would read for ever")
 
-    return Steps((send,))
+    return Steps((flood,))
 
 
 def bytewise(payload: bytes, kind: str) -> Steps:
@@ -2937,71 +2501,88 @@ def unended(payload: bytes, kind: str) -> bytes:
     return chunked(*filter(None, [payload]), end=False, content_type=kind)
 
 
-def with_chunks(body: bytes) -> Callable[[bytes, str], HangUp]:
-    """A body in chunks that are wrong."""
-    return lambda payload, kind: HangUp(unended(b"", kind) + body)
+def cut(end: int, reset: bool = False) -> Fault:
+    """The first bytes of the right answer, or all but the last ones if `end` is negative."""
+    return Fault(lambda payload, kind: HangUp(whole(payload, kind)[:end], reset), LOST_ANSWER)
+
+
+def cut_in_the_body(left: float, reset: bool = False) -> Fault:
+    """The right answer with this share of its body."""
+
+    def make(payload: bytes, kind: str) -> HangUp:
+        return HangUp(whole(payload, kind)[: -len(payload)] + payload[: int(left * len(payload))], reset)
+
+    return Fault(make, LOST_ANSWER)
+
+
+def bad_chunks(body: bytes) -> Fault:
+    return Fault(lambda payload, kind: HangUp(unended(b"", kind) + body), LOST_ANSWER)
+
+
+def bad_length(length: bytes) -> Fault:
+    return Fault(lambda payload, kind: HangUp(OK + b"Content-Length: " + length + b"\r\n\r\n" + payload), LOST_ANSWER)
+
+
+def instead(given: Answer) -> Fault:
+    """Something else, whatever was asked."""
+    return Fault(lambda payload, kind: given, LOST_ANSWER)
 
 
 def refusing(status: int, repeated: bool, **headers: str) -> Fault:
-    body = {"detail": "no"}
     outcome = Outcome(ServiceUnavailableError, status, repeated)
-    return Fault(lambda payload, kind: answer(body, status, **headers), outcome)
+    return Fault(lambda payload, kind: answer({"detail": "no"}, status, **headers), outcome)
 
 
 HOUR_AGO, IN_AN_HOUR = (email.utils.formatdate(time.time() + s, usegmt=True) for s in (-3600, 3600))
 OK = b"HTTP/1.1 200 OK\r\n"
 EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
 FAULTS = {
-    "hang-up-before-the-answer": Fault(lambda p, k: HangUp(), LOST_ANSWER),
-    "reset-before-the-answer": Fault(lambda p, k: HangUp(reset=True), LOST_ANSWER),
-    "hang-up-in-the-status-line": Fault(lambda p, k: HangUp(whole(p, k)[:10]), LOST_ANSWER),
-    "reset-in-the-status-line": Fault(lambda p, k: HangUp(whole(p, k)[:10], reset=True), LOST_ANSWER),
-    "hang-up-in-a-header": Fault(lambda p, k: HangUp(whole(p, k)[:40]), LOST_ANSWER),
-    "hang-up-between-headers": Fault(lambda p, k: HangUp(whole(p, k).partition(b"Content-Type")[0]),
-        LOST_ANSWER),
+    "hang-up-before-the-answer": instead(HangUp()),
+    "reset-before-the-answer": instead(HangUp(reset=True)),
+    "hang-up-in-the-status-line": cut(10),
+    "reset-in-the-status-line": cut(10, reset=True),
+    "hang-up-in-a-header": cut(40),
+    "reset-in-a-header": cut(40, reset=True),
+    "hang-up-between-headers": Fault(lambda p, k: HangUp(whole(p, k).partition(b"Content-Type")[0]), LOST_ANSWER),
     "hang-up-before-the-blank-line": Fault(lambda p, k: HangUp(whole(b"", k)[:-2]), LOST_ANSWER),
-    "reset-in-the-headers": Fault(lambda p, k: HangUp(whole(p, k)[:40], reset=True), LOST_ANSWER),
-    "hang-up-before-the-body": Fault(lambda p, k: HangUp(whole(p, k)[: -len(p)]), LOST_ANSWER),
-    "hang-up-in-the-body": Fault(lambda p, k: HangUp(whole(p, k)[: -len(p) // 2]), LOST_ANSWER),
-    "body-one-byte-short": Fault(lambda p, k: HangUp(whole(p, k)[:-1]), LOST_ANSWER),
-    "reset-in-the-body": Fault(lambda p, k: HangUp(whole(p, k)[: -len(p) // 2], reset=True), LOST_ANSWER),
+    "hang-up-before-the-body": cut_in_the_body(0),
+    "hang-up-in-the-body": cut_in_the_body(0.5),
+    "reset-in-the-body": cut_in_the_body(0.5, reset=True),
+    "body-one-byte-short": cut(-1),
     "hang-up-between-chunks": Fault(lambda p, k: HangUp(unended(p[:9], k)), LOST_ANSWER),
     "hang-up-in-a-chunk": Fault(lambda p, k: HangUp(unended(p, k)[:-9]), LOST_ANSWER),
     "reset-in-a-chunk": Fault(lambda p, k: HangUp(unended(p, k)[:-9], True), LOST_ANSWER),
     # Events have said that they are done.
     "no-last-chunk": Fault(lambda p, k: HangUp(unended(p, k)), LOST_ANSWER, {"events": FINE}),
-    "chunk-size-negative": Fault(with_chunks(b"-5\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-size-not-hex": Fault(with_chunks(b"xyz\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-size-empty": Fault(with_chunks(b"\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-size-too-small": Fault(with_chunks(b"2\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-size-too-large": Fault(with_chunks(b"fffffff\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-size-beyond-64-bits": Fault(with_chunks(b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n"), LOST_ANSWER),
-    "chunk-size-cut": Fault(with_chunks(b"5\r\nhello\r\n0"), LOST_ANSWER),
+    "chunk-size-negative": bad_chunks(b"-5\r\nhello\r\n0\r\n\r\n"),
+    "chunk-size-not-hex": bad_chunks(b"xyz\r\nhello\r\n0\r\n\r\n"),
+    "chunk-size-empty": bad_chunks(b"\r\nhello\r\n0\r\n\r\n"),
+    "chunk-size-too-small": bad_chunks(b"2\r\nhello\r\n0\r\n\r\n"),
+    "chunk-size-too-large": bad_chunks(b"fffffff\r\nhello\r\n0\r\n\r\n"),
+    "chunk-size-beyond-64-bits": bad_chunks(b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n"),
+    "trailer-cut": bad_chunks(b"5\r\nhello\r\n0\r\nX-Su"),
+    "chunk-size-cut": bad_chunks(b"5\r\nhello\r\n0"),
     "chunk-line-endless": Fault(lambda p, k: endless(unended(b"", k) + b"5;", b"x" * 65536), LOST_ANSWER),
-    "status-line-garbage": Fault(lambda p, k: HangUp(b"SSH-2.0-OpenSSH_9.6\r\n\r\n"), LOST_ANSWER),
-    "status-line-without-number": Fault(lambda p, k: HangUp(b"HTTP/1.1 OK\r\n\r\n"), LOST_ANSWER),
-    "status-line-endless": Fault(lambda p, k: endless(b"", b"H" * 65536), LOST_ANSWER),
-    "headers-endless": Fault(lambda p, k: endless(OK, b"X-Filler: 1\r\n" * 1000), LOST_ANSWER),
-    "header-endless": Fault(lambda p, k: endless(OK + b"X: ", b"x" * 65536), LOST_ANSWER),
-    "length-negative": Fault(lambda p, k: HangUp(OK + b"Content-Length: -1\r\n\r\n" + p), LOST_ANSWER),
-    "length-not-a-number": Fault(lambda p, k: HangUp(OK + b"Content-Length: 1x\r\n\r\n" + p), LOST_ANSWER),
-    "length-of-5000-digits": Fault(
-        lambda p, k: HangUp(OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n" + p), LOST_ANSWER),
+    "status-line-garbage": instead(HangUp(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")),
+    "status-line-without-number": instead(HangUp(b"HTTP/1.1 OK\r\n\r\n")),
+    "status-line-endless": instead(endless(b"", b"H" * 65536)),
+    "headers-endless": instead(endless(OK, b"X-Filler: 1\r\n" * 1000)),
+    "header-endless": instead(endless(OK + b"X: ", b"x" * 65536)),
+    "length-negative": bad_length(b"-1"),
+    "length-not-a-number": bad_length(b"1x"),
+    "length-of-5000-digits": bad_length(b"9" * 5000),
     "http-1.0": Fault(lambda p, k: HangUp(whole(p, k).replace(b"/1.1", b"/1.0")), FINE),
-    "http-1.0-without-length": Fault(lambda p, k: unframed(p, k, "1.0"), FINE,
-        {"object": UNUSABLE}),
+    "http-1.0-without-length": Fault(lambda p, k: unframed(p, k, "1.0"), FINE, {"object": UNUSABLE}),
     "http-1.1-without-length": Fault(lambda p, k: unframed(p, k), FINE, {"object": UNUSABLE}),
     "chunks": Fault(lambda p, k: chunked(p[:7], p[7:], content_type=k), FINE),
-    "connection-close": Fault(lambda p, k: HangUp(answer(body=p, Content_Type=k,
-        Connection="close")), FINE),
+    "chunks-with-extensions-and-a-trailer": Fault(
+        lambda p, k: unended(b"", k) + b"00%X ; a=\"b;c\"\r\n%b\r\n000;last\r\nX-Sum: 1\r\n\r\n" % (len(p), p), FINE),
+    "connection-close": Fault(lambda p, k: HangUp(answer(body=p, Content_Type=k, Connection="close")), FINE),
     "100-first": Fault(lambda p, k: b"HTTP/1.1 100 Continue\r\n\r\n" + whole(p, k), FINE),
-    "103-first": Fault(lambda p, k: EARLY + whole(p, k), FINE),
     "many-interim-answers-first": Fault(lambda p, k: EARLY * 50 + whole(p, k), FINE),
-    "interim-answers-without-end": Fault(lambda p, k: endless(b"", EARLY * 1000), LOST_ANSWER),
-    "interim-answer-only": Fault(lambda p, k: HangUp(EARLY), LOST_ANSWER),
-    "204": Fault(
-        lambda p, k: b"HTTP/1.1 204 No Content\r\n\r\n", Outcome(GatewayError, 204),
-            {"nothing": FINE}),
+    "interim-answers-without-end": instead(endless(b"", EARLY * 1000)),
+    "interim-answer-only": instead(HangUp(EARLY)),
+    "204": Fault(lambda p, k: b"HTTP/1.1 204 No Content\r\n\r\n", Outcome(GatewayError, 204), {"nothing": FINE}),
     "bytewise": Fault(bytewise, FINE),
     "answer-to-nothing-behind-it": Fault(lambda p, k: whole(p, k) + whole(b"!", k, 500), FINE),
     "silence-before-the-answer": Fault(lambda p, k: Pause(), TIMED_OUT, timeout=SHORT_SECONDS),
@@ -3014,21 +2595,33 @@ FAULTS = {
     "503": refusing(503, repeated=True),
     "504": refusing(504, repeated=True),
     "503-and-hang-up": Fault(
-        lambda p, k: HangUp(answer(status=503, body=b"busy")[:-2]),
-            Outcome(ServiceUnavailableError, 503, True)),
+        lambda p, k: HangUp(answer(status=503, body=b"busy")[:-2]), Outcome(ServiceUnavailableError, 503, True)),
     "503-retry-now": refusing(503, repeated=True, Retry_After="0"),
     "503-retry-since-an-hour": refusing(503, repeated=True, Retry_After=HOUR_AGO),
     "503-retry-after-61": refusing(503, repeated=False, Retry_After="61"),
     "503-retry-in-an-hour": refusing(503, repeated=False, Retry_After=IN_AN_HOUR),
     "503-retry-after-nonsense": refusing(503, repeated=True, Retry_After="soon, \xe4h"),
 }
-CELLS = [pytest.param(operation, fault, once, id=f"{name}-{label}-{'once' if once else 'always'}")
-         for name, operation in OPERATIONS.items() for label, fault in FAULTS.items()
-                 for once in (True, False)
-         if once or fault.outcome not in (FINE, TIMED_OUT)]
+# These operations read their answers in different ways and meet every fault.
+# The others share that code with them, and meet one fault of each kind.
+DIFFERENT = ("list_prefabs", "run", "run-stream", "run-of-a-stream", "upload_input_file-put", "download_file")
+ONE_OF_EACH_KIND = (
+    "hang-up-before-the-answer", "hang-up-in-the-body", "http-1.1-without-length", "chunks", "204",
+    "silence-before-the-answer", "429", "500", "503", "503-retry-after-61",
+)
 
 
-@pytest.mark.parametrize(("operation", "fault", "once"), CELLS)
+def fault_cells() -> Iterator[Any]:
+    """Operations and the faults that they meet: once, or always, if that leads to another end or to more requests."""
+    for name, operation in OPERATIONS.items():
+        for label in FAULTS if name in DIFFERENT else ONE_OF_EACH_KIND:
+            yield pytest.param(operation, FAULTS[label], True, id=f"{name}-{label}-once")
+    for name, label in itertools.product(("list_prefabs", "run", "run-stream", "download_file"), FAULTS):
+        if FAULTS[label].outcome not in (FINE, TIMED_OUT):
+            yield pytest.param(OPERATIONS[name], FAULTS[label], False, id=f"{name}-{label}-always")
+
+
+@pytest.mark.parametrize(("operation", "fault", "once"), list(fault_cells()))
 def test_every_fault_ends_as_documented_and_the_client_works_on(
     operation: Operation, fault: Fault, once: bool, tmp_path: Path
 ) -> None:
@@ -3042,8 +2635,7 @@ def test_every_fault_ends_as_documented_and_the_client_works_on(
     outcome = fault.but.get("storage" if operation.storage else "", fault.outcome)
     outcome = fault.but.get(operation.reads, outcome)
     (tmp_path / "in.bin").write_bytes(b"x" * 3000)
-    with nothing_left(tmp_path), Routed(choose) as server, client_of(server,
-            timeout=fault.timeout) as client:
+    with nothing_left(tmp_path), Routed(choose) as server, client_of(server, timeout=fault.timeout) as client:
         if once:
             client.list_prefabs("warm")  # the fault meets a connection that is used again
         requests = operation.count
@@ -3053,8 +2645,7 @@ def test_every_fault_ends_as_documented_and_the_client_works_on(
         if outcome:
             with pytest.raises(GatewayError) as caught:
                 operation.call(client, tmp_path)
-            assert type(caught.value) is outcome.error
-            assert outcome.status in (..., caught.value.status_code)
+            assert (type(caught.value), caught.value.status_code) == (outcome.error, outcome.status)
         else:
             assert operation.call(client, tmp_path) == operation.gives
         assert len(requests_to(server, operation)) == requests
@@ -3063,157 +2654,94 @@ def test_every_fault_ends_as_documented_and_the_client_works_on(
         assert operation.call(client, tmp_path) == operation.gives
 
 
-@pytest.mark.parametrize(("name", "where"), [
-    *((name, "refused") for name in OPERATIONS),
-    *((name, "no-such-host") for name in ("list_prefabs", "run", "upload_input_file-put")),
-])
-def test_no_connection_is_a_service_unavailable_error(name: str, where: str,
-        tmp_path: Path) -> None:
-    operation = OPERATIONS[name]
-    (tmp_path / "in.bin").write_bytes(b"x")
-    with socket.socket() as bound:  # but not listening
-        bound.bind(("127.0.0.1", 0))
-        nowhere = {"refused": f"http://127.0.0.1:{bound.getsockname()[1]}",
-            "no-such-host": "http://a.invalid"}[where]
-        with nothing_left(tmp_path), Routed(lambda request: whole(*good(request,
-                nowhere))) as server:
-            with GatewayClient(server.url if operation.storage else nowhere,
-                    internal_token=TOKEN) as client:
-                with pytest.raises(ServiceUnavailableError, match="no connection to") as caught:
-                    operation.call(client, tmp_path)
-    assert type(caught.value) is ServiceUnavailableError
-    assert caught.value.status_code is None
-    assert TOKEN not in str(caught.value)
-
-
-@each_operation
-def test_without_a_connection_every_request_is_repeated(
-    operation: Operation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_without_a_connection_every_request_is_repeated_and_fails_if_that_is_not_allowed(
+    operation: Operation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The proxy refuses, until the first line of the log says that it did."""
+    """The proxy refuses, until the wait before the second attempt."""
 
-    class WayOpener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            os.environ["http_proxy"] = ""
+    def open_the_way(_: float) -> None:
+        os.environ["http_proxy"] = ""
 
-    logger, handler = logging.getLogger("gateway_sdk"), WayOpener()
-    caplog.set_level(logging.DEBUG, "gateway_sdk")
     (tmp_path / "in.bin").write_bytes(b"x")
-    with socket.socket() as bound, Routed(lambda request: whole(*good(request,
-            server.url))) as server:
+    monkeypatch.setattr(time, "sleep", open_the_way)
+    with socket.socket() as bound, Routed(lambda request: whole(*good(request, server.url))) as server:
         bound.bind(("127.0.0.1", 0))
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{bound.getsockname()[1]}")
-        logger.addHandler(handler)
-        try:
-            with client_of(server) as client:
-                assert operation.call(client, tmp_path) == operation.gives
-        finally:
-            logger.removeHandler(handler)
-        assert len(requests_to(server, operation)) == operation.count
-
-
-@each_operation
-def test_a_server_that_hangs_up_unread_may_have_run_it_all_the_same(operation: Operation,
-        tmp_path: Path) -> None:
-    (tmp_path / "in.bin").write_bytes(b"x")
-    with nothing_left(tmp_path), Raw(lambda sock: None) as nobody, client_of(nobody) as client:
-        with Routed(lambda request: whole(*good(request, nobody.url))) as server:
-            if operation.storage:
-                client = client_of(server)
-            with pytest.raises(ServiceUnavailableError) as caught:
+        with nothing_left(tmp_path), client_of(server, max_retries=0) as client:
+            with pytest.raises(ServiceUnavailableError, match=f"no connection to {server.url}") as caught:
                 operation.call(client, tmp_path)
-            client.close()
-        assert type(caught.value) is ServiceUnavailableError
-        assert nobody.connections == operation.count * (3 if operation.repeatable else 1)
+            error = caught.value
+            assert (type(error), error.status_code, TOKEN in str(error)) == (ServiceUnavailableError, None, False)
+        with client_of(server) as client:
+            assert operation.call(client, tmp_path) == operation.gives
+        assert len(requests_to(server, operation)) == operation.count
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
-@each_operation
-def test_a_connection_that_was_closed_while_idle_costs_no_call(
-    operation: Operation, reset: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["run", "upload_file"])
+def test_a_connection_that_was_closed_while_idle_costs_no_call(name: str, reset: bool, tmp_path: Path) -> None:
+    operation, answered = OPERATIONS[name], threading.Event()
+    linger = struct.pack("ii", int(reset), 0)
+
     def choose(request: Received) -> Answer:
         text = whole(*good(request, server.url))
-        return HangUp(text, reset) if request.target.endswith("=warm") else text
+        if not request.target.endswith("=warm"):
+            return text
+        return Steps((
+            send(text),
+            lambda sock: answered.wait(WAIT_SECONDS),  # a reset must not overtake the answer
+            lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger),
+            socket.socket.close,
+        ))
 
     (tmp_path / "in.bin").write_bytes(b"x")
-    with nothing_left(tmp_path), Routed(choose) as server, client_of(server,
-            max_retries=0) as client:
-        if reset:  # must not overtake the answer
-            server._choose = lambda request: Steps((
-                lambda sock: sock.sendall(whole(*good(request, server.url))),
-                lambda sock: server.wait_until(lambda: done),
-                lambda sock: sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                    struct.pack("ii", 1, 0)),
-                socket.socket.close))
-        done: list[bool] = []
+    with nothing_left(tmp_path), Routed(choose) as server, client_of(server, max_retries=0) as client:
         client.list_prefabs("warm")
-        with server._changed:
-            done.append(True)
-            server._changed.notify_all()
+        answered.set()
         for thread in server._threads[1:]:
             thread.join(WAIT_SECONDS)
-        server._choose = choose
         assert operation.call(client, tmp_path) == operation.gives
-        assert server.received[1].connection != server.received[0].connection
-        assert len(requests_to(server, operation)) == operation.count
+        assert [request.connection for request in server.received] == [0, 1]
 
 
 def test_a_retry_opens_a_fresh_connection_though_another_one_is_idle() -> None:
     together = threading.Barrier(2)
-    first = Steps((lambda sock: together.wait(WAIT_SECONDS), lambda sock: sock.sendall(ran("ok"))))
+    first = Steps((lambda sock: together.wait(WAIT_SECONDS), send(ran("ok"))))
     with Script(first, first, HangUp(), answer([])) as server, client_of(server) as client:
-        client.run_batch([PrefabCall("p", "1", "f")] * 2)
+        client.run_batch([call(), call()])
         assert client.list_prefabs() == []
-        assert [request.connection for request in server.received[2:]][1] == 2
+        assert server.received[3].connection == 2
 
 
-@pytest.mark.parametrize("name", ["run", "run-stream", "download_file"])
-def test_an_answer_that_trickles_may_take_longer_than_the_timeout(name: str,
-        tmp_path: Path) -> None:
-    def trickle(sock: socket.socket, text: bytes) -> None:
-        for start in range(5):
-            sock.sendall(text[start * len(text) // 5 : (start + 1) * len(text) // 5])
-            never.wait(0.12)
+def test_an_answer_that_trickles_may_take_longer_than_the_timeout() -> None:
+    def trickle(sock: socket.socket) -> None:
+        text = ran("ok")
+        for start in range(0, len(text), 1 + len(text) // 8):
+            sock.sendall(text[start : start + 1 + len(text) // 8])
+            never.wait(0.1)
 
-    never, operation = threading.Event(), OPERATIONS[name]
-
-    def choose(request: Received) -> Answer:
-        text = whole(*good(request, slow.url))
-        return Steps((lambda sock: trickle(sock, text),)) if requests_to(slow, operation) else text
-
-    slow = Routed(choose)
-    with slow, client_of(slow, timeout=0.45) as client:
-        assert operation.call(client, tmp_path) == operation.gives
+    never = threading.Event()
+    with Script(Steps((trickle,))) as server, client_of(server, timeout=0.6) as client:
+        assert run(client).get_function_result() == "ok"
 
 
-def test_retry_after_is_waited_for() -> None:
-    times: list[float] = []
-
-    def choose(request: Received) -> Answer:
-        times.append(time.monotonic())
-        return answer(status=503, Retry_After="1") if len(times) == 1 else answer([])
-
-    with Routed(choose) as server, client_of(server) as client:
+def test_retry_after_is_waited_for(delays: list[float]) -> None:
+    with Script(answer(status=503, Retry_After="1"), answer([])) as server, client_of(server) as client:
         assert client.list_prefabs() == []
-    assert len(times) == 2
-    assert times[1] - times[0] >= 1
+    assert delays == [1]
 
 
 @pytest.mark.parametrize("kept_open", [False, True], ids=["hang-up", "kept-open-unread"])
 @pytest.mark.parametrize("name", ["upload_file", "upload_input_file"])
-def test_an_early_413_is_reported_rather_than_the_broken_upload(
-    name: str, kept_open: bool, tmp_path: Path
-) -> None:
+def test_an_early_413_is_reported_rather_than_the_broken_upload(name: str, kept_open: bool, tmp_path: Path) -> None:
     heads: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
         head = read_head(sock)[0]
         heads.append(head)
         if b"generate_upload_url" in head:
-            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x",
-                "s3_url": "s3://b/in"}))
+            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}))
         else:
             sock.sendall(answer({"detail": "larger than 1 MB"}, 413))
             if kept_open:
@@ -3222,13 +2750,11 @@ def test_an_early_413_is_reported_rather_than_the_broken_upload(
     ended = threading.Event()
     with open(tmp_path / "in.bin", "wb") as file:
         file.truncate(64 * 2**20)
-    with nothing_left(tmp_path), Raw(serve) as server, client_of(server,
-            timeout=SHORT_SECONDS) as client:
+    with nothing_left(tmp_path), Raw(serve) as server, client_of(server, timeout=SHORT_SECONDS) as client:
         with pytest.raises(GatewayError, match="413.*larger than 1 MB") as caught:
             getattr(client, name)(tmp_path / "in.bin")
         ended.set()
-    assert type(caught.value) is GatewayError
-    assert caught.value.status_code == 413
+    assert (type(caught.value), caught.value.status_code) == (GatewayError, 413)
     assert len(heads) == (1 if name == "upload_file" else 2)
 
 
@@ -3251,95 +2777,77 @@ NOT_JSON = {
     "not-utf-8": b'{"a": "\xff"}', "utf-16": '{"a": 1}'.encode("utf-16"), "nan": b'{"a": NaN}',
     "infinity": b"[-Infinity]", "two-values": b"{} {}", "deep-lists": b"[" * 100_000,
     "deep-lists-closed": b"[" * 100_000 + b"]" * 100_000, "deep-objects": b'{"a":' * 100_000,
-    "long-number": b"9" * 10_000 + b"x", "null": b"null", "text": b'"text"', "number": b"3",
-        "true": b"true",
+    "long-number": b"9" * 10_000 + b"x", "null": b"null", "text": b'"text"', "number": b"3", "true": b"true",
 }
-JSON_READERS = [name for name, operation in OPERATIONS.items() if operation.reads == "json"]
+WRONG_RUNS = [
+    "[]", "{}", '{"results": null}', '{"results": {}}', '{"results": []}', '{"results": [1]}', '{"results": [null]}',
+    '{"results": [[]]}', '{"results": [{}, {}]}', '{"results": "ab"}',
+]
 WRONG_FIELDS = {
-    "list_prefabs": ["{}", '["\\ud800"]', '{"prefabs": []}', "[1]", "[null]",
-        '[{"id": "p", "version": "1", "x": -Infinity}]', "[[]]", "[{}]", '[{"id": "p"}]',
-            '[{"version": "1"}]',
-                     '[{"id": 1, "version": "1"}]', '[{"id": "p", "version": null}]',
-                         '[{"id": "p", "version": 1}]',
-                     '[{"id": "p", "version": ["1"]}]'],
-    "run": ["[]", "{}", '{"results": null}', '{"results": {}}', '{"results": []}',
-        '{"results": [1]}',
-            '{"results": [null]}', '{"results": [{"status": "SUCCESS", "output": NaN}]}',
-                '{"results": [[]]}', '{"results": [{}, {}]}', '{"results": "ab"}'],
-    "upload_input_file-url": ["[]", "{}", '{"upload_url": "http://h/"}',
-        '{"upload_url": 1, "s3_url": "s3://b/k"}',
-                              '{"upload_url": "", "s3_url": "s3://b/k"}',
-                              '{"upload_url": "ftp://h/", "s3_url": "s3://b/k"}',
-                              '{"upload_url": "http://[h/", "s3_url": "s3://b/k"}',
-                              '{"upload_url": "http://h:99999/", "s3_url": "s3://b/k"}',
-                              '{"upload_url": "/relative", "s3_url": "s3://b/k"}',
-                              '{"upload_url": "http://h\\u0000/", "s3_url": "s3://b/k"}',
-                              '{"upload_url": "http://h/", "s3_url": null}'],
-    "upload_file": ["[]", "{}", '{"s3_url": null}', '{"s3_url": "s3://b/k", "size": Infinity}',
-        '{"s3_url": ["s3://b/k"]}'],
-    "get_presigned_url": ["[]", "{}", '{"presigned_url": null}',
-        '{"presigned_url": {"url": "http://h/"}}'],
-    "cleanup_temp_files": ["[]", "{}", '{"deleted_count": null}', '{"deleted_count": "3"}',
-        '{"deleted_count": 1.5}'],
+    "list_prefabs": [
+        "{}", '["\\ud800"]', '{"prefabs": []}', "[1]", "[null]", "[[]]", "[{}]", '[{"id": "p"}]', '[{"version": "1"}]',
+        '[{"id": 1, "version": "1"}]',
+        '[{"id": "p", "version": null}]', '[{"id": "p", "version": 1}]', '[{"id": "p", "version": ["1"]}]',
+    ],
+    "run": WRONG_RUNS,
+    "run-plain-stream": WRONG_RUNS,
+    "run_batch": ["[]", '{"results": []}', '{"results": [null]}', '{"results": [{}, {}]}'],
+    "upload_input_file-url": [
+        "[]", "{}", '{"upload_url": "http://h/"}', '{"upload_url": "http://h/", "s3_url": null}',
+        *(f'{{"upload_url": {url}, "s3_url": "s3://b/k"}}' for url in (
+            "1", '""', '"ftp://h/"', '"http://[h/"', '"http://h:99999/"', '"/relative"', '"http://h\\u0000/"')),
+    ],
+    "upload_file": ["[]", "{}", '{"s3_url": null}',
+                    '{"s3_url": ["s3://b/k"]}'],
+    "get_presigned_url": ["[]", "{}", '{"presigned_url": null}', '{"presigned_url": {"url": "http://h/"}}'],
+    "cleanup_temp_files": ["[]", "{}", '{"deleted_count": null}', '{"deleted_count": "3"}', '{"deleted_count": 1.5}'],
 }
-WRONG_FIELDS["run_batch"] = WRONG_FIELDS["run"]
-WRONG_BODIES = [pytest.param(name, body, id=f"{name}-{label}") for name in JSON_READERS
-                for label, body in NOT_JSON.items()]
-WRONG_BODIES += [pytest.param(name, body.encode(), id=f"{name}-{body}") for name in JSON_READERS
-                 for body in WRONG_FIELDS[name]]
+JSON_READERS = {
+    **OPERATIONS, "run-plain-stream": Operation(lambda c, f: c.run("p", "1", "f", stream=True), None, RUN_ROUTE)}
 
 
-@pytest.mark.parametrize(("name", "body"), WRONG_BODIES)
-def test_an_answer_that_is_not_as_promised_is_a_plain_gateway_error(name: str, body: bytes,
-        tmp_path: Path) -> None:
-    operation = OPERATIONS[name]
+def wrong_bodies() -> Iterator[Any]:
+    """All that is no JSON for a GET and for calls, and for each operation what is not the JSON that it needs."""
+    for name in ("list_prefabs", "run", "run-plain-stream"):
+        for label, body in NOT_JSON.items():
+            yield pytest.param(name, body, id=f"{name}-{label}")
+    for name, bodies in WRONG_FIELDS.items():
+        for text in bodies:
+            yield pytest.param(name, text.encode(), id=f"{name}-{text}")
+
+
+@pytest.mark.parametrize(("name", "body"), list(wrong_bodies()))
+def test_an_answer_that_is_not_as_promised_is_a_plain_gateway_error(name: str, body: bytes, tmp_path: Path) -> None:
+    operation = JSON_READERS[name]
     (tmp_path / "in.bin").write_bytes(b"x")
-    with nothing_left(tmp_path), Routed(lambda request: answer(body=body)) as server, client_of(
-            server) as client:
+    with nothing_left(tmp_path), Routed(lambda request: answer(body=body)) as server, client_of(server) as client:
         with pytest.raises(GatewayError) as caught:
             operation.call(client, tmp_path)
         assert len(server.received) == operation.count
+        server._choose = lambda request: ran("ok")
+        assert run(client).get_function_result() == "ok"
         assert server.connections <= operation.count
     assert type(caught.value) is GatewayError
     assert len(str(caught.value)) < 2000
     assert TOKEN not in repr(caught.value.details)
 
 
-def test_a_version_that_cannot_be_part_of_a_url_is_a_gateway_error() -> None:
-    with Script(answer([{"id": "p", "version": "\ud800"}])) as server, client_of(server) as client:
-        with pytest.raises(GatewayError):
-            client.get_prefab_spec("p")
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["result", "stream"])
-@pytest.mark.parametrize("body", [*NOT_JSON.values(), *map(str.encode, WRONG_FIELDS["run"])], ids=[
-    *NOT_JSON, *WRONG_FIELDS["run"]])
-def test_a_streaming_run_is_as_strict_about_plain_json(body: bytes, stream: bool) -> None:
-    with Script(answer(body=body), ran("ok")) as server, client_of(server) as client:
-        with pytest.raises(GatewayError) as caught:
-            client.run("p", "1", "f", stream=stream)
-        assert type(caught.value) is GatewayError
-        assert client.run("p", "1", "f").get_function_result() == "ok"
-        assert server.connections == 1
-
-
 ERROR_BODIES = {
-    **NOT_JSON, "no-detail": b"{}", "null-detail": b'{"detail": null}',
-        "number-detail": b'{"detail": 3}',
+    **NOT_JSON,
+    "no-detail": b"{}", "null-detail": b'{"detail": null}', "number-detail": b'{"detail": 3}',
     "empty-list": b'{"detail": []}', "list-of-numbers": b'{"detail": [1, null, []]}',
     "wrong-loc": b'{"detail": [{"loc": 3, "msg": null}, {"loc": [["a"], {}, null]}]}',
     "wrong-message": b'{"detail": {"message": ["a"], "error_code": ["b"], "details": [1]}}',
     "wrong-code": b'{"error_code": {"a": 1}, "message": 3, "details": "x"}',
-    "wrong-fields":
-        b'{"detail": {"limit": "x", "used": [], "quota_type": 3, "prefab_id": {}, "x": 1}}',
+    "wrong-fields": b'{"detail": {"limit": "x", "used": [], "quota_type": 3, "prefab_id": {}, "x": 1}}',
     "surrogate": b'{"detail": "\\ud800"}',
-        "braces": b'{"detail": {"prefab_id": "{0}{x!r}", "message": "%s {}"}}',
+    "braces": b'{"detail": {"prefab_id": "{0}{x!r}", "message": "%s {}"}}',
 }
-STATUS_CLASSES = {400: GatewayError, 401: AuthenticationError, 403: AuthenticationError,
-    404: PrefabNotFoundError,
-                  409: GatewayError, 422: ValidationError, 429: QuotaExceededError,
-                      500: ServiceUnavailableError,
-                  501: ServiceUnavailableError, 599: ServiceUnavailableError}
+STATUS_CLASSES = {
+    400: GatewayError, 401: AuthenticationError, 403: AuthenticationError, 404: PrefabNotFoundError,
+    409: GatewayError, 422: ValidationError, 429: QuotaExceededError, 500: ServiceUnavailableError,
+    501: ServiceUnavailableError, 599: ServiceUnavailableError,
+}
 
 
 @pytest.mark.parametrize("body", ERROR_BODIES.values(), ids=ERROR_BODIES)
@@ -3347,12 +2855,13 @@ def test_the_status_decides_whatever_the_body_of_an_error_looks_like(body: bytes
     with Script(*(answer(status=status, body=body) for status in STATUS_CLASSES)) as server:
         with client_of(server) as client:
             for status, error_class in STATUS_CLASSES.items():
-                with pytest.raises(GatewayError) as caught:
-                    client.run("p", "1", "f")
+                with pytest.raises(GatewayError, match=str(status)) as caught:
+                    run(client)
                 assert (type(caught.value), caught.value.status_code) == (error_class, status)
-                assert str(status) in str(caught.value)
-        if len(body) < 50_000:  # a long one is not worth reading to its end
-            assert server.connections == 1
+        # A long one is not worth reading to its end.
+        kept = len(body) < 50_000
+        after_5xx = sum(status >= 500 for status in list(STATUS_CLASSES)[:-1])
+        assert server.connections == (1 + after_5xx if kept else len(STATUS_CLASSES))
 
 
 def test_json_at_any_depth_gives_a_result_or_a_gateway_error() -> None:
@@ -3369,25 +2878,29 @@ def test_json_at_any_depth_gives_a_result_or_a_gateway_error() -> None:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if readable(middle) else (low, middle)
-    shapes = ('{"results": [%s]}', '{"results": [{"status": "FAILED", "error": %s}]}', "[%s]",
-        "[{}, {}, %s]",
-              '[{"id": "p", "x": %s}]',
-                  '{"results": [{"status": "SUCCESS", "output": %s}], "job_id": []}')
-    bodies = [shape % ("[" * depth + "]" * depth) for shape in shapes
-        for depth in range(low - 60, low + 5, 2)]
+    shapes = ('{"results": [%s]}', "[%s]", "[{}, {}, %s]", '[{"id": "p", "x": %s}]',
+              '{"results": [{"status": "SUCCESS", "output": %s}], "job_id": []}')
+    written = ('{"results": [{"status": "FAILED", "error": %s}]}', '{"results": [{"status": %s}]}',
+               '{"results": [{"status": "SUCCESS", "output": {"output": {"message": %s}}}]}',
+               'data: {"type": "error", "data": %s}\n\n')
+    bodies = [shape % ("[" * depth + "]" * depth) for shape in shapes for depth in range(low - 60, low + 5, 3)]
+    depth = low - 60  # once only: `str` takes a second for a list of such depth
+    bodies += [shape % ("[" * depth + "]" * depth) for shape in written]
     given = iter(bodies * 3)
 
     def choose(request: Received) -> Answer:
-        text = next(given).encode()
-        return answer(body=text, status=422 if request.target.endswith("/spec") else 200)
+        text = next(given)
+        kind = "text/event-stream" if text.startswith("data:") else "application/json"
+        status = 422 if request.target.endswith("/spec") else 200
+        return answer(body=text.encode(), status=status, content_type=kind)
 
     with Routed(choose) as server, client_of(server) as client:
-        calls = (lambda: client.run("p", "1", "f"), client.list_prefabs,
-            lambda: client.get_prefab_spec("p", "1"))
-        for call in calls:
+        calls = (lambda: client.run("p", "1", "f").get_business_message(), client.list_prefabs,
+                 lambda: client.get_prefab_spec("p", "1"))
+        for act in calls:
             for _ in bodies:
                 with contextlib.suppress(GatewayError):
-                    call()
+                    act()
 
 
 # --- Faults: transfers ----------------------------------------------------------------------------
@@ -3397,11 +2910,11 @@ SHORT_OBJECT = OBJECT[:500]
 SIZE = len(OBJECT)
 
 
-def stored(request: Received, content: bytes = OBJECT, etag: str | None = '"1"',
-        cut: int | None = None, *,
-           ranges: bool = True, if_range: bool = True, framed: str = "length",
-               **wrong: Any) -> Answer:
+def stored(request: Received, content: bytes = OBJECT, etag: str | None = '"1"', cut: int | None = None, *,
+           ranges: bool = True, if_range: bool = True, framed: str = "length", **wrong: Any) -> Answer:
     """A storage's answer to a GET; `cut` is the place in the object where it hangs up."""
+    if framed == "close":
+        return unframed(content, "application/octet-stream")
     start, headers = 0, {"ETag": etag} if etag else {}
     asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
     if asked and ranges and (not if_range or request.headers.get("if-range") == etag):
@@ -3415,9 +2928,8 @@ def stored(request: Received, content: bytes = OBJECT, etag: str | None = '"1"',
     if framed == "length":
         text = answer(status=status, body=payload, **headers)
         return text if left is None else HangUp(text[: len(text) - len(payload) + left])
-    text = chunked(payload[:left], end=cut is None)
     head = answer(status=status, body=b"", **headers).replace(b"Content-Length: 0\r\n", b"")[:-2]
-    text = head + text.partition(b"\r\n")[2]
+    text = head + chunked(payload[:left], end=cut is None).partition(b"\r\n")[2]
     return text if left is None else HangUp(text)
 
 
@@ -3429,159 +2941,98 @@ class Transfer(NamedTuple):
     content: bytes | None = OBJECT  # None: it fails
 
 
+CUT: dict[str, Any] = {"cut": 1000}
+NEW: dict[str, Any] = {"content": NEW_OBJECT, "etag": '"2"'}
+SHRUNK: dict[str, Any] = {"content": SHORT_OBJECT, "etag": '"2"'}
 TRANSFERS = {
-    "one-cut": Transfer([{"cut": 1000}, {}], [None, 1000]),
-    "two-cuts": Transfer([{"cut": 1000}, {"cut": 5000}, {}], [None, 1000, 5000]),
+    "one-cut": Transfer([CUT, {}], [None, 1000]),
+    "two-cuts": Transfer([CUT, {"cut": 5000}, {}], [None, 1000, 5000]),
     "cut-at-once-then-again": Transfer([{"cut": 1}, {"cut": 1}, {}], [None, 1, 1]),
     "cut-before-the-last-byte": Transfer([{"cut": SIZE - 1}, {}], [None, SIZE - 1]),
     "cut-behind-the-last-byte": Transfer([{"cut": SIZE}], [None]),
     "last-chunk-missing": Transfer([{"cut": SIZE, "framed": "chunks"}, {}, {}], [None, SIZE, None]),
     "chunks": Transfer([{"framed": "chunks"}], [None]),
     "chunks-cut": Transfer(
-        [{"framed": "chunks", "cut": 1000}, {"framed": "chunks", "cut": 5000}, {}],
-            [None, 1000, 5000]),
-    "more-cuts-than-retries": Transfer(
-        [{"cut": 1000}, {"cut": 2000}, {"cut": 3000}], [None, 1000, 2000], None),
-    "other-etag-200": Transfer(
-        [{"cut": 1000}, {"content": NEW_OBJECT, "etag": '"2"'}], [None, 1000], NEW_OBJECT),
-    "other-etag-206": Transfer(
-        [{"cut": 1000}, *[{"content": NEW_OBJECT, "etag": '"2"', "if_range": False}] * 2],
-        [None, 1000, None], NEW_OBJECT),
+        [{"framed": "chunks", "cut": 1000}, {"framed": "chunks", "cut": 5000}, {}], [None, 1000, 5000]),
+    "more-cuts-than-retries": Transfer([CUT, {"cut": 2000}, {"cut": 3000}], [None, 1000, 2000], None),
+    "other-etag-200": Transfer([CUT, NEW], [None, 1000], NEW_OBJECT),
+    "other-etag-206": Transfer([CUT, *[{**NEW, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
+    "other-etag-206-of-the-same-length": Transfer(
+        [CUT, *[{"content": OBJECT[::-1], "etag": '"2"', "if_range": False}] * 2], [None, 1000, None], OBJECT[::-1]),
     "no-etag-206": Transfer(
-        [{"cut": 1000}, *[{"content": NEW_OBJECT, "etag": None, "if_range": False}] * 2],
-        [None, 1000, None], NEW_OBJECT),
-    "other-etag-cut-too": Transfer(
-        [{"cut": 1000}, {"content": NEW_OBJECT, "etag": '"2"', "cut": 700},
-         {"content": NEW_OBJECT, "etag": '"2"'}], [None, 1000, (700, '"2"')], NEW_OBJECT),
-    "shrunk-416": Transfer(
-        [{"cut": 1000}, *[{"content": SHORT_OBJECT, "etag": '"2"', "if_range": False}] * 2],
-        [None, 1000, None], SHORT_OBJECT),
-    "shrunk-200": Transfer(
-        [{"cut": 1000}, {"content": SHORT_OBJECT, "etag": '"2"'}], [None, 1000], SHORT_OBJECT),
-    "emptied-200": Transfer([{"cut": 1000}, {"content": b"", "etag": '"2"'}], [None, 1000], b""),
-    "range-ignored": Transfer([{"cut": 1000}, {"ranges": False}], [None, 1000]),
+        [CUT, *[{"content": NEW_OBJECT, "etag": None, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
+    "other-etag-cut-too": Transfer([CUT, {**NEW, "cut": 700}, NEW], [None, 1000, (700, '"2"')], NEW_OBJECT),
+    "shrunk-416": Transfer([CUT, *[{**SHRUNK, "if_range": False}] * 2], [None, 1000, None], SHORT_OBJECT),
+    "shrunk-200": Transfer([CUT, SHRUNK], [None, 1000], SHORT_OBJECT),
+    "emptied-200": Transfer([CUT, {"content": b"", "etag": '"2"'}], [None, 1000], b""),
+    "range-ignored": Transfer([CUT, {"ranges": False}], [None, 1000]),
     "no-etag": Transfer([{"cut": 1000, "etag": None}, {"etag": None}], [None, None]),
     "weak-etag": Transfer([{"cut": 1000, "etag": 'W/"1"'}, {"etag": 'W/"1"'}], [None, None]),
-    "span-elsewhere": Transfer([{"cut": 1000}, {"span": "bytes 5-10239/10240"}, {}],
-        [None, 1000, None]),
-    "span-missing": Transfer([{"cut": 1000}, {"span": ""}, {}], [None, 1000, None]),
-    "span-garbage": Transfer([{"cut": 1000}, {"span": "bytes x-y/z"}, {}], [None, 1000, None]),
-    "span-of-5000-digits": Transfer(
-        [{"cut": 1000}, {"span": f"bytes {'9' * 5000}-/*"}, {}], [None, 1000, None]),
+    "span-elsewhere": Transfer([CUT, {"span": "bytes 5-10239/10240"}, {}], [None, 1000, None]),
+    "span-missing": Transfer([CUT, {"span": ""}, {}], [None, 1000, None]),
+    "span-garbage": Transfer([CUT, {"span": "bytes x-y/z"}, {}], [None, 1000, None]),
+    "span-of-5000-digits": Transfer([CUT, {"span": f"bytes {'9' * 5000}-/*"}, {}], [None, 1000, None]),
+    "only-a-part-of-the-rest": Transfer(
+        [CUT, {"end": 9000, "span": "bytes 1000-8999/10240"}, {}], [None, 1000, 9000]),
+    "only-a-part-of-the-rest-without-total": Transfer(
+        [CUT, {"end": 9000, "span": "bytes 1000-8999/*"}, {}], [None, 1000, None]),
+    "only-a-part-of-the-rest-without-a-word": Transfer([CUT, {"end": 9000}, {}], [None, 1000, 9000]),
     "neither-length-nor-chunks": Transfer([{"framed": "close"}], [None], None),
     "empty": Transfer([{"content": b""}], [None], b""),
 }
 
 
-def transferred(answers: list[dict[str, Any]], target: Path) -> tuple[list[Received],
-        GatewayError | None]:
-    """A download from a storage that gives these answers: its GETs, and the error."""
-    given = iter(answers)
+def storage_of(give: Callable[[Received], Answer]) -> Routed:
+    """A gateway whose presigned URLs lead back to itself, where `give` answers."""
 
     def choose(request: Received) -> Answer:
-        if request.target.startswith("/internal/"):
-            return answer({"presigned_url": f"{server.url}/storage/out?signature=x"})
-        options = next(given)
-        if options.get("framed") == "close":
-            return unframed(OBJECT, "application/octet-stream")
-        return stored(request, **options)
+        url = f"{server.url}/storage/out?signature=x"
+        return answer({"presigned_url": url}) if request.target.startswith("/internal/") else give(request)
 
-    error = None
-    with Routed(choose) as server, client_of(server) as client:
-        try:
-            client.download_file("s3://b/out", target)
-        except GatewayError as caught:
-            error = caught
-    assert next(given, None) is None, "fewer requests than answers"
-    return server.received[1:], error
+    server = Routed(choose)
+    return server
 
 
 @pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=TRANSFERS)
-def test_a_download_goes_on_where_it_broke_or_starts_over(transfer: Transfer,
-        tmp_path: Path) -> None:
-    target = tmp_path / "out.bin"
+def test_a_download_goes_on_where_it_broke_or_starts_over(transfer: Transfer, tmp_path: Path) -> None:
+    target, given, failed = tmp_path / "out.bin", iter(transfer.answers), False
     target.write_bytes(b"old")
-    with nothing_left(tmp_path):
-        requests, error = transferred(transfer.answers, target)
-    asked = [(request.headers.get("range"), request.headers.get("if-range"))
-        for request in requests]
+    with nothing_left(tmp_path), storage_of(lambda request: stored(request, **next(given))) as server:
+        with client_of(server) as client:
+            try:
+                client.download_file("s3://b/out", target)
+            except GatewayError:
+                failed = True
+    asked = [(r.headers.get("range"), r.headers.get("if-range")) for r in server.received[1:]]
     expected = [start if isinstance(start, tuple) else (start, '"1"') for start in transfer.starts]
-    assert asked == [(None, None) if start is None else (f"bytes={start}-", etag) for start,
-        etag in expected]
-    assert (error is None) == (transfer.content is not None)
-    assert target.read_bytes() == (b"old" if transfer.content is None else transfer.content)
+    assert asked == [(None, None) if start is None else (f"bytes={start}-", etag) for start, etag in expected]
+    assert len(asked) == len(transfer.answers)
+    assert failed == (transfer.content is None)
+    assert target.read_bytes() == (b"old" if failed else transfer.content)
 
 
-@pytest.mark.parametrize(("end", "span"), [
-    (9000, "bytes 1000-8999/10240"), (9000, "bytes 1000-8999/*"), (9000, "bytes 1000-10239/10240"),
-], ids=["said", "said-without-total", "not-said"])
-def test_a_range_answered_in_part_is_never_taken_for_the_whole(end: int, span: str,
-        tmp_path: Path) -> None:
-    target = tmp_path / "out.bin"
-    target.write_bytes(b"old")
-    given = iter([{"cut": 1000}, {"end": end, "span": span}])
-
-    def choose(request: Received) -> Answer:
-        if request.target.startswith("/internal/"):
-            return answer({"presigned_url": f"{server.url}/storage/out"})
-        return stored(request, **next(given, {}))
-
-    with Routed(choose) as server, client_of(server) as client, contextlib.suppress(GatewayError):
-        client.download_file("s3://b/out", target)
-    assert target.read_bytes() in (b"old", OBJECT)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_a_download_in_pieces_is_the_object_byte_for_byte(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_download_in_pieces_is_the_old_object_or_the_new_one_byte_for_byte(seed: int, tmp_path: Path) -> None:
     chance = random.Random(FUZZ_SEED + seed)
-    content = chance.randbytes(300_000) if hasattr(chance, "randbytes") else bytes(
-        chance.getrandbits(8) for _ in range(300_000))
+    content = chance.getrandbits(8 * 300_000).to_bytes(300_000, "big")
     cuts = sorted(chance.sample(range(1, len(content)), 5))
 
-    def choose(request: Received) -> Answer:
-        if request.target.startswith("/internal/"):
-            return answer({"presigned_url": f"{server.url}/storage/out"})
+    def give(request: Received) -> Answer:
         framed = chance.choice(["length", "chunks"])
         return stored(request, content, '"1"', cuts.pop(0) if cuts else None, framed=framed)
 
-    progress: list[tuple[int, int | None]] = []
-    with nothing_left(), Routed(choose) as server, client_of(server, max_retries=5) as client:
-        client.download_file("s3://b/out", tmp_path / "out.bin",
-            on_progress=lambda *p: progress.append(p))
+    target, done = tmp_path / "out.bin", []
+
+    def on_progress(count: int, total: int | None) -> None:
+        assert target.read_bytes() == b"old"  # which a process that is killed would leave
+        done.append(count)
+
+    target.write_bytes(b"old")
+    with nothing_left(), storage_of(give) as server, client_of(server, max_retries=5) as client:
+        client.download_file("s3://b/out", target, on_progress=on_progress)
         assert len(server.received) == 7
-    assert (tmp_path / "out.bin").read_bytes() == content
-    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
-    assert progress[0][0] == 0
-    assert progress[-1][0] == len(content)
-
-
-CHILD = "import sys; from gateway_sdk import GatewayClient; client = GatewayClient(sys.argv[1])\n"
-
-
-def start_child(code: str, *arguments: Any) -> subprocess.Popen[bytes]:
-    folder = os.path.dirname(gateway_sdk.__file__)
-    environment = {**os.environ, "PYTHONPATH": folder}
-    return subprocess.Popen([sys.executable, "-c", CHILD + code, *map(str, arguments)],
-                            stdout=subprocess.PIPE, env=environment)
-
-
-def test_a_process_that_is_killed_in_a_download_leaves_the_old_file(tmp_path: Path) -> None:
-    def choose(request: Received) -> Answer:
-        if request.target.startswith("/internal/"):
-            return answer({"presigned_url": f"{server.url}/storage/out"})
-        return Pause(answer(body=OBJECT)[:-1])
-
-    code = (
-        "def show(done, total): done and print(done, flush=True)\n"
-        "client.download_file('s3://b/out', sys.argv[2], on_progress=show)"
-    )
-    (tmp_path / "out.bin").write_bytes(b"old")
-    with Routed(choose) as server, start_child(code, server.url, tmp_path / "out.bin") as child:
-        assert child.stdout
-        assert child.stdout.readline().strip().isdigit()
-        child.kill()
-        child.wait(WAIT_SECONDS)
-    assert (tmp_path / "out.bin").read_bytes() == b"old"
+    assert target.read_bytes() == content
+    assert (done, done[0], done[-1]) == (sorted(done), 0, len(content))
 
 
 def receive(sock: socket.socket, length: int, keep: bool = False) -> bytes:
@@ -3601,67 +3052,61 @@ def length_in(head: bytes) -> int:
     return int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"),
-    reason="reads the peak of the memory there")
-@pytest.mark.parametrize("call", ["upload_input_file(sys.argv[2])", "upload_file(sys.argv[2])",
-                                  "download_file('s3://b/out', sys.argv[2] + '.new')"])
-def test_a_large_file_takes_little_memory(call: str, tmp_path: Path) -> None:
-    size = LARGE_MIB * 2**20
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of the memory there")
+def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
+    allowed = (64 if sys.implementation.name == "pypy" else 16) * 2**20  # PyPy collects late
+    size = 4 * allowed
     moved: list[int] = []
 
     def serve(sock: socket.socket) -> None:
-        while True:
-            try:
+        with contextlib.suppress(ConnectionError):
+            while True:
                 head, body = read_head(sock)
-            except ConnectionError:
-                return
-            if head.startswith(b"GET /storage"):
-                sock.sendall(answer(body=b"", ETag='"1"').replace(b"Length: 0",
-                    b"Length: %d" % size))
-                block = bytes(2**20)
-                for _ in range(LARGE_MIB):
-                    sock.sendall(block)
-                moved.append(size)
-                continue
-            length = length_in(head) if head.startswith(b"P") else 0
-            receive(sock, length - len(body))
-            moved.append(length)
-            sock.sendall(answer({"upload_url": f"{server.url}/storage/in", "s3_url": "s3://b/k",
-                "version": "1",
-                                 "presigned_url": f"{server.url}/storage/out"}))
+                if head.startswith(b"GET /storage"):
+                    sock.sendall(answer(body=b"", ETag='"1"').replace(b"Length: 0", b"Length: %d" % size))
+                    block = bytes(2**20)
+                    for _ in range(size // len(block)):
+                        sock.sendall(block)
+                    moved.append(size)
+                    continue
+                length = length_in(head) if head.startswith(b"P") else 0
+                receive(sock, length - len(body))
+                moved.append(length)
+                sock.sendall(answer({"upload_url": f"{server.url}/storage/in", "s3_url": "s3://b/k", "version": "1",
+                                     "presigned_url": f"{server.url}/storage/out"}))
 
     # The peak of VmHWM, as that of `ru_maxrss` has the parent's in it.
     code = (
+        "import sys; from gateway_sdk import GatewayClient; client = GatewayClient(sys.argv[1])\n"
         "client.get_prefab_spec('p', '1')\n"
-        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "def peak():\n"
+        "    with open('/proc/self/status') as file: return int(file.read().split('VmHWM:')[1].split()[0])\n"
         "import mimetypes, selectors, uuid; mimetypes.init()\n"
-        f"before = peak(); client.{call}; print(peak() - before)"
+        "before = peak()\n"
+        "for call in (client.upload_input_file, client.upload_file):\n"
+        "    call(sys.argv[2]); print(peak() - before)\n"
+        "client.download_file('s3://b/out', sys.argv[2] + '.new'); print(peak() - before)"
     )
     with open(tmp_path / "large.bin", "wb") as file:
         file.truncate(size)
-    with Raw(serve) as server, start_child(code, server.url, tmp_path / "large.bin") as child:
-        output = child.communicate()[0]
-    assert child.returncode == 0
-    assert max(moved) >= size
-    assert int(output) < (64 if sys.implementation.name == "pypy" else 16) * 1024  # it collects late
-    if "download" in call:
-        assert os.path.getsize(tmp_path / "large.bin.new") == size
-        os.unlink(tmp_path / "large.bin.new")
+    with Raw(serve) as server:
+        done = python(code, server.url, tmp_path / "large.bin")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sum(length >= size for length in moved) == 3
+    assert all(1024 * int(kilobytes) < allowed for kilobytes in done.stdout.split())
+    assert os.path.getsize(tmp_path / "large.bin.new") == size
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["hang-up", "reset"])
 @pytest.mark.parametrize("name", ["upload_input_file", "upload_file"])
-def test_a_broken_upload_is_sent_again_from_its_start_or_not_at_all(
-    name: str, reset: bool, tmp_path: Path
-) -> None:
-    content = bytes(random.Random(FUZZ_SEED).getrandbits(8) for _ in range(2**16)) * 64
+def test_a_broken_upload_is_sent_again_from_its_start_or_not_at_all(name: str, reset: bool, tmp_path: Path) -> None:
+    content = random.Random(FUZZ_SEED).getrandbits(8 * 2**22).to_bytes(2**22, "big")
     uploads: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
         head, body = read_head(sock)
         if b"generate_upload_url" in head:
-            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x",
-                "s3_url": "s3://b/in"}))
+            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}))
         elif uploads:
             uploads.append(body + receive(sock, length_in(head) - len(body), keep=True))
             sock.sendall(answer({}))
@@ -3680,44 +3125,37 @@ def test_a_broken_upload_is_sent_again_from_its_start_or_not_at_all(
                 upload()
         else:
             assert upload() == "s3://b/in"
+            assert (progress[0], progress[-1]) == ((0, len(content)), (len(content), len(content)))
     assert uploads[1:] == ([] if name == "upload_file" else [content])
-    if name == "upload_input_file":
-        assert (progress[0], progress[-1]) == ((0, len(content)), (len(content), len(content)))
 
 
 @pytest.mark.parametrize("name", ["upload_input_file", "upload_file"])
-def test_a_file_that_shrinks_while_it_is_sent_is_an_error_and_never_sent_again(name: str,
-        tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_sent_is_an_error_and_never_sent_again(name: str, tmp_path: Path) -> None:
     path = tmp_path / "in.bin"
     path.write_bytes(b"x" * 300_000)
-    with nothing_left(tmp_path), Routed(lambda r: whole(*good(r, server.url))) as server:
-        with client_of(server) as client:
-            with pytest.raises(GatewayError, match="shorter") as caught:
-                getattr(client, name)(path,
-                    on_progress=lambda done, total: done or os.truncate(path, 1000))
-            path.write_bytes(b"x" * 300_000)
-            getattr(client, name)(path)
+    with nothing_left(tmp_path), Routed(lambda r: whole(*good(r, server.url))) as server, client_of(server) as client:
+        with pytest.raises(GatewayError, match="shorter") as caught:
+            getattr(client, name)(path, on_progress=lambda done, total: done or os.truncate(path, 1000))
+        path.write_bytes(b"x" * 300_000)
+        getattr(client, name)(path)
     assert type(caught.value) is GatewayError
     uploads = [r for r in server.received if int(r.headers["content-length"]) >= 300_000]
-    assert sorted(b"\0" in upload.body for upload in uploads) == [False,
-        True]  # what did not come is padded
+    assert sorted(b"\0" in upload.body for upload in uploads) == [False, True]  # what did not come is padded
 
 
 @pytest.mark.parametrize("name", ["upload_input_file", "upload_file"])
-def test_of_a_file_that_grows_while_it_is_sent_goes_what_was_announced(name: str,
-        tmp_path: Path) -> None:
+def test_a_file_that_grows_while_it_is_sent_is_an_error_before_its_last_block(name: str, tmp_path: Path) -> None:
     def grow(done: int, _: int | None) -> None:
-        with open(path, "ab") as file:
-            file.write(b"y" * 1000)
+        if not done:
+            with open(path, "ab") as file:
+                file.write(b"y")
 
     path = tmp_path / "in.bin"
     path.write_bytes(b"x" * 300_000)
     with Routed(lambda r: whole(*good(r, server.url))) as server, client_of(server) as client:
-        getattr(client, name)(path, on_progress=grow)
-        assert client.cleanup_temp_files("s") == 3  # the connection has nothing left over in it
-    (upload,) = [r for r in server.received if len(r.body) >= 300_000]
-    assert upload.body.count(b"x" * 300_000) == 1
-    assert b"yyy" not in upload.body
+        with pytest.raises(GatewayError, match="longer"):
+            getattr(client, name)(path, on_progress=grow)
+    assert not [r for r in server.received if b"xxx" in r.body and b"\0" not in r.body]  # what did not come is padded
 
 
 # --- Faults: the format of event streams ----------------------------------------------------------
@@ -3740,8 +3178,7 @@ FORMATS = {
     "cr-crlf": (b"data: %b\r\r\ndata: %b\r\n\r" % (A, B), content("a", "b")),
     "crlf-then-lf": (b"data: one\r\n\ndata: two\r\n\n", content("one", "two")),
     "cr-lf-are-one-end": (b"data: 1\r\ndata: 2\r\n\r\n", content(1, 2)),
-    "many-blank-lines": (b"\n\n\n\r\r\n\ndata: %b\n\n\n\n\n\ndata: %b\n\n" % (A, B),
-        content("a", "b")),
+    "many-blank-lines": (b"\n\n\n\r\r\n\ndata: %b\n\n\n\n\n\ndata: %b\n\n" % (A, B), content("a", "b")),
     "no-space": (b"data:%b\n\n" % A, content("a")),
     "one-space-only-is-taken": (b"data:  text \n\n", content(" text ")),
     "tab-is-kept": (b"data:\ttext\n\n", content("\ttext")),
@@ -3750,8 +3187,7 @@ FORMATS = {
     "empty-data-line-between": (b"data: one\ndata\ndata: two\n\n", content("one\n\ntwo")),
     "event-field": (b"event: progress\ndata: 5\n\n", [("progress", 5)]),
     "event-field-last-counts": (b"event: start\nevent: progress\ndata: 5\n\n", [("progress", 5)]),
-    "event-field-does-not-last": (b"event: progress\ndata: 5\n\ndata: 6\n\n",
-        [("progress", 5), ("content", 6)]),
+    "event-field-does-not-last": (b"event: progress\ndata: 5\n\ndata: 6\n\n", [("progress", 5), ("content", 6)]),
     "event-field-unknown": (b"event: message\ndata: 5\n\n", content(5)),
     "event-field-of-text": (b"event: error\ndata: it broke\n\n", [("error", "it broke")]),
     "type-wins-over-event-field": (b"event: progress\ndata: %b\n\n" % A, content("a")),
@@ -3760,19 +3196,17 @@ FORMATS = {
     "comments": (b": keep-alive\n\n:\n\n:data: 9\ndata: %b\n: x\n\n" % A, content("a")),
     "comment-inside": (b"data: one\n: x\ndata: two\n\n", content("one\ntwo")),
     "byte-order-mark": (b"\xef\xbb\xbfdata: %b\n\n" % A, content("a")),
-    "second-byte-order-mark": (b"\xef\xbb\xbf\xef\xbb\xbfdata: 1\n\ndata: %b\n\n" % A,
-        content("a")),
+    "second-byte-order-mark": (b"\xef\xbb\xbf\xef\xbb\xbfdata: 1\n\ndata: %b\n\n" % A, content("a")),
     "later-byte-order-mark": (b"data: %b\n\n\xef\xbb\xbfdata: 1\n\n" % A, content("a")),
-    "utf-8": ("data: {\"data\": \"äß€😀\"}\n\ndata: ü€😀\n\n".encode(),
-        content({"data": "äß€😀"}, "ü€😀")),
+    "utf-8": ("data: {\"data\": \"äß€😀\"}\n\ndata: ü€😀\n\n".encode(), content({"data": "äß€😀"}, "ü€😀")),
     "not-utf-8": (b"data: a\xffb\n\n", content("a\ufffdb")),
     "other-line-separators": ("data: a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\n\n".encode(),
                               content("a\u2028b\u2029c\x85d\x0be\x0cf\x1cg")),
-    "line-separator-in-json": ('data: {"type": "content", "data": "a\u2028b"}\n\n'.encode(),
-        content("a\u2028b")),
+    "line-separator-in-json": ('data: {"type": "content", "data": "a\u2028b"}\n\n'.encode(), content("a\u2028b")),
     "nul": (b"data: a\0b\n\n", content("a\0b")),
     "no-data": (b"event: done\n\nid: 1\n\ndata:\n\ndata: %b\n\n" % A, content("a")),
-    "blank-lines-left-out": (b"data: %b\ndata: %b\n" % (A, B), content("a", "b")),
+    "blank-lines-left-out": (b"data: %b\ndata: %b\ndata: [DONE]\n" % (A, B),
+                             [*content("a", "b"), ("done", "[DONE]")]),
     "blank-lines-left-out-crlf": (b"data: %b\r\ndata: %b\r\n\r\n" % (A, B), content("a", "b")),
     "one-line-not-json": (b"data: %b\ndata: b\n\n" % A, content(A.decode() + "\nb")),
     "done-marker": (b"data: %b\n\ndata: [DONE]\n\n" % A, [("content", "a"), ("done", "[DONE]")]),
@@ -3781,9 +3215,8 @@ FORMATS = {
     "json-with-a-tail": (b"data: %b tail\n\n" % A, content(A.decode() + " tail")),
     "json-with-white-space": (b"data: \t %b \t\n\n" % A, content("a")),
     "json-without-type": (b'data: {"text": "a"}\n\n', content({"text": "a"})),
-    "json-not-an-object": (b'data: [1]\n\ndata: "s"\n\ndata: null\n\ndata: 0\n\n',
-        content([1], "s", None, 0)),
-    "type-not-text": (b'data: {"type": 3, "data": 4}\n\n', content({"type": 3, "data": 4})),
+    "json-not-an-object": (b'data: [1]\n\ndata: "s"\n\ndata: null\n\ndata: 0\n\n', content([1], "s", None, 0)),
+    "type-not-text": (b'data: {"type": 3, "data": 4}\n\n', content(4)),
     "type-unknown": (b'data: {"type": "delta", "data": "a"}\n\n', content("a")),
     "types": (b"".join(map(event, ("start", "content", "progress", "error", "done"))),
               [(name, None) for name in ("start", "content", "progress", "error", "done")]),
@@ -3798,21 +3231,13 @@ FORMATS = {
 
 
 @pytest.mark.parametrize(("stream", "expected"), FORMATS.values(), ids=FORMATS)
-def test_the_event_stream_format_is_read_however_the_bytes_are_cut(stream: bytes,
-        expected: Any) -> None:
+def test_the_event_stream_format_is_read_however_the_bytes_are_cut(stream: bytes, expected: Any) -> None:
     ends = [] if b"\r" in stream else [b"\r\n", b"\r"]
     for text in {stream, *(stream.replace(b"\n", end) for end in ends)}:
         assert parsed(text) == expected
         assert parsed(*(text[index : index + 1] for index in range(len(text)))) == expected
-        for place in range(0, len(text), 1 + len(text) // 500):
+        for place in range(0, len(text), 1 + len(text) // 200):
             assert parsed(text[:place], b"", text[place:]) == expected
-
-
-def test_an_unknown_type_stays_in_raw() -> None:
-    (only,) = gateway_sdk._parse_events(
-        [b'data: {"type": "delta", "data": 1, "metadata": {"n": 2}}\n\n'])
-    assert only.type is StreamEventType.CONTENT
-    assert only.raw == {"type": "delta", "data": 1, "metadata": {"n": 2}}
 
 
 @pytest.mark.parametrize("blank", [b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n", b"\n\r", b"\r\n\r"])
@@ -3825,177 +3250,135 @@ def test_an_event_is_handed_over_with_its_blank_line(blank: bytes) -> None:
             yield chunk
 
     events = gateway_sdk._parse_events(chunks())
-    assert next(events).data == 1
-    assert len(taken) == 3
-    assert next(events).data == 2
-    assert len(taken) == 5
+    assert (next(events).data, len(taken)) == (1, 3)
+    assert (next(events).data, len(taken)) == (2, 5)
     assert list(events) == []
 
 
-@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
-def test_a_large_event_in_small_pieces_arrives_whole(end: bytes) -> None:
-    text = "x" * 2**22
-    stream = b"data: " + json.dumps({"type": "content", "data": text}).encode() + end
-    assert parsed(*(stream[at : at + 1024] for at in range(0, len(stream), 1024))) == content(text)
-
-
-def answered_stream(given: Answer, **options: Any) -> tuple[list[tuple[str, Any]],
-        GatewayError | None]:
-    """The events of a stream over a socket, and the error that it ended with."""
-    events: list[tuple[str, Any]] = []
-    with nothing_left(), Script(given) as server, client_of(server, **options) as client:
-        try:
-            with client.run("p", "1", "words", stream=True) as stream:
-                for event in stream:
-                    events.append((str(event.type), event.data))
-        except GatewayError as error:
-            return events, error
-        finally:
-            assert len(server.received) == 1
-    return events, None
-
-
-DONE, STREAM = ("done", None), "text/event-stream"
+DONE, MARK, ERROR, STREAM = ("done", None), ("done", "[DONE]"), ("error", "x"), "text/event-stream"
 A_EVENT, HALF = b"data: %b\n\n" % A, b'data: {"type": "content", "data": "b'
-SHORTLY = {"timeout": SHORT_SECONDS}
-ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], Any, dict[str, Any]]] = {
-    "chunked-done": (chunked(A_EVENT, event("done")), [*content("a"), DONE], None, {}),
-    "chunked-without-done": (chunked(A_EVENT), content("a"), None, {}),
-    "chunked-without-last-blank-line": (chunked(A_EVENT[:-2]), content("a"), None, {}),
-    "chunked-nothing": (chunked(), [], None, {}),
-    "length-done": (whole(A_EVENT + event("done"), STREAM), [*content("a"), DONE], None, {}),
-    "unframed-done": (unframed(A_EVENT + event("done"), STREAM), [*content("a"), DONE], None, {}),
-    "unframed-done-marker": (
-        unframed(A_EVENT + b"data: [DONE]\n\n", STREAM), [*content("a"), ("done", "[DONE]")], None,
-            {}),
+ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], type[GatewayError] | None]] = {
+    "chunked-done": (chunked(A_EVENT, event("done")), [*content("a"), DONE], None),
+    "chunked-without-done": (chunked(A_EVENT), content("a"), None),
+    "chunked-without-last-blank-line": (chunked(A_EVENT[:-2]), content("a"), None),
+    "chunked-nothing": (chunked(), [], None),
+    "length-done": (whole(A_EVENT + event("done"), STREAM), [*content("a"), DONE], None),
+    "unframed-done": (unframed(A_EVENT + event("done"), STREAM), [*content("a"), DONE], None),
+    "unframed-done-marker": (unframed(A_EVENT + b"data: [DONE]\n\n", STREAM), [*content("a"), MARK], None),
     "unframed-done-without-blank-line": (
-        unframed(A_EVENT + event("done").strip(), STREAM), [*content("a"), DONE], None, {}),
-    "unframed-error": (unframed(A_EVENT + event("error", "x"), STREAM),
-        [*content("a"), ("error", "x")], None, {}),
-    "unframed-without-done": (unframed(A_EVENT, STREAM), content("a"), ServiceUnavailableError, {}),
-    "unframed-nothing": (unframed(b"", STREAM), [], ServiceUnavailableError, {}),
-    "unframed-in-an-event": (unframed(A_EVENT + HALF, STREAM), content("a"),
-        ServiceUnavailableError, {}),
-    "error-is-yielded": (chunked(event("error", "x"), A_EVENT), [("error", "x"), *content("a")],
-        None, {}),
-    "events-after-done": (chunked(event("done"), A_EVENT), [DONE, *content("a")], None, {}),
-    "cut": (HangUp(chunked(A_EVENT, end=False)), content("a"), ServiceUnavailableError, {}),
-    "cut-in-an-event": (HangUp(chunked(A_EVENT, HALF, end=False)), content("a"),
-        ServiceUnavailableError, {}),
+        unframed(A_EVENT + event("done").strip(), STREAM), [*content("a"), DONE], None),
+    "unframed-error": (unframed(A_EVENT + event("error", "x"), STREAM), [*content("a"), ERROR], None),
+    "unframed-without-done": (unframed(A_EVENT, STREAM), content("a"), ServiceUnavailableError),
+    "unframed-nothing": (unframed(b"", STREAM), [], ServiceUnavailableError),
+    "unframed-in-an-event": (unframed(A_EVENT + HALF, STREAM), content("a"), ServiceUnavailableError),
+    "error-is-yielded": (chunked(event("error", "x"), A_EVENT), [ERROR, *content("a")], None),
+    "events-after-done": (chunked(event("done"), A_EVENT), [DONE, *content("a")], None),
+    "events-after-error-and-done": (
+        chunked(event("error", "x"), A_EVENT, event("done")), [ERROR, *content("a"), DONE], None),
+    "cut": (HangUp(chunked(A_EVENT, end=False)), content("a"), ServiceUnavailableError),
+    "cut-in-an-event": (HangUp(chunked(A_EVENT, HALF, end=False)), content("a"), ServiceUnavailableError),
     "cut-before-the-blank-line": (
-        HangUp(chunked(A_EVENT, b"data: %b\n" % B, end=False)), content("a"),
-            ServiceUnavailableError, {}),
-    "cut-in-a-chunk": (HangUp(chunked(A_EVENT, HALF, end=False)[:-9]), content("a"),
-        ServiceUnavailableError, {}),
-    "bad-chunk": (
-        HangUp(chunked(A_EVENT, end=False) + b"-1\r\n"), content("a"), ServiceUnavailableError, {}),
-    "silence": (Pause(chunked(A_EVENT, end=False)), content("a"), GatewayTimeoutError, SHORTLY),
-    "done-then-cut": (HangUp(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE],
-        None, {}),
-    "done-then-silence": (Pause(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE],
-        None, SHORTLY),
-    "done-then-silence-without-timeout": (
-        Pause(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE], None,
-            {"timeout": None}),
-    "error-then-cut": (HangUp(chunked(event("error", "x"), end=False)), [("error", "x")], None, {}),
+        HangUp(chunked(A_EVENT, b"data: %b\n" % B, end=False)), content("a"), ServiceUnavailableError),
+    "cut-in-a-chunk": (HangUp(chunked(A_EVENT, HALF, end=False)[:-9]), content("a"), ServiceUnavailableError),
+    "bad-chunk": (HangUp(chunked(A_EVENT, end=False) + b"-1\r\n"), content("a"), ServiceUnavailableError),
+    "silence": (Pause(chunked(A_EVENT, end=False)), content("a"), GatewayTimeoutError),
+    "done-then-cut": (HangUp(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE], None),
+    "done-then-silence": (Pause(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE], None),
+    "error-then-cut": (HangUp(chunked(event("error", "x"), end=False)), [ERROR], None),
+    "error-and-content-then-cut": (
+        HangUp(chunked(event("error", "x"), A_EVENT, end=False)), [ERROR, *content("a")], ServiceUnavailableError),
     "done-cut-before-the-blank-line": (
-        HangUp(chunked(A_EVENT, event("done")[:-1], end=False)), content("a"),
-            ServiceUnavailableError, {}),
+        HangUp(chunked(A_EVENT, event("done")[:-1], end=False)), content("a"), ServiceUnavailableError),
 }
 
 
-@pytest.mark.parametrize(("given", "events", "error", "options"), ENDS.values(), ids=ENDS)
-def test_a_stream_never_just_ends_as_if_it_were_complete(
-    given: Answer, events: list[Any], error: Any, options: dict[str, Any]
-) -> None:
-    got, raised = answered_stream(given, **options)
-    assert got == events
-    assert (raised and type(raised)) == error
-
-
-QUICK_ENDS = {label: end for label, end in ENDS.items() if end[3] != {"timeout": None}}
-
-
-@pytest.mark.parametrize(
-    ("given", "events", "error", "options"), QUICK_ENDS.values(), ids=QUICK_ENDS)
-def test_the_result_of_a_stream_is_as_strict_about_its_end(
-    given: Answer, events: list[Any], error: Any, options: dict[str, Any]
-) -> None:
-    with nothing_left(), Script(given) as server, client_of(server, **options) as client:
+@pytest.mark.parametrize(("given", "events", "error"), ENDS.values(), ids=ENDS)
+def test_a_stream_never_just_ends_as_if_it_were_complete(given: Answer, events: list[Any], error: Any) -> None:
+    """Neither where its events are read one by one, nor where its result is asked for."""
+    timeout = SHORT_SECONDS if isinstance(given, Pause) else WAIT_SECONDS
+    contents = [data for kind, data in events if kind == "content"]
+    got, raised = [], None
+    with nothing_left(), Script(given, given) as server, client_of(server, timeout=timeout) as client:
+        try:
+            with run(client, stream=True) as stream:
+                for event in stream:
+                    got.append((str(event.type), event.data))
+        except GatewayError as caught:
+            raised = type(caught)
+        assert (got, raised, len(server.received)) == (events, error, 1)
         if error:
-            with pytest.raises(GatewayError) as caught:
-                client.run("p", "1", "words")
-            assert type(caught.value) is error
-            return
-        result = client.run("p", "1", "words")
-    assert result.is_success() == ("error" not in dict(events))
-    assert result.get_function_result() == ("a" if content("a")[0] in events else "")
+            with pytest.raises(error) as broken:
+                run(client)
+            assert (type(broken.value), broken.value.may_have_run) == (error, True)
+            assert broken.value.details["partial_output"] == contents
+        else:
+            result = run(client)
+            assert result.is_success() == (ERROR not in events)
+            assert result.get_function_result() == "".join(contents)
+
+
+@pytest.mark.parametrize(("timeout", "after_done"), [(None, SHORT_SECONDS), (SHORT_SECONDS, 10 * WAIT_SECONDS)])
+def test_after_done_the_shorter_of_two_times_is_waited(
+    timeout: float | None, after_done: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's timeout, or that for what has said that it is done; then the client hangs up."""
+    hung_up = []
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(chunked(event("done"), end=False))
+        sock.settimeout(WAIT_SECONDS)
+        hung_up.append(sock.recv(1))
+
+    monkeypatch.setattr(gateway_sdk, "_AFTER_DONE_SECONDS", after_done)
+    with Script(Steps((serve,))) as server, client_of(server, timeout=timeout) as client:
+        assert [event.type for event in run(client, stream=True)] == ["done"]
+    assert hung_up == [b""]
 
 
 # --- Faults: random ones --------------------------------------------------------------------------
 
 
 def reference_events(stream: bytes) -> list[tuple[str, Any]]:
-    """WHATWG HTML §9.2.6, a character at a time, with what the SDK adds to it."""
-    text, lines, line, found = stream.decode("utf-8", "replace"), [], "", []
-    text = text[1:] if text.startswith("\ufeff") else text
-    for index, character in enumerate(text):
-        if character == "\n" and index and text[index - 1] == "\r":
-            continue
-        if character in "\r\n":
-            lines.append(line)
-            line = ""
-        else:
-            line += character
-    name, data = "", []
-    for line in (*lines, line, ""):  # noqa: B020 - what has no blank line behind it counts too
+    """WHATWG HTML §9.2.6 on the whole of the text, with what the SDK adds to it."""
+    name, data, found = "", [], []
+    lines = re.split("\r\n|\r|\n", stream.decode("utf-8", "replace").removeprefix("\ufeff"))
+    for line in (*lines, ""):  # what has no blank line behind it counts too
         if not line:
             found += reference_event(name, data)
             name, data = "", []
         field, _, value = line.partition(":")
-        value = value[1:] if value[:1] == " " else value
         if field == "data":
-            data.append(value)
+            data.append(value.removeprefix(" "))
         if field == "event":
-            name = value
+            name = value.removeprefix(" ")
     return found
 
 
 def reference_event(name: str, lines: list[str]) -> list[tuple[str, Any]]:
     types = ("start", "content", "progress", "done", "error")
-    fallback = name if name in types else "content"
-    data = "\n".join(lines)
-    if not data:
-        return []
+    fallback, data = name if name in types else "content", "\n".join(lines)
     for candidates in ([data], lines):
+        events = []
         try:
-            values = [{"type": "done", "data": candidate} if candidate == "[DONE]" else json.loads(candidate)
-                      for candidate in candidates]
+            for candidate in candidates if data else []:
+                value = {"type": "done", "data": candidate} if candidate == "[DONE]" else json.loads(candidate)
+                if not (isinstance(value, dict) and isinstance(value.get("type"), str)):
+                    events.append((fallback, value))
+                else:
+                    events.append((value["type"] if value["type"] in types else "content", value.get("data")))
         except ValueError:
             continue
-        events = []
-        for value in values:
-            if isinstance(value, dict) and isinstance(value.get("type"), str):
-                events.append((value["type"] if value["type"] in types else "content",
-                    value.get("data")))
-            else:
-                events.append((fallback, value))
         return events
-    return [("done" if data == "[DONE]" else fallback, data)]
+    return [(fallback, data)]
 
 
-TOKENS = [b"\n", b"\n", b"\n\n", b"\r", b"\r\n", b"\r\n\r\n", b"data: ", b"data:", b"data: ",
-    b"data", b":", b" ", A, B,
-          b"[DONE]", b"event: done", b"event:progress", b"event", b"id: 1", b": note", b"1",
-              b"null", b'{"a":', b"2}",
-          b'"', b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc3", b"\xa4", b"\xff", b"\0", b"NaN", b"text",
-              b"\t", b"[", b"]"]
-
-
-FIELDS = [b"data", b"data: ", b"data:", b"data: ", b"event: ", b"event:", b"id: ", b": ", b"",
-    b"\xef\xbb\xbfdata: "]
-VALUES = [A, B, b"one", b"1", b'{"a":', b"2}", b"[DONE]", b"progress", b"done", b"\xff\xe2\x80\xa8",
-    b"", b" ", b"x:y"]
+TOKENS = [
+    b"\n", b"\n", b"\n\n", b"\r", b"\r\n", b"\r\n\r\n", b"data: ", b"data:", b"data: ", b"data", b":", b" ", A, B,
+    b"[DONE]", b"event: done", b"event:progress", b"event", b"id: 1", b": note", b"1", b"null", b'{"a":', b"2}", b'"',
+    b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xc3", b"\xa4", b"\xff", b"\0", b"NaN", b"text", b"\t", b"[", b"]",
+]
+FIELDS = [b"data", b"data: ", b"data:", b"data: ", b"event: ", b"event:", b"id: ", b": ", b"", b"\xef\xbb\xbfdata: "]
+VALUES = [A, B, b"one", b"1", b'{"a":', b"2}", b"[DONE]", b"progress", b"done", b"\xff\xe2\x80\xa8", b"", b" ", b"x:y"]
 
 
 def random_stream(chance: random.Random) -> bytes:
@@ -4021,46 +3404,13 @@ def test_random_event_streams_are_read_as_the_standard_says() -> None:
         assert repr(parsed(*pieces)) == repr(reference_events(stream)), pieces
 
 
-def random_chunks(chance: random.Random, payload: bytes) -> bytes:
-    """The payload in chunks, as odd as they may be (RFC 9112 §7.1)."""
-    body = b""
-    for piece in filter(None, random_pieces(chance, payload)):
-        size = b"%x" % len(piece)
-        size = chance.choice([size, size.upper(), b"000" + size])
-        body += size + chance.choice([b"", b";a=b", b' ; name="x;y"',
-            b" "]) + b"\r\n" + piece + b"\r\n"
-    return body + chance.choice([b"0", b"000", b"0;last"]) + b"\r\n" + chance.choice([b"",
-        b"X-Sum: 1\r\n"]) + b"\r\n"
-
-
-def test_random_chunks_give_the_payload_and_random_cuts_an_error() -> None:
-    chance, given = random.Random(FUZZ_SEED), collections.deque[Any]()
-    with Routed(lambda request: given.popleft()) as server, client_of(server,
-            max_retries=0) as client:
-        for _ in range(FUZZ_COUNT):
-            text = "".join(chance.choice("ab\r\n0;äß€ ") for _ in range(chance.randrange(400)))
-            payload = ran(text).partition(b"\r\n\r\n")[2]
-            body = random_chunks(chance, payload)
-            head = chunked(end=False, content_type="application/json")
-            given.append(head + body)
-            assert client.run("p", "1", "f").get_function_result() == (text if text is not None
-                else {})
-            last = max(body.rindex(end) for end in (b"\r\n0\r\n", b"\r\n000\r\n",
-                b"\r\n0;last\r\n") if end in body)
-            given.append(HangUp(head + body[: chance.randrange(last + 3)]))
-            with pytest.raises(ServiceUnavailableError):
-                client.run("p", "1", "f")
-
-
 def random_value(chance: random.Random, depth: int = 0) -> Any:
-    plain = [None, True, False, 0, -1, 2**70, 1.5, "", "x", "SUCCESS", "FAILED", "s3://b/k",
-        "\ud800", "{0}", "ä\0\n",
+    plain = [None, True, False, 0, -1, 2**70, 1.5, "", "x", "SUCCESS", "FAILED", "s3://b/k", "\ud800", "{0}", "ä\0\n",
              [], {}, "http://[", "//", "http://127.0.0.1:1/x", "9" * 50]
     if depth > 2 or chance.random() < 0.6:
         return chance.choice(plain)
     values = [random_value(chance, depth + 1) for _ in range(chance.randrange(4))]
-    return values if chance.random() < 0.5 else {
-        f"{chance.choice(['id', 'message', 'files', 'x'])}": v for v in values}
+    return values if chance.random() < 0.5 else {chance.choice(["id", "message", "files", "x"]): v for v in values}
 
 
 def mutated(chance: random.Random, value: Any) -> Any:
@@ -4079,47 +3429,50 @@ def mutated(chance: random.Random, value: Any) -> Any:
 
 
 ENTRY = {"id": "p", "version": "1.2.0", "name": "P", "tags": ["a"], "functions": [{"name": "f"}],
-    "secrets": [{"a": 1}],
-         "deployment_status": "deployed"}
-RUN = {"job_id": "j", "status": "COMPLETED", "results": [
-    {"status": "SUCCESS", "output": {"status": "SUCCESS",
-        "output": {"success": True, "message": "m", "result": 1},
-                                     "files": {"out": ["s3://b/k"]}},
-                                         "error": {"message": "m", "type": "t"}}]}
+         "secrets": [{"a": 1}], "deployment_status": "deployed"}
+ENTRIES = [ENTRY, {**ENTRY, "version": "1.10.0"}]
+ENVELOPE = {"status": "SUCCESS", "output": {"success": True, "message": "m", "result": 1},
+            "files": {"out": ["s3://b/k"]}}
+RUN = {"job_id": "j", "status": "COMPLETED",
+       "results": [{"status": "SUCCESS", "output": ENVELOPE, "error": {"message": "m", "type": "t"}}]}
 FILES = {"files": [{"key": "k", "size": 1, "s3_url": "s3://b/k"}], "next_token": "t"}
-PROBLEM = {"detail": {"error_code": "MISSING_SECRET", "message": "m", "details": {
-    "prefab_id": "p", "secret_name": "s", "instructions": "i", "limit": 1, "used": 2,
-        "quota_type": "q"}}}
-PROBLEMS = [PROBLEM, PROBLEM["detail"], {"detail": "text"},
+PROBLEM = {"error_code": "MISSING_SECRET", "message": "m", "details": {
+    "prefab_id": "p", "secret_name": "s", "instructions": "i", "limit": 1, "used": 2, "quota_type": "q"}}
+PROBLEMS = [{"detail": PROBLEM}, PROBLEM, {"detail": "text"},
             {"detail": [{"loc": ["body", 0, "x"], "msg": "m", "type": "t"}]}]
 
 
 def read_result(result: PrefabResult) -> None:
-    result.get("x"), result.get_result(), result.get_function_result(), result.get_files(
-        ), result.get_file_urls()
-    result.get_business_success(), result.get_business_message(), result.get_business_error()
-    result.get_business_error_code(), result.is_success(), repr(result), BatchResult("j", "x",
-        [result]).all_success()
+    for read in (result.get_result, result.get_function_result, result.get_files, result.get_file_urls,
+                 result.get_business_success, result.get_business_message, result.get_business_error,
+                 result.get_business_error_code, result.is_success, BatchResult("j", "x", [result]).all_success):
+        repr((result, result.get("x"), read()))
 
 
 READERS: dict[str, tuple[Any, Callable[[GatewayClient], object]]] = {
-    "run": (RUN, lambda c: read_result(c.run("p", "1", "f"))),
-    "run-stream": (RUN, lambda c: repr(list(c.run("p", "1", "f", stream=True)))),
-    "run_batch": (RUN, lambda c: read_result(c.run_batch([PrefabCall("p", "1", "f")]).results[0])),
-    "single-request": (RUN, lambda c: c.run_batch([PrefabCall("p", "1", "f")],
-        single_request=True)),
-    "list_prefabs": ([ENTRY, {**ENTRY, "version": "1.10.0"}], lambda c: repr(c.list_prefabs())),
-    "get_prefab_spec": ([ENTRY, {**ENTRY, "version": "1.10.0"}], lambda c: c.get_prefab_spec("p")),
-    "list_secrets": ({"secrets": [{"prefab_id": "p", "secret_name": "s"}]},
-        lambda c: c.list_secrets()),
+    "run": (RUN, lambda c: read_result(run(c))),
+    "run-stream": (RUN, lambda c: repr(list(run(c, stream=True)))),
+    "run_batch": (RUN, lambda c: read_result(c.run_batch([call()]).results[0])),
+    "single-request": (RUN, lambda c: c.run_batch([call()], single_request=True)),
+    "list_prefabs": (ENTRIES, lambda c: repr(c.list_prefabs())),
+    "get_prefab_spec": (ENTRIES, lambda c: c.get_prefab_spec("p")),
+    "list_secrets": ({"secrets": [{"prefab_id": "p", "secret_name": "s"}]}, lambda c: c.list_secrets()),
     "secrets-of-one": ({"secret_names": ["s"]}, lambda c: c.list_secrets("p")),
     "list_files": (FILES, lambda c: c.list_files()),
     "iter_files": (FILES, lambda c: list(itertools.islice(c.iter_files(), 3))),
-    "get_presigned_url": ({"presigned_url": "http://h/"},
-        lambda c: c.get_presigned_url("s3://b/k")),
+    "get_presigned_url": ({"presigned_url": "http://h/"}, lambda c: c.get_presigned_url("s3://b/k")),
     "cleanup_temp_files": ({"deleted_count": 3}, lambda c: c.cleanup_temp_files("s")),
     "set_secret": ({}, lambda c: c.set_secret("p", "S", "secret")),
 }
+
+
+def with_other_bytes(chance: random.Random, text: bytes) -> bytes:
+    changed = bytearray(text)
+    for _ in range(chance.randrange(1, 5)):
+        place = chance.randrange(len(changed))
+        other = [chance.choice(b'\r\n \0:;0159af-"{}[]\xff\xe4') for _ in range(chance.randrange(3))]
+        changed[place : place + chance.randrange(3)] = bytes(other)
+    return bytes(changed)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -4127,27 +3480,20 @@ def test_random_answers_give_a_result_or_a_gateway_error(name: str) -> None:
     """In turns: another structure, another status with such a body, other bytes anywhere."""
     chance = random.Random(f"{FUZZ_SEED} {name}")
     given: Answer = b""
-    valid, call = READERS[name]
-    with nothing_left(), Routed(lambda request: given) as server, client_of(server,
-            max_retries=0) as client:
+    valid, act = READERS[name]
+    statuses = [301, 304, 400, 401, 403, 404, 409, 418, 422, 429, 500, 503, 599]
+    with nothing_left(), Routed(lambda request: given) as server, client_of(server, max_retries=0) as client:
         for turn in range(FUZZ_COUNT):
             if turn % 3 == 0:
                 given = answer(mutated(chance, valid))
             elif turn % 3 == 1:
-                status = chance.choice([301, 304, 400, 401, 403, 404, 409, 418, 422, 429, 500, 503,
-                    599])
-                given = answer(mutated(chance, chance.choice(PROBLEMS)), status)
+                given = answer(mutated(chance, chance.choice(PROBLEMS)), chance.choice(statuses))
             else:
-                text = bytearray(chance.choice([answer(valid),
-                    chunked(json.dumps(valid).encode())]))
-                for _ in range(chance.randrange(1, 5)):
-                    place = chance.randrange(len(text))
-                    text[place : place + chance.randrange(3)] = bytes(
-                        chance.choice(b'\r\n \0:;0159af-"{}[]\xff\xe4')
-                            for _ in range(chance.randrange(3)))
-                given = HangUp(bytes(text))
+                text = json.dumps(valid).encode()
+                right = chance.choice([answer(body=text), chunked(text), chunked(EVENTS[:50], EVENTS[50:])])
+                given = HangUp(with_other_bytes(chance, right))
             try:
-                call(client)
+                act(client)
             except GatewayError as error:
                 assert TOKEN not in f"{error} {error.details}"
             except BaseException:
@@ -4155,63 +3501,42 @@ def test_random_answers_give_a_result_or_a_gateway_error(name: str) -> None:
                 raise
 
 
-def test_random_bytes_in_an_event_stream_give_events_or_a_gateway_error() -> None:
-    chance = random.Random(FUZZ_SEED)
-    given: Answer = b""
-    with nothing_left(), Routed(lambda request: given) as server, client_of(server) as client:
-        for _ in range(FUZZ_COUNT):
-            stream = random_stream(chance)
-            expected = reference_events(stream)
-            given = chunked(*filter(None, random_pieces(chance, stream)))
-            events = list(client.run("p", "1", "words", stream=True))
-            assert repr([(str(event.type), event.data) for event in events]) == repr(expected)
-            assert isinstance(client.run("p", "1", "words"), PrefabResult)
-            place = chance.randrange(len(given))
-            given = HangUp(
-                given[:place] + bytes([chance.randrange(256)]) + given[place + 1 : chance.randrange(
-                place, len(given)) + 1])
-            with client_of(server) as other, contextlib.suppress(GatewayError):
-                list(other.run("p", "1", "words", stream=True))
-
-
 # --- Callbacks, closing and odd values ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("raised", [OSError("my disk"), TimeoutError("mine"), BrokenPipeError(), KeyError("k")])
-@pytest.mark.parametrize("upload", ["upload_input_file", "upload_file"])
-def test_an_error_of_a_callback_is_the_callers_and_nothing_is_sent_again(
-        upload: str, raised: Exception, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["upload_input_file", "upload_file", "download_file"])
+def test_an_error_of_a_callback_is_the_callers_and_nothing_is_sent_again_or_left(
+        name: str, raised: Exception, tmp_path: Path) -> None:
     def fail(done: int, total: int | None) -> None:
         if done:
             raise raised
 
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * 1000)
-    with Script(*[answer({"upload_url": "http://127.0.0.1:1/", "s3_url": "s3://b/k"})] * 3) as server:
-        first = answer({"upload_url": f"{server.url}/put", "s3_url": "s3://b/k"})
-        server._answers.clear()
-        server._answers.extend([first] * 9)
-        with client_of(server) as client, pytest.raises(type(raised)) as caught:
-            getattr(client, upload)(path, on_progress=fail)
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    arguments = [S3, tmp_path / "new" / "folder" / "f"] if name == "download_file" else [tmp_path / "file"]
+    second = answer(body=b"x" * 3000) if name == "download_file" else LINK
+    with Script(LINK, second, *[LINK] * 9) as server, client_of(server) as client:
+        with pytest.raises(type(raised)) as caught:
+            getattr(client, name)(*arguments, on_progress=fail)
         assert caught.value is raised
-        assert len([request for request in server.received if request.target != "/put"]) <= 1
+    assert len(server.received) <= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_stream_that_is_closed_in_its_own_loop_just_ends() -> None:
-    with Script(Pause(chunked(event("content", 1), event("content", 2), end=False))) as server:
-        client = client_of(server)
-        stream = client.run("p", "1", "f", stream=True)
+def test_a_stream_that_is_closed_in_its_own_loop_hands_over_nothing_more() -> None:
+    with Script(Pause(chunked(event("content", 1) + event("content", 2), end=False))) as server:
+        stream = run(client_of(server), stream=True)
         seen = []
-        for item in stream:
-            seen.append(item.data)
-            stream.close()
+        with pytest.raises(GatewayError, match="closed before its end"):
+            for item in stream:
+                seen.append(item.data)
+                stream.close()
         assert seen == [1]
-        assert list(stream) == []
 
 
 def test_closing_a_stream_ends_another_threads_wait_without_an_error() -> None:
     with Script(Pause(chunked(event("content", 1), end=False))) as server:
-        stream = client_of(server).run("p", "1", "f", stream=True)
+        stream = run(client_of(server), stream=True)
         first, ended = threading.Event(), []
 
         def read() -> None:
@@ -4227,59 +3552,69 @@ def test_closing_a_stream_ends_another_threads_wait_without_an_error() -> None:
         assert ended == [True]
 
 
-@pytest.mark.parametrize("escaped", [r"ab\/cdefghij-secret", r"\u0061b/cdefghij-secret"])
-def test_a_secret_that_json_escapes_is_not_shown_in_the_details_either(escaped: str) -> None:
-    token = "ab/cdefghij-secret"
-    body = b'{"detail": {"message": "bad %b", "list": ["%b"], "%b": 1}}' % ((escaped.encode(),) * 3)
-    with Script(answer(status=401, body=body)) as server, pytest.raises(AuthenticationError) as caught:
-        client_of(server, internal_token=token).list_prefabs()
-    assert token not in f"{caught.value} {caught.value.details}"
-    assert "***" in str(caught.value)
+ECHOED_TOKEN = b'{"detail": {"message": "bad %b", "list": ["%b"], "%b": 1}}'
+SIGNED = "https://s3/b/k?X-Sig=hush-hush"
 
 
-@pytest.mark.parametrize("body", [
-    b'{"internal_token": "hush-hush', b'{"token": "hush-hush"}', b'["hush-hush"]', b"hush-hush",
-    b'{"internal_token": {"value": "hush-hush"}}',
-])  # fmt: skip
-def test_an_exchanged_token_is_not_shown_where_its_answer_is_odd(body: bytes) -> None:
-    with Script(answer(body=body)) as server, pytest.raises(GatewayError) as caught:
-        GatewayClient.from_api_key("key-1", server.url)
-    assert "hush" not in text_of(caught.value) + repr(caught.value.details)
+def exchange_a_key(client: GatewayClient) -> None:
+    GatewayClient.from_api_key("key-1", client.base_url)
 
 
-@pytest.mark.parametrize("given", [
-    answer({"url": "https://s3/b/k?X-Sig=hush-hush"}), answer("https://s3/b/k?X-Sig=hush-hush"),
-    answer({"detail": "403 for url: https://s3/b/k?X-Sig=hush-hush"}, 503),
-])  # fmt: skip
-def test_the_query_of_a_url_in_an_answer_is_not_shown(given: bytes) -> None:
-    error = error_of(given, lambda c: c.get_presigned_url(S3))
-    assert "hush" not in text_of(error) + repr(error.details) and "https://s3/b/k?***" in str(error)
+@pytest.mark.parametrize(("status", "body", "act"), [
+    *((401, ECHOED_TOKEN.replace(b"%b", escaped), GatewayClient.list_prefabs) for escaped in (
+        rb"hush\/hush-secret", rb"hus\u0068/hush-secret")),
+    *((200, body, exchange_a_key) for body in (
+        b'{"internal_token": "hush-hush', b'{"token": "hush-hush"}', b'["hush-hush"]', b"hush-hush",
+        b'{"internal_token": {"value": "hush-hush"}}')),
+    *((status, json.dumps(content).encode(), lambda c: c.get_presigned_url(S3)) for status, content in (
+        (200, {"url": SIGNED}), (200, SIGNED), (503, {"detail": f"403 for url: {SIGNED}"}))),
+], ids=ascii)  # fmt: skip
+def test_no_secret_is_shown_where_an_answer_is_odd(status: int, body: bytes, act: Any) -> None:
+    """The token as JSON may escape it, a token that was exchanged, and the query of a presigned URL."""
+    error = error_of(answer(status=status, body=body), act, internal_token="hush/hush-secret")
+    assert "hush" not in text_of(error) + repr(error.details)
+    assert "***" in str(error)
+    assert (b"https://s3" in body) == ("https://s3/b/k?***" in str(error))
 
 
-@pytest.mark.parametrize("echo", ["a+b/c=HUSH-HUSH", "a b/c=HUSH-HUSH", "SECOND-HUSH"])
-def test_both_urls_of_a_redirect_are_hidden(echo: str, tmp_path: Path) -> None:
-    answers = (link("Sig=a+b/c=HUSH-HUSH&T=a%20b/c=HUSH-HUSH"), answer(status=302, Location="/z?t=SECOND-HUSH"),
-               answer({"detail": f"denied for {echo}"}, 403))
-    with Script(*answers) as server, pytest.raises(GatewayError, match=r"denied for \*\*\*") as caught:
+@pytest.mark.parametrize(("echo", "shown"), [
+    ("a+b/c=HUSH-HUSH", "***"), ("a b/c=HUSH-HUSH", "***"), ("SECOND-HUSH", "***"),
+    ("host? 600 0123456789abcdef", "host? 600 ***"),  # short words are no secrets
+])
+def test_both_urls_of_a_redirect_are_hidden_but_not_their_short_words(echo: str, shown: str, tmp_path: Path) -> None:
+    query = "Sig=a+b/c=HUSH-HUSH&T=a%20b/c=HUSH-HUSH&Expires=600&Signed=host&Signature=0123456789abcdef"
+    answers = (link(query), answer(status=302, Location="/z?t=SECOND-HUSH"), answer({"detail": f"it was {echo}"}, 403))
+    with Script(*answers) as server, pytest.raises(GatewayError, match=re.escape(f"it was {shown}")) as caught:
         client_of(server).download_file(S3, tmp_path / "f")
     assert "HUSH" not in text_of(caught.value)
 
 
-@pytest.mark.parametrize("suffix", ["?a=1", "#a", "/?", "/p#"])
-def test_a_base_url_has_neither_a_query_nor_a_fragment(suffix: str) -> None:
-    with pytest.raises(ValidationError, match="base_url"):
-        GatewayClient(f"http://127.0.0.1:1{suffix}")
+@pytest.mark.parametrize(("options", "said"), [
+    *(({"base_url": f"http://127.0.0.1:1{suffix}"}, "base_url") for suffix in ("?a=1", "#a", "/?", "/p#")),
+    *(({"timeout": timeout}, "timeout") for timeout in (
+        2**31 / 1000, 4294968, 1e9, float("inf"), float("nan"), 0, -1, True, "60")),
+], ids=str)
+def test_an_option_that_cannot_be_kept_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        GatewayClient(**{"base_url": "http://127.0.0.1", **options})
+
+
+@pytest.mark.parametrize("options", [{"jwt_token": "j"}, {"internal_token": "i"}, {"api_key": "k"}], ids=str)
+def test_an_exchanged_key_allows_no_second_credential(options: Any) -> None:
+    with Script() as server, pytest.raises(TypeError):
+        GatewayClient.from_api_key("key-1", server.url, **options)
+    assert not server.received
 
 
 def test_a_target_below_a_file_is_refused_before_the_transfer(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
-    with Script(link()) as server, pytest.raises(OSError, match="file"):
+    with Script(LINK) as server, pytest.raises(OSError, match="file"):
         client_of(server).download_file(S3, tmp_path / "file" / "folder" / "f")
     assert len(server.received) == 1 and (tmp_path / "file").read_bytes() == b"old"
 
 
 def test_a_redirect_to_nowhere_is_not_followed(tmp_path: Path) -> None:
-    with Script(link(), answer(status=302)) as server, pytest.raises(GatewayError, match="Location is missing"):
+    with Script(LINK, answer(status=302)) as server, pytest.raises(GatewayError, match="Location is missing"):
         client_of(server).download_file(S3, tmp_path / "f")
     assert len(server.received) == 2
 
@@ -4293,44 +3628,6 @@ def test_an_error_body_of_null_says_nothing() -> None:
     assert "None" not in str(error_of(answer(body=b"null", status=500)))
 
 
-@pytest.mark.parametrize("options", [{"jwt_token": "j"}, {"internal_token": "i"}, {"api_key": "k"}], ids=str)
-def test_an_exchanged_key_allows_no_second_credential(options: Any) -> None:
-    with Script() as server, pytest.raises(TypeError):
-        GatewayClient.from_api_key("key-1", server.url, **options)
-    assert not server.received
-
-
-def test_events_behind_an_error_event_are_waited_for_and_missed() -> None:
-    late, never = event("content", "late"), event("done", None)
-    with Script(chunked(event("error", "e"), late, never), HangUp(chunked(event("error", "e"), late, end=False)),
-                HangUp(chunked(event("error", "e"), end=False))) as server:
-        client = client_of(server)
-        assert [e.data for e in client.run("p", "1", "f", stream=True)] == ["e", "late", None]
-        with pytest.raises(ServiceUnavailableError):
-            list(client.run("p", "1", "f", stream=True))
-        assert [e.data for e in client.run("p", "1", "f", stream=True)] == ["e"]
-
-
-def test_a_gathered_stream_that_breaks_keeps_what_came() -> None:
-    error = error_of(HangUp(chunked(event("content", "paid"), event("content", "for"), end=False)))
-    assert type(error) is ServiceUnavailableError and error.may_have_run
-    assert error.details["partial_output"] == ["paid", "for"]
-
-
-def test_after_done_a_short_timeout_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    hung_up = []
-
-    def serve(sock: socket.socket) -> None:
-        sock.sendall(chunked(event("done", None), end=False))
-        sock.settimeout(WAIT_SECONDS)
-        hung_up.append(sock.recv(1))
-
-    monkeypatch.setattr(gateway_sdk, "_AFTER_DONE_SECONDS", 10 * WAIT_SECONDS)
-    with Script(Steps((serve,))) as server, client_of(server, timeout=0.2) as client:
-        assert len(list(client.run("p", "1", "f", stream=True))) == 1
-    assert hung_up == [b""]
-
-
 @pytest.mark.parametrize(("data", "output", "files"), [
     ({"answer": 42}, {"answer": 42}, None), ({"answer": 42, "files": {"a": [S3]}}, {"answer": 42}, {"a": [S3]}),
     ({"files": {"a": [S3]}}, "", {"a": [S3]}), (None, "", None), ("text", "text", None), ("[DONE]", "", None),
@@ -4339,24 +3636,6 @@ def test_what_done_brings_is_the_result_where_there_are_no_contents(data: Any, o
     with Script(chunked(event("progress", 1), event("done", data))) as server:
         result = run(client_of(server))
     assert (result.output["output"], result.get_files()) == (output, files or {})
-
-
-def test_lines_without_blank_ones_may_end_with_done() -> None:
-    lines = event("content", 1).rstrip() + b"\n" + event("content", 2).rstrip() + b"\ndata: [DONE]\n"
-    assert parsed(lines) == [("content", 1), ("content", 2), ("done", "[DONE]")]
-
-
-def test_of_a_presigned_url_short_words_stay_readable_elsewhere(tmp_path: Path) -> None:
-    answers = (link("X-Expires=600&X-Signed=host&X-Signature=0123456789abcdef"),
-               answer({"detail": "Is the host right? 600 0123456789abcdef"}, 403))
-    with Script(*answers) as server, pytest.raises(GatewayError, match=r"Is the host right\? 600 \*\*\*"):
-        client_of(server).download_file(S3, tmp_path / "f")
-
-
-@pytest.mark.parametrize("timeout", [2**31 / 1000, 4294968, 1e9, float("inf"), float("nan"), 0, -1, True, "60"])
-def test_a_timeout_that_cannot_be_kept_is_refused(timeout: Any) -> None:
-    with pytest.raises(ValidationError, match="timeout"):
-        GatewayClient("http://127.0.0.1", timeout=timeout)
 
 
 @pytest.mark.parametrize("value", [10**5000, [[]] * 3, object()], ids=["huge", "list", "object"])
@@ -4370,43 +3649,23 @@ def test_a_refused_value_is_named_briefly(value: Any) -> None:
         assert len(str(caught.value)) < 300
 
 
-def test_a_download_that_the_disk_has_no_room_for_leaves_nothing(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource")
-    with Script(answer({"presigned_url": "http://127.0.0.1:1/"})) as server:
-        server._answers.clear()
-        server._answers.extend([answer({"presigned_url": f"{server.url}/o"}), answer(body=b"x" * 3000)])
-        code = f"""import resource, signal, sys
-from gateway_sdk import GatewayClient
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))
-try:
-    GatewayClient({server.url!r}).download_file("s3://b/k", "new/folder/file")
-except OSError as error:
-    print(type(error).__name__, error.errno)
-"""
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert done.stdout.startswith("OSError"), done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_version_of_the_directory_may_be_any_text() -> None:
+def test_a_version_of_the_directory_may_be_any_text_that_a_url_can_carry() -> None:
     entries = [{"id": "p", "version": version} for version in ("9" * 5000, "1.0", "a b", "")]
-    with Script(answer(entries), answer({"id": "p"})) as server, client_of(server) as client:
+    odd = [{"id": "p", "version": "\ud800"}]
+    with Script(answer(entries), answer({"id": "p"}), answer(odd)) as server, client_of(server) as client:
         assert client.get_prefab_spec("p") == {"id": "p"}
         assert server.received[1].target == f"/v1/prefabs/p/{'9' * 5000}/spec"
+        with pytest.raises(GatewayError):
+            client.get_prefab_spec("p")
 
 
-@pytest.mark.parametrize("files", [5, True, {"a": 5}, {"a": {"b": 1}}, ["s3://b/k"]], ids=str)
-def test_files_of_an_odd_shape_are_no_files(files: Any) -> None:
+@pytest.mark.parametrize(("files", "read"), [
+    *((odd, {}) for odd in (5, True, {"a": 5}, {"a": {"b": 1}}, ["s3://b/k"])),
+    ({"a": [5, S3, None], "b": "s3://b/k"}, {"a": [S3], "b": ["s3://b/k"]}),
+], ids=str)
+def test_of_odd_files_in_a_result_only_the_urls_are_read(files: Any, read: dict[str, list[str]]) -> None:
     result = PrefabResult(CallStatus.SUCCESS, {"status": "SUCCESS", "output": 1, "files": files})
-    assert (result.get_files(), result.get_file_urls()) == ({}, [])
-
-
-def test_what_is_no_url_among_the_files_is_left_out() -> None:
-    result = PrefabResult(CallStatus.SUCCESS, {"output": 1, "files": {"a": [5, S3, None], "b": "s3://b/k"}})
-    assert result.get_files() == {"a": [S3], "b": ["s3://b/k"]}
-    assert result.get_file_urls() == [S3, "s3://b/k"]
+    assert (result.get_files(), result.get_file_urls()) == (read, [url for urls in read.values() for url in urls])
 
 
 def test_an_executor_that_takes_nothing_says_that_nothing_ran(client: GatewayClient) -> None:
@@ -4417,6 +3676,1287 @@ def test_an_executor_that_takes_nothing_says_that_nothing_ran(client: GatewayCli
     assert not any(result.exception.may_have_run for result in batch.results if result.exception)
     with pytest.raises(ValidationError, match="executor"):
         client.run_batch([], executor=5)  # type: ignore[arg-type]
+
+
+# --- After an answer: what may be used again ------------------------------------------------------
+
+CRASHED = answer(body=b"Internal Server Error", status=500, Content_Type="text/plain; charset=utf-8")
+
+
+@pytest.mark.parametrize("status", [500, 501, 502, 503, 504, 507, 520, 599])
+@pytest.mark.parametrize("act", [run, lambda c: c.list_prefabs()], ids=["POST", "GET"])
+def test_a_connection_that_carried_a_5xx_is_not_used_again(act: Any, status: int) -> None:
+    crashed = answer(body=b"Server Error", status=status, Content_Type="text/plain")
+    with Script(crashed, ran("good")) as server, client_of(server, max_retries=0) as client:
+        with pytest.raises(ServiceUnavailableError):
+            act(client)
+        assert run(client).get_function_result() == "good"
+        assert [received.connection for received in server.received] == [0, 1]
+        server.wait_until(lambda: server.open_connections == 1)
+
+
+def test_a_5xx_whose_connection_dies_unannounced_costs_no_other_call_of_a_batch() -> None:
+    def die(sock: socket.socket) -> None:
+        sock.recv(65536)  # the next request, if there is one, is never answered
+        raise OSError
+
+    bad = Steps((send(CRASHED), die))
+    answers = [bad if number % 20 == 7 else ran(number) for number in range(300)]
+    with Script(*answers) as server, client_of(server) as client:
+        batch = client.run_batch([call(number) for number in range(300)])
+    failed = batch.get_failed()
+    assert [result.exception.status_code for result in failed if result.exception] == [500] * 15
+    assert len(failed) == 15 and len(server.received) == 300
+
+
+@pytest.fixture(scope="module")
+def crashing() -> Iterator[str]:
+    """The URL of a real server whose function `bad` ends in an unhandled exception."""
+    uvicorn = pytest.importorskip("uvicorn")
+    applications = pytest.importorskip("starlette.applications")
+    responses = pytest.importorskip("starlette.responses")
+    routing = pytest.importorskip("starlette.routing")
+
+    async def run_function(request: Any) -> Any:
+        content = await request.json()
+        if content["calls"][0]["function_name"] == "bad":
+            raise LookupError("nobody handles it")
+        entry = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": "good"}}
+        return responses.JSONResponse({"job_id": "j", "status": "COMPLETED", "results": [entry]})
+
+    app = applications.Starlette(routes=[routing.Route("/v1/internal/run", run_function, methods=["POST"])])
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", loop="asyncio", http="h11")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(WAIT_SECONDS)
+    listener.close()
+
+
+def test_no_call_is_lost_behind_a_real_unhandled_exception(crashing: str) -> None:
+    with GatewayClient(crashing, internal_token=TOKEN) as client:
+        good = 0
+        for _ in range(200):
+            with pytest.raises(ServiceUnavailableError, match="500"):
+                client.run("p", "1", "bad")
+            with contextlib.suppress(ServiceUnavailableError):
+                good += client.run("p", "1", "good").is_success()
+    assert good == 200
+
+
+def test_bad_calls_of_a_batch_on_a_real_server_cost_no_good_ones(crashing: str) -> None:
+    calls = [PrefabCall("p", "1", "bad" if number % 20 == 7 else "good") for number in range(300)]
+    with GatewayClient(crashing, internal_token=TOKEN) as client:
+        batch = client.run_batch(calls)
+    succeeded = [result.is_success() for result in batch.results]
+    assert succeeded == [wanted.function_name == "good" for wanted in calls]
+
+
+# The first answer of a server that sends more with it, in one TLS record.
+FIRST: dict[str, bytes] = {
+    "length": ran("first"),
+    "long body": ran("first" + "." * 12_000),  # longer than the reader's buffer: the stray one stays in the socket
+    "chunks": chunked(ran("first").partition(b"\r\n\r\n")[2], content_type="application/json"),
+}
+STRAYS = {"whole answer": ran("stray"), "half an answer": ran("stray")[:30], "line end": b"\r\n"}
+
+
+@pytest.mark.parametrize("stray", STRAYS)
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_bytes_behind_an_answer_are_never_the_next_calls_answer(
+    scheme: str, first: str, stray: str, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    answers = (FIRST[first] + STRAYS[stray], ran("second"), ran("second"))
+    server = TlsScript(certificate, *answers) if scheme == "https" else Script(*answers)
+    with server, client_of(server, ssl_context=trusting, max_retries=0) as client:
+        assert run(client).get_function_result().startswith("first")
+        assert run(client).get_function_result() == "second"
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("scheme", ["https", "http"])
+def test_bytes_behind_the_end_of_a_stream_or_of_nothing_are_not_the_next_answer(
+    scheme: str, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    answers = (chunked(event("done")) + ran("stray"), NO_BODY + ran("stray"), ran("own"))
+    server = TlsScript(certificate, *answers) if scheme == "https" else Script(*answers)
+    with server, client_of(server, ssl_context=trusting, max_retries=0) as client:
+        assert [received.type for received in run(client, stream=True)] == ["done"]
+        client.delete_secret("p", "KEY")
+        assert run(client).get_function_result() == "own"
+    assert [received.connection for received in server.received] == [0, 1, 2]
+
+
+# --- What an answer's output is -------------------------------------------------------------------
+
+# The output of a call that succeeded, and what its function gave: of an envelope the inner output.
+OUTPUTS: dict[str, tuple[Any, Any]] = {
+    "envelope": ({"status": "SUCCESS", "output": {"a": 1}, "files": {}}, {"a": 1}),
+    "only an output": ({"output": [1]}, [1]),
+    "an output and unknown keys": ({"output": "x", "words": 2}, "x"),
+    "envelope without output": ({"status": "SUCCESS"}, {}),
+    "envelope with files": ({"status": "SUCCESS", "files": {"a": [S3]}}, {}),
+    "failed envelope": ({"status": "FAILED", "error": {"message": "m"}}, {}),
+    "envelope with metadata": ({"status": "SUCCESS", "error": None, "metadata": {}}, {}),
+    "null in an envelope": ({"status": "SUCCESS", "output": None}, {}),
+    "null": (None, {}),
+    "dict": ({"success": True, "message": "hi", "words": 2}, {"success": True, "message": "hi", "words": 2}),
+    "status and a key of its own": ({"status": "ready", "words": 2}, {"status": "ready", "words": 2}),
+    "error without status": ({"error": "no", "error_code": "E"}, {"error": "no", "error_code": "E"}),
+    "files without status": ({"files": {"a": [S3]}}, {"files": {"a": [S3]}}),
+    "result": ({"result": 5}, {"result": 5}),
+    "text": ("text", "text"),
+    "list": ([1, 2], [1, 2]),
+    "number": (7, 7),
+    "zero": (0, 0),
+    "false": (False, False),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_what_is_no_envelope_is_the_functions_value_itself(name: str) -> None:
+    output, value = OUTPUTS[name]
+    entry = {"status": "SUCCESS", "output": output, "error": None}
+    with Script(answer({"job_id": "j", "status": "COMPLETED", "results": [entry]})) as server:
+        result = run(client_of(server))
+    assert result.output == output
+    assert (result.get_function_result(), type(result.get_function_result())) == (value, type(value))
+
+
+def test_the_business_fields_of_a_value_without_an_envelope_are_found() -> None:
+    good = PrefabResult("SUCCESS", {"success": True, "message": "hi", "words": 2})
+    assert good.get_business_success() is True and good.get_business_message() == "hi"
+    assert good.get_business_error() is good.get_business_error_code() is None
+    bad = PrefabResult("SUCCESS", {"success": False, "error": "no", "error_code": "E"})
+    assert bad.get_business_success() is False and bad.get_business_message() == ""
+    assert (bad.get_business_error(), bad.get_business_error_code()) == ("no", "E")
+
+
+def test_the_error_of_an_envelope_is_not_that_of_the_function() -> None:
+    result = PrefabResult("FAILED", {"status": "FAILED", "output": None, "error": "of the runtime"})
+    assert result.get_business_error() is None
+
+
+@pytest.mark.parametrize("output", [
+    {"success": True, "files": {"a": [S3]}}, {"files": {"a": [S3]}}, {"status": "SUCCESS", "files": {"a": [S3]}},
+])  # fmt: skip
+def test_files_are_found_in_both_shapes_of_output(output: Any) -> None:
+    assert PrefabResult("SUCCESS", output).get_files() == {"a": [S3]}
+
+
+# --- Streams that are closed ----------------------------------------------------------------------
+
+WHOLE_STREAM = chunked(event("content", 1), event("done"))
+OPEN_STREAM = HEAD + chunk(event("content", 1))  # nothing more comes
+
+
+def script_of(scheme: str, certificate: Path, *answers: Answer) -> Script:
+    return TlsScript(certificate, *answers) if scheme == "https" else Script(*answers)
+
+
+class Interrupted:
+    """Runs `act` once in the middle of the thread's work: before the line number `at` of the module's lines.
+
+    Lines of `http.client` count too, as an answer is read by both.
+    """
+
+    def __init__(self, at: int, act: Callable[[], object]) -> None:
+        self.left = at
+        self._act = act
+        self._files = {gateway_sdk.__file__, sys.modules["http.client"].__file__}
+
+    def __enter__(self) -> Interrupted:
+        self._before = sys.gettrace()
+        sys.settrace(self._enter_function)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _enter_function(self, frame: Any, kind: str, value: Any) -> Any:
+        return self._pass_line if frame.f_code.co_filename in self._files else None
+
+    def _pass_line(self, frame: Any, kind: str, value: Any) -> Any:
+        if kind == "line":
+            self.left -= 1
+            if self.left == 0:
+                self._act()
+        return self._pass_line
+
+
+def close_at_once(stream: Any) -> None:
+    """As a signal handler does, which runs in the thread that it interrupts."""
+    stream.close()
+
+
+def close_elsewhere(stream: Any) -> None:
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    closing.join(0.5)  # it may have to wait for the thread that waits here
+
+
+@pytest.mark.parametrize("close", [close_at_once, close_elsewhere])
+def test_a_stream_may_be_closed_at_any_moment_of_being_read(close: Callable[[Any], None]) -> None:
+    unexpected: list[tuple[int, BaseException]] = []
+    reached = True
+
+    def read(stream: Any, at: int) -> None:
+        nonlocal reached
+        try:
+            with Interrupted(at, lambda: close(stream)) as interrupted:
+                for _ in stream:
+                    pass
+        except GatewayError:
+            pass
+        except BaseException as error:
+            unexpected.append((at, error))
+        reached = interrupted.left <= 0
+
+    with Script(*[WHOLE_STREAM, ran()] * 2000) as server, client_of(server, max_retries=0) as client:
+        for at in itertools.count(1):
+            stream = run(client, stream=True)
+            reader = threading.Thread(target=read, args=(stream, at), daemon=True)
+            reader.start()
+            reader.join(WAIT_SECONDS)
+            assert not reader.is_alive(), f"closed at line {at}, it waits for ever"
+            assert run(client).is_success()
+            if not reached or at == 2000:
+                break
+    assert not unexpected and at > 10
+
+
+@pytest.mark.parametrize(("scheme", "rounds"), [("http", 250), ("https", 60)])
+def test_a_stream_may_be_closed_by_another_thread_when_it_ends(
+    scheme: str, rounds: int, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    unexpected: list[BaseException] = []
+
+    def read(stream: Any) -> None:
+        try:
+            for _ in stream:
+                pass
+        except GatewayError:
+            pass
+        except BaseException as error:
+            unexpected.append(error)
+
+    answers = [WHOLE_STREAM, ran()] * rounds
+    with script_of(scheme, certificate, *answers) as server, client_of(server, ssl_context=trusting) as client:
+        for number in range(rounds):
+            stream = run(client, stream=True)
+            reader = threading.Thread(target=read, args=(stream,), daemon=True)
+            reader.start()
+            moment = time.perf_counter() + number % 25 / 50_000  # half a millisecond at most
+            while time.perf_counter() < moment:
+                pass
+            stream.close()
+            reader.join(WAIT_SECONDS)
+            assert not reader.is_alive() and run(client).is_success()
+    assert not unexpected
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_closing_a_stream_ends_the_wait_of_another_thread(
+    scheme: str, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    outcome: queue.Queue[Any] = queue.Queue()
+
+    def read(stream: Any) -> None:
+        try:
+            for received in stream:
+                outcome.put(received.data)
+            outcome.put("end")
+        except BaseException as error:
+            outcome.put(error)
+
+    answers = (Pause(OPEN_STREAM), ran())
+    with script_of(scheme, certificate, *answers) as server, client_of(server, ssl_context=trusting) as client:
+        stream = run(client, stream=True)
+        threading.Thread(target=read, args=(stream,), daemon=True).start()
+        assert outcome.get(timeout=WAIT_SECONDS) == 1
+        stream.close()
+        assert outcome.get(timeout=WAIT_SECONDS) == "end"
+        assert run(client).is_success()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt here")
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_signal_handler_may_close_the_stream_that_the_loop_waits_for(
+    scheme: str, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    seen: list[Any] = []
+
+    def close_if_it_waits(_: int, frame: Any) -> None:
+        if frame.f_code.co_filename in (socket.__file__, ssl.__file__):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            stream.close()
+
+    answers = (Pause(OPEN_STREAM), ran())
+    with script_of(scheme, certificate, *answers) as server, client_of(server, ssl_context=trusting) as client:
+        stream = run(client, stream=True)
+        before = signal.signal(signal.SIGALRM, close_if_it_waits)
+        try:
+            for received in stream:
+                seen.append(received.data)
+                signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert seen == [1]
+        server.wait_until(lambda: server.open_connections == 0)
+        assert run(client).is_success()
+
+
+# --- Streams that are read on ---------------------------------------------------------------------
+
+
+def end_by_a_timeout(stream: Any) -> None:
+    with pytest.raises(GatewayTimeoutError):
+        next(stream)
+
+
+def end_by_a_break(stream: Any) -> None:
+    with pytest.raises(ServiceUnavailableError):
+        next(stream)
+
+
+def end_by_leaving_it(stream: Any) -> None:
+    with stream:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "end"),
+    [(Pause(OPEN_STREAM), end_by_a_timeout), (HangUp(OPEN_STREAM), end_by_a_break),
+     (Pause(OPEN_STREAM), lambda stream: stream.close()), (Pause(OPEN_STREAM), end_by_leaving_it)],
+    ids=["timed out", "broken", "closed", "left"],
+)  # fmt: skip
+def test_a_stream_that_did_not_come_to_its_end_is_never_read_on_as_if_it_had(given: Answer, end: Any) -> None:
+    with Script(given) as server, client_of(server) as client:
+        stream = run(client, stream=True, timeout=0.1 if end is end_by_a_timeout else WAIT_SECONDS)
+        assert next(stream).data == 1
+        end(stream)
+        for _ in range(2):
+            with pytest.raises(GatewayError):
+                next(stream, None)
+        with pytest.raises(GatewayError):
+            list(stream)
+        with pytest.raises(GatewayError):
+            for _ in stream:
+                pass
+
+
+def test_a_stream_of_a_plain_result_that_was_closed_before_its_end_raises_too() -> None:
+    with Script(ran(5)) as server:
+        stream = run(client_of(server), stream=True)
+        assert next(stream).type == "content"
+        stream.close()
+        with pytest.raises(GatewayError):
+            next(stream)
+
+
+def test_a_stream_that_was_read_to_its_end_just_stops() -> None:
+    with Script(WHOLE_STREAM) as server:
+        stream = run(client_of(server), stream=True)
+        assert [received.type for received in stream] == ["content", "done"]
+        stream.close()
+        assert [*stream, *stream] == [] and next(stream, None) is None
+
+
+def test_all_ways_to_read_a_stream_can_be_mixed() -> None:
+    events = [event("content", number) for number in range(6)]
+    with Script(chunked(*events, event("done"))) as server:
+        stream = run(client_of(server), stream=True)
+        assert iter(stream) is stream
+        assert [received.data for received in itertools.islice(stream, 1)] == [0]
+        assert next(stream).data == 1
+        assert [(one.data, two.data) for one, two in itertools.islice(zip(stream, stream), 1)] == [(2, 3)]
+        for received in stream:
+            assert received.data == 4
+            break
+        assert [received.type for received in stream] == ["content", "done"]
+
+
+@cpython_only
+@pytest.mark.parametrize("how", ["variable", "loop", "islice"])
+def test_a_stream_that_is_dropped_frees_its_connection_without_the_garbage_collector(how: str) -> None:
+    with Script(Pause(OPEN_STREAM)) as server, client_of(server) as client:
+        gc.disable()
+        try:
+            if how == "variable":
+                stream = run(client, stream=True)
+                for _ in stream:
+                    break
+                del stream
+            elif how == "loop":
+                for _ in run(client, stream=True):
+                    break
+            else:
+                assert len(list(itertools.islice(run(client, stream=True), 1))) == 1
+            server.wait_until(lambda: server.open_connections == 0)
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("odd", [5, None, ["content"], {"a": 1}, True, 1.5], ids=repr)
+def test_an_event_whose_type_is_no_text_is_content_with_its_data(odd: Any) -> None:
+    given = event("x", {"n": 1}).replace(b'"x"', gateway_sdk.json.dumps(odd).encode())
+    with Script(chunked(given, event("done")), chunked(given, event("done"))) as server:
+        client = client_of(server)
+        first, _ = run(client, stream=True)
+        assert (first.type, first.data) == (StreamEventType.CONTENT, {"n": 1})
+        assert first.raw == {"type": odd, "data": {"n": 1}} and StreamEvent.from_dict(first.raw) == first
+        assert run(client).get_function_result() == [{"n": 1}]
+
+
+# --- Retries --------------------------------------------------------------------------------------
+
+
+def test_any_number_of_retries_can_be_asked_for(delays: list[float]) -> None:
+    with socket.socket() as bound:  # it refuses
+        bound.bind(("127.0.0.1", 0))
+        client = GatewayClient(f"http://127.0.0.1:{bound.getsockname()[1]}", max_retries=1100)
+        with pytest.raises(ServiceUnavailableError, match="no connection"):
+            run(client)
+    assert len(delays) == 1100 and max(delays) <= 8
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def workers_done(server: Script) -> Iterator[None]:
+    """At the end, waits for the threads that were started meanwhile, but for the server's."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before - set(server._threads):
+        thread.join(2 * WAIT_SECONDS)
+        assert not thread.is_alive(), "a worker never ends"
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt here")
+def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
+    gate = threading.Event()
+    held = Steps((lambda _: gate.wait(2 * WAIT_SECONDS), send(ran())))
+    pressed = 0
+
+    def inside_the_batch(frame: Any) -> bool:
+        while frame:
+            if frame.f_code is GatewayClient.run_batch.__code__:
+                return True
+            frame = frame.f_back
+        return False
+
+    def press_again(_: int, frame: Any) -> None:
+        nonlocal pressed
+        if inside_the_batch(frame):
+            pressed += 1
+            raise KeyboardInterrupt
+
+    def press(index: int, result: PrefabResult) -> None:
+        server.wait_until(lambda: len(server.received) == 3)  # the first call's worker has taken the next one
+        signal.setitimer(signal.ITIMER_REAL, 0.004, 0.0005)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, press_again), signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Routed(lambda received: held if len(server.received) > 1 else ran()) as server, client_of(server) as client:
+        with workers_done(server):
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    client.run_batch([call()] * 3000, max_workers=2, on_result=press)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before[0])
+                signal.signal(signal.SIGINT, before[1])
+                gate.set()
+        assert len(server.received) == 3, f"{pressed} more presses"
+
+
+def test_an_error_of_on_result_stops_a_batch_like_ctrl_c() -> None:
+    def fail(index: int, result: PrefabResult) -> None:
+        server.wait_until(lambda: len(server.received) == 3)
+        raise LookupError("the caller's own")
+
+    gate = threading.Event()
+    held = Steps((lambda _: gate.wait(2 * WAIT_SECONDS), send(ran())))
+    with Routed(lambda received: held if len(server.received) > 1 else ran()) as server, client_of(server) as client:
+        with workers_done(server):
+            with pytest.raises(LookupError):
+                client.run_batch([call()] * 300, max_workers=2, on_result=fail)
+            gate.set()
+        assert len(server.received) == 3
+
+
+@cpython_only
+def test_results_are_not_made_before_their_calls_have_been_answered() -> None:
+    def count(sock: socket.socket) -> None:
+        found.append(sum(isinstance(thing, (PrefabResult, GatewayError)) for thing in gc.get_objects()))
+        sock.sendall(ran())
+
+    found: list[int] = []
+    gc.collect()
+    before = sum(isinstance(thing, (PrefabResult, GatewayError)) for thing in gc.get_objects())
+    with Script(Steps((count,)), *[ran()] * 499) as server, client_of(server) as client:
+        assert client.run_batch([call()] * 500, max_workers=1).all_success()
+    assert found[0] - before < 10
+
+
+@cpython_only
+def test_the_memory_of_a_request_is_given_back_when_it_was_sent() -> None:
+    count, size = 60, 200_000
+    used: dict[int, int] = {}
+
+    def measure(index: int, result: PrefabResult) -> None:
+        used[index] = tracemalloc.get_traced_memory()[0]
+
+    calls = [PrefabCall("p", "1.0.0", "f", {"text": "x" * size}) for _ in range(count)]
+    with Routed(lambda received: ran()) as server, client_of(server) as client:
+        tracemalloc.start()
+        try:
+            client.run_batch(calls, max_workers=1, on_result=measure)
+        finally:
+            tracemalloc.stop()
+        kept_by_the_server = size * count  # `received` has the bodies
+    assert used[count - 1] - kept_by_the_server < size * count / 2
+
+
+# --- Token exchanges ------------------------------------------------------------------------------
+
+
+def is_exchange(received: Received) -> bool:
+    return received.target == "/v1/auth/convert_to_internal_token"
+
+
+def test_who_waited_for_a_token_exchange_that_failed_fails_with_it() -> None:
+    threads, exchanges = 10, 0
+    barrier = threading.Barrier(threads)
+
+    def refuse_all_at_once(sock: socket.socket) -> None:
+        barrier.wait(WAIT_SECONDS)
+        sock.sendall(REFUSED)
+
+    def choose(received: Received) -> Answer:
+        nonlocal exchanges
+        if not is_exchange(received):
+            return Steps((refuse_all_at_once,))
+        exchanges += 1
+        return answer({"internal_token": "first"}) if exchanges == 1 else Pause()
+
+    def fail(_: int) -> GatewayError:
+        with pytest.raises(GatewayError) as caught:
+            run(client)
+        return caught.value
+
+    with Routed(choose) as server, GatewayClient.from_api_key("key-1", server.url, timeout=0.5) as client:
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            errors = list(pool.map(fail, range(threads)))
+    assert all(isinstance(error, GatewayTimeoutError) and not error.may_have_run for error in errors)
+    assert len([received for received in server.received if is_exchange(received)]) == 2
+
+
+def test_after_an_exchange_that_failed_the_next_call_tries_again() -> None:
+    tokens = [answer({"internal_token": token}) for token in ("first", "second")]
+    failed = answer({"detail": "no"}, 500)
+    with Script(tokens[0], REFUSED, failed, REFUSED, tokens[1], ran()) as server:
+        client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
+        with pytest.raises(ServiceUnavailableError):
+            run(client)
+        assert run(client).is_success()
+    assert [received.headers.get("x-internal-token") for received in server.received] == [
+        None, "first", None, "first", None, "second",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given", [REFUSED, answer({}), answer({"detail": "x"}, 400), answer(body=b"<html>")],
+    ids=["401", "no token", "400", "not JSON"],
+)  # fmt: skip
+def test_the_error_of_from_api_key_keeps_no_connection_open(given: bytes) -> None:
+    with Script(given) as server:
+        with pytest.raises(GatewayError) as caught:
+            GatewayClient.from_api_key("key-1", server.url)
+        server.wait_until(lambda: server.open_connections == 0)
+        assert caught.value.__traceback__ is not None  # it is kept, and so are the frames in it
+
+
+# --- Batches on executors -------------------------------------------------------------------------
+
+
+@cpython_only
+def test_in_a_worker_process_the_calls_of_a_client_share_its_connection_and_its_token(
+    certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanged: list[str] = []
+
+    def choose(received: Received) -> Answer:
+        if is_exchange(received):
+            exchanged.append(f"token-{len(exchanged)}")
+            return answer({"internal_token": exchanged[-1]})
+        token = received.headers.get("x-internal-token")
+        return REFUSED if token == "token-0" else ran(token)
+
+    calls = [call(number) for number in range(20)]
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    spawning = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawning) as executor:
+        with Routed(choose) as server, client_of(server, internal_token="one") as client:
+            batch = client.run_batch(calls, executor=executor)
+            assert [result.get_function_result() for result in batch.results] == ["one"] * 20
+            assert server.connections <= 2
+            with client_of(server, internal_token="two") as other:  # another identity never shares it
+                batch = other.run_batch(calls, executor=executor)
+            assert [result.get_function_result() for result in batch.results] == ["two"] * 20
+            assert server.connections <= 4
+        with TlsScript(certificate, *[ran()] * 20) as server, GatewayClient(server.url) as client:
+            assert client.run_batch(calls, executor=executor).all_success()
+            assert server.connections <= 2
+        with Routed(choose) as server, GatewayClient.from_api_key("key-1", server.url) as client:
+            batch = client.run_batch(calls, executor=executor)
+            assert [result.get_function_result() for result in batch.results] == ["token-1"] * 20
+            assert exchanged == ["token-0", "token-1"] and server.connections <= 3
+
+
+def test_on_a_pool_of_threads_too_the_calls_share_connections() -> None:
+    with Routed(lambda received: ran()) as server, client_of(server) as client:
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            assert client.run_batch([call()] * 20, executor=executor).all_success()
+        assert server.connections <= 2
+
+
+# --- Keep-alive -----------------------------------------------------------------------------------
+
+
+@cpython_only
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_connection_is_kept_alive_below_http_while_a_call_takes_its_time(
+    scheme: str, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    def peer_port(sock: Any) -> int:
+        with contextlib.suppress(OSError, IndexError):
+            return sock.getpeername()[1]
+        return 0
+
+    with script_of(scheme, certificate, Pause(OPEN_STREAM)) as server:
+        with client_of(server, ssl_context=trusting) as client, run(client, stream=True):
+            sockets = [thing for thing in gc.get_objects() if isinstance(thing, socket.socket)]
+            (sock,) = [sock for sock in sockets if sock.fileno() >= 0 and peer_port(sock) == server.port]
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                assert 0 < sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+
+
+# --- Foreign texts --------------------------------------------------------------------------------
+
+LONG = 60_000  # with what stands around it, not more than is read of an error's body
+
+
+def long_text(piece: str) -> str:
+    return piece * (LONG // len(json.dumps(piece)[1:-1]))
+
+
+def done_in_time(commands: list[list[str]], *answers: Answer) -> None:
+    """Runs commands in one process, which would take minutes if a text were looked through again and again."""
+    code = """if True:
+        import json, sys, gateway_sdk
+        for arguments in json.loads(sys.argv[1]):
+            gateway_sdk.main(arguments)
+    """
+    with Script(*answers) as server:
+        subprocess.run(
+            [sys.executable, "-c", code, json.dumps(commands)], env=environment_for(server), check=True,
+            cwd=Path(gateway_sdk.__file__).parent, capture_output=True, timeout=20,
+        )  # fmt: skip
+        assert len(server.received) == len(answers)
+
+
+@pytest.mark.parametrize("text", [
+    long_text("Secret '' for prefab '"), long_text("Secret '")[:40_000] + "' for prefab '" * 1400,
+    "Secret '" + long_text("' for prefab '"), "a" + long_text(" ") + "b", "a" + long_text("\t") + "b",
+], ids=["whole", "starts", "middles", "spaces", "tabs"])  # fmt: skip
+def test_an_errors_text_is_read_in_a_time_that_grows_with_its_length(text: str) -> None:
+    done_in_time([["list"]], answer({"detail": text}, 400))
+
+
+def test_a_large_answer_that_is_not_json_is_read_in_a_time_that_grows_with_its_length() -> None:
+    done_in_time([["list"]], answer(body=b"http:" * 1_200_000))
+
+
+def test_no_text_of_a_server_takes_long_to_read(tmp_path: Path) -> None:
+    texts = ["\n ", " \r\n", "http:", "https://a?", "'", "<", "&amp;", "%41"]
+    bodies = ["<Code></Code>", "<Code>", "<Code></Code> <Message>", "<Code>" + long_text("a"), "{", '{"a":', '"']
+    commands, answers = [], []
+    for text in texts:
+        commands.append(["list"])
+        answers.append(answer({"detail": "a" + long_text(text) + "b"}, 400))
+    for body in ["<Code></Code>" + long_text(" "), *map(long_text, bodies)]:
+        commands.append(["list"])
+        answers.append(answer(body=body.encode(), status=400))
+    for value in ("1", "1.", "1 ", ".", "Mon, ", "1 Jan ", ":"):
+        commands.append(["list"])
+        answers.append(answer({"detail": "x"}, 429, Retry_After=value * (60_000 // len(value))))
+    versions = ["1" * LONG, long_text("1."), long_text("1a"), long_text("a-"), "v" * LONG, long_text(".")]
+    commands.append(["spec", "p"])
+    answers += [answer([{"id": "p", "version": version} for version in versions]), answer({})]
+    download = ["download", S3, str(tmp_path / "f")]
+    for location in ("/../", "/a", "%41", "?", "a.", "\xe4"):
+        commands.append(download)
+        answers += [LINK, answer(status=302, Location="ftp://h/" + location * (60_000 // len(location)))]
+    for content_range in ("1", "bytes ", "-", "/1"):
+        commands.append(download)
+        value = "bytes 0-" + content_range * (60_000 // len(content_range))
+        answers += [LINK, answer({"detail": "x"}, 416, Content_Range=value)]
+    for host in ("a.", "a", "\u00e4", "%", "-"):
+        commands.append(download)
+        answers.append(answer({"presigned_url": f"http://{long_text(host)}/o"}))
+    done_in_time(commands, *answers)
+
+
+# --- Secrets in other clothes ---------------------------------------------------------------------
+
+CLOTHED = "hush &hush \"hush\" 'hush' <hush>+hush/hush=hush%41"  # as it may be cut, "hush" is left
+
+
+def lower_case_codes(text: str) -> str:
+    return re.sub(r"%[0-9A-F]{2}", lambda found: found[0].lower(), text)
+
+
+def numbered(text: str, form: str) -> str:
+    return re.sub(r"[&\"'<>+/=]", lambda found: form.format(ord(found[0])), text)
+
+
+CLOTHES: dict[str, Callable[[str], str]] = {
+    "HTML": html.escape,
+    "HTML text": lambda text: html.escape(text, quote=False),
+    "HTML by number": lambda text: numbered(text, "&#{};"),
+    "HTML by three digits": lambda text: numbered(text, "&#{:03};"),
+    "HTML by hex number": lambda text: numbered(text, "&#x{:x};"),
+    "HTML by upper-case hex number": lambda text: numbered(text, "&#x{:02X};"),
+    "HTML apostrophes": lambda text: html.escape(text).replace("&#x27;", "&apos;"),
+    "HTML of Jinja": lambda text: html.escape(text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+    "form": urllib.parse.quote_plus,
+    "form with slashes": lambda text: urllib.parse.quote_plus(text, safe="/"),
+    "form, lower case": lambda text: lower_case_codes(urllib.parse.quote_plus(text)),
+    "lower case": lambda text: lower_case_codes(urllib.parse.quote(text, safe="")),
+    "lower case with slashes": lambda text: lower_case_codes(urllib.parse.quote(text)),
+}
+HOLDERS: dict[str, Callable[[str], Any]] = {
+    "token": lambda url: run(GatewayClient(url, internal_token=CLOTHED)),
+    "JWT": lambda url: run(GatewayClient(url, jwt_token=CLOTHED)),
+    "secret": lambda url: GatewayClient(url).set_secret("p", "KEY", CLOTHED),
+    "exchange": lambda url: GatewayClient.from_api_key(CLOTHED, url),
+}
+
+
+def all_of(error: BaseException) -> str:
+    """What any tool that prints or sends an error may get at: causes and contexts, with all they carry."""
+    texts = [text_of(error)]
+    found: BaseException | None = error
+    while found:
+        texts += [str(found), repr(found), repr(found.args), repr(vars(found))]
+        texts += [repr(getattr(found, name)) for name in ("doc", "object", "line") if hasattr(found, name)]
+        found = found.__cause__ or found.__context__
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("clothes", CLOTHES)
+def test_a_secret_is_recognized_in_any_clothes(clothes: str, holder: str) -> None:
+    shown = CLOTHES[clothes](CLOTHED)
+    page = answer(body=f"<p>bad: {shown}</p>".encode(), status=400, Content_Type="text/html")
+    for given in (page, answer({"detail": f"bad: {shown}"}, 401)):
+        with Script(given) as server, pytest.raises(GatewayError) as caught:
+            HOLDERS[holder](server.url)
+        assert "bad: ***" in str(caught.value)
+        assert "hush" not in all_of(caught.value)
+
+
+@pytest.mark.parametrize("body", [
+    b'{"internal_token": "hush-hush\xff"}', b'{"internal_token": "hush-hush"', b'{"internal_token": "hush-hush"} x',
+    b"\xffhush-hush",
+], ids=["not UTF-8", "cut", "more", "no JSON at all"])  # fmt: skip
+def test_the_cause_of_an_exchanges_error_does_not_carry_its_answer(body: bytes) -> None:
+    with Script(answer(body=body)) as server, pytest.raises(GatewayError) as caught:
+        GatewayClient.from_api_key("key-1", server.url)
+    assert caught.value.status_code == 200 and "hush" not in all_of(caught.value)
+
+
+@pytest.mark.parametrize("body", [b'{"you": "hush-hush\xff"}', b'{"you": "hush-hush"'], ids=["not UTF-8", "cut"])
+def test_the_cause_of_any_answer_that_is_not_json_does_not_carry_the_credential(body: bytes) -> None:
+    error = error_of(answer(body=body), internal_token="hush-hush")
+    assert error.status_code == 200 and "hush" not in all_of(error)
+
+
+# --- Small things ---------------------------------------------------------------------------------
+
+UPLOADERS: dict[str, Callable[[GatewayClient, Any], Any]] = {
+    "upload_file": lambda c, path: c.upload_file(path),
+    "upload_temp_file": lambda c, path: c.upload_temp_file(path),
+    "upload_input_file": lambda c, path: c.upload_input_file(path),
+}
+
+
+def storage(received: Received) -> Answer:
+    """The right answer to any request of an upload."""
+    return LINK if received.target.endswith("generate_upload_url") else answer({"s3_url": S3})
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no files without a length here")
+@pytest.mark.parametrize("upload", UPLOADERS)
+def test_a_file_that_is_longer_than_its_length_says_is_no_upload_of_nothing(upload: str) -> None:
+    with Routed(storage) as server, client_of(server) as client, pytest.raises(GatewayError, match="cpuinfo|file"):
+        UPLOADERS[upload](client, "/proc/cpuinfo")
+
+
+@pytest.mark.parametrize("upload", ["upload_file", "upload_input_file"])
+def test_a_file_that_grows_while_it_is_sent_is_an_error(upload: str, tmp_path: Path) -> None:
+    def grow(done: int, total: int | None) -> None:
+        with open(path, "ab") as file:
+            file.write(b"y" * 1000)
+
+    path = tmp_path / "in.bin"
+    path.write_bytes(b"x" * 300_000)
+    with Routed(storage) as server, client_of(server) as client:
+        with pytest.raises(GatewayError, match="longer|grew|grow|changed"):
+            getattr(client, upload)(path, on_progress=grow)
+    assert len(server.received) <= 2
+
+
+@pytest.mark.parametrize(
+    ("location", "target"),
+    [("/b\u00fccket/\u4f60.bin?sig=\u00e9", "/b%C3%BCcket/%E4%BD%A0.bin?sig=%C3%A9"),
+     ("/a%20b/%C3%BC", "/a%20b/%C3%BC"), ("/a b", "/a%20b")],
+    ids=["UTF-8", "encoded", "space"],
+)  # fmt: skip
+def test_a_redirect_leads_where_its_location_says_also_in_raw_utf_8(location: str, target: str, tmp_path: Path) -> None:
+    moved = answer(status=302, Location=location.encode().decode("latin-1"))
+    with Script(LINK, moved, answer(body=b"data")) as server:
+        client_of(server).download_file(S3, tmp_path / "f")
+    assert server.received[2].target == target
+
+
+def test_a_tunnel_to_an_ipv6_address_has_its_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Script(answer(status=502)) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        with pytest.raises(ServiceUnavailableError):
+            run(GatewayClient("https://[fd00::1]:8443", max_retries=0))
+    (connect,) = proxy.received
+    assert connect[:2] == ("CONNECT", "[fd00::1]:8443")
+    assert connect.headers.get("host", "[fd00::1]:8443") == "[fd00::1]:8443"
+
+
+def test_port_0_is_not_another_port() -> None:
+    try:
+        client = GatewayClient("http://127.0.0.1:0")
+    except ValidationError as error:
+        assert "base_url" in str(error)
+    else:
+        assert client.base_url == "http://127.0.0.1:0"
+
+
+@pytest.mark.parametrize("from_environment", [False, True], ids=["given", "from the environment"])
+@pytest.mark.parametrize("shape", [" {}", "{} ", "{}\n", "{}\r\n", "\t{}\t", "\n{}"], ids=repr)
+def test_blanks_around_base_url_never_get_into_the_path(
+    shape: str, from_environment: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Script(ran()) as server:
+        value = shape.format(f"{server.url}/x")
+        if from_environment:
+            monkeypatch.setenv("GATEWAY_BASE_URL", value)
+        try:
+            client = GatewayClient(None if from_environment else value)
+        except ValidationError as error:
+            assert "base_url" in str(error)
+        else:
+            assert client.base_url == f"{server.url}/x" and run(client).is_success()
+            assert server.received[0].target == "/x/v1/internal/run"
+
+
+@pytest.mark.parametrize("inside", ["\n", "\r", "\t", "\r\n", " \n"], ids=repr)
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a{}b", "http://127.0{}.0.1:1", "ht{}tp://127.0.0.1:1/"])
+def test_a_line_break_in_base_url_is_refused(url: str, inside: str) -> None:
+    with pytest.raises(ValidationError, match="base_url"):
+        GatewayClient(url.format(inside))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="the notation `X | Y` cannot be evaluated there")
+def test_type_hints_of_everything_public_can_be_evaluated() -> None:
+    code = """if True:
+        import inspect, typing, gateway_sdk
+        for name in gateway_sdk.__all__:
+            owner = getattr(gateway_sdk, name)
+            if not inspect.isclass(owner):
+                continue
+            typing.get_type_hints(owner)
+            for method, value in vars(owner).items():
+                value = getattr(value, "__func__", value)
+                if inspect.isfunction(value) and (method == "__init__" or not method.startswith("_")):
+                    typing.get_type_hints(value)
+        hints = typing.get_type_hints(gateway_sdk.GatewayClient.__init__)
+        print("ssl_context" in hints, "executor" in typing.get_type_hints(gateway_sdk.GatewayClient.run_batch))
+    """
+    done = python(code)
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
+@cpython_only
+def test_a_client_that_no_other_process_can_have_says_so_and_that_nothing_was_sent(trusting: ssl.SSLContext) -> None:
+    spawning = multiprocessing.get_context("spawn")
+    with Script() as server, client_of(server, ssl_context=trusting) as client:
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawning) as executor:
+            try:
+                batch = client.run_batch([call(), call()], executor=executor)
+            except (TypeError, GatewayError) as error:
+                assert "ssl_context" in str(error)
+            else:
+                for result in batch.results:
+                    assert result.exception and not result.exception.may_have_run
+                    assert "ssl_context" in str(result.error) and "may have run" not in str(result.error)
+    assert not server.received
+
+
+def test_a_target_whose_name_is_too_long_is_an_error_before_the_transfer(tmp_path: Path) -> None:
+    with Script(LINK, answer(body=b"data")) as server, pytest.raises((OSError, ValidationError)) as caught:
+        client_of(server).download_file(S3, tmp_path / ("n" * 300))
+    assert len(server.received) <= 1 and not list(tmp_path.iterdir())
+    assert ".part" not in str(caught.value) and "nnn" in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["file/folder/f", "file/f"])
+def test_an_error_names_the_target_and_not_a_hidden_file(target: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    with Script(LINK) as server, pytest.raises((OSError, ValidationError)) as caught:
+        client_of(server).download_file(S3, tmp_path / target)
+    assert ".part" not in f"{caught.value} {caught.value!r}" and str(tmp_path / "file") in str(caught.value)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder here that nobody can write to")
+def test_an_error_of_a_folder_that_takes_no_files_names_no_hidden_file(tmp_path: Path) -> None:
+    with Script(LINK, answer(body=b"data")) as server, pytest.raises(OSError, match="/proc/") as caught:
+        client_of(server).download_file(S3, "/proc/self/f")
+    assert ".part" not in f"{caught.value} {caught.value!r}" and len(server.received) <= 1
+
+
+def test_a_deep_copy_of_an_error_shares_nothing_with_it() -> None:
+    error = error_of(answer({"detail": {"message": "m", "error_code": "E", "given": [{"a": 1}]}}, 400))
+    copied = copy.deepcopy(error)
+    copied.details["given"][0]["a"] = 2
+    copied.details["new"] = True
+    assert error.details["given"] == [{"a": 1}] and "new" not in error.details
+
+
+def test_base_url_of_a_client_cannot_be_set() -> None:
+    client = GatewayClient("http://127.0.0.1:1")
+    with pytest.raises(AttributeError):
+        client.base_url = "http://127.0.0.1:2"  # type: ignore[misc]
+    assert client.base_url == "http://127.0.0.1:1"
+
+
+def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
+    body = b'{"job_id": "j", "status": "COMPLETED", "results": [{"status": "SUCCESS", "output": {"output": [%b]}}]}'
+    given = answer(body=body % b"NaN, Infinity, -Infinity, 1")
+    with Script(given, given, chunked(b'data: {"type": "content", "data": NaN}\n\n', event("done"))) as server:
+        client = client_of(server)
+        for value in (run(client).get_function_result(), next(run(client, stream=True)).data["output"]):
+            assert math.isnan(value[0]) and value[1:] == [math.inf, -math.inf, 1]
+        assert math.isnan(next(run(client, stream=True)).data)
+
+
+def test_the_message_of_a_download_without_a_length_is_a_whole_sentence(tmp_path: Path) -> None:
+    without_length = HangUp(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata")
+    with Script(LINK, without_length) as server, pytest.raises(GatewayError, match="length") as caught:
+        client_of(server, max_retries=0).download_file(S3, tmp_path / "f")
+    assert not str(caught.value).rstrip().endswith(":")
+
+
+def test_on_one_line_a_422_reads_without_stray_marks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = [{"loc": ["body", "a"], "msg": "bad"}, {"loc": ["body", "b"], "msg": "worse"}]
+    with Script(answer({"detail": problems}, 422)) as server:
+        monkeypatch.setenv("GATEWAY_BASE_URL", server.url)
+        assert gateway_sdk.main(["run", "p", "1", "f"]) == 1
+    assert "answered 422: body.a: bad; body.b: worse" in capsys.readouterr().err
+
+
+def test_to_a_type_checker_the_submodules_are_no_variables() -> None:
+    tree = ast.parse(Path(gateway_sdk.__file__).read_text(encoding="utf-8"))
+    seen = list(tree.body)
+    for statement in tree.body:
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING":
+            seen += statement.body
+    assigned = [target.id for statement in seen if isinstance(statement, ast.Assign)
+                for target in statement.targets if isinstance(target, ast.Name)]  # fmt: skip
+    assert assigned and not {"exceptions", "models"} & {*assigned}
+    assert gateway_sdk.exceptions is gateway_sdk.models is gateway_sdk
+
+
+# --- Messages that help ---------------------------------------------------------------------------
+
+CREDENTIALS: dict[str, tuple[dict[str, Any], str]] = {
+    "internal token": ({"internal_token": "hush-hush"}, r"internal.token"),
+    "API key": ({"internal_token": None, "api_key": "hush-hush"}, r"api.key"),
+    "JWT": ({"internal_token": None, "jwt_token": "hush-hush"}, r"jwt"),
+}
+
+
+@pytest.mark.parametrize("credential", CREDENTIALS)
+@pytest.mark.parametrize("name", ["run", "stream", "directory", "spec", "files", "secrets"])
+def test_a_route_that_does_not_exist_is_no_missing_prefab(name: str, credential: str) -> None:
+    error = error_of(answer({"detail": "Not Found"}, 404), ACTS[name][0], **CREDENTIALS[credential][0])
+    assert type(error) is GatewayError and error.status_code == 404
+    assert "base_url" in str(error) and "list_prefabs" not in str(error)
+    assert re.search("(?i)endpoint|route|path", str(error)) and re.search("(?i)credential|token|key|jwt", str(error))
+
+
+@pytest.mark.parametrize("detail", ["Prefab not found", "Function f not found in prefab p", {"message": "Not Found"}])
+def test_a_404_that_says_more_is_a_missing_prefab(detail: Any) -> None:
+    assert type(error_of(answer({"detail": detail}, 404))) is PrefabNotFoundError
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("credential", CREDENTIALS)
+def test_a_refusal_names_the_kind_of_credential_that_was_sent(credential: str, status: int) -> None:
+    options, kind = CREDENTIALS[credential]
+    error = error_of(answer({"detail": "no"}, status), **options)
+    assert type(error) is AuthenticationError and re.search(f"(?i){kind}", str(error))
+    assert not re.search("(?i)allow.?list", str(error)) and "hush" not in all_of(error)
+    for _, other in [value for name, value in CREDENTIALS.items() if name != credential]:
+        assert not re.search(f"(?i){other}", str(error).replace("/v1/internal/run", ""))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_the_allow_list_is_named_where_no_credential_was_sent(status: int) -> None:
+    assert re.search("(?i)allow.?list", str(error_of(answer({"detail": "no"}, status), internal_token=None)))
+
+
+def test_a_refused_exchange_says_that_it_is_about_the_api_key() -> None:
+    key = f"{'hush'}-hush"  # a traceback shows the line of the call
+    with Script(REFUSED) as server, pytest.raises(AuthenticationError, match="(?i)api.key") as caught:
+        GatewayClient.from_api_key(key, server.url)
+    assert not re.search("(?i)allow.?list", str(caught.value)) and "hush" not in all_of(caught.value)
+
+
+def jwt(**claims: Any) -> str:
+    def encoded(part: Any) -> str:
+        return base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=")
+
+    return f"{encoded({'alg': 'HS256'})}.{encoded({'sub': 'hush-hush', **claims})}.c2lnbmF0dXJl"
+
+
+@pytest.mark.parametrize("prefix", ["", "Bearer ", "bearer "])
+def test_an_expired_jwt_says_since_when(prefix: str) -> None:
+    token = prefix + jwt(exp=1_577_923_200)  # noon UTC: the same day nearly everywhere
+    error = error_of(REFUSED, internal_token=None, jwt_token=token)
+    assert "2020-01-0" in str(error) and "expired" in str(error).lower()
+    assert "hush" not in all_of(error) and token.split(".")[1] not in all_of(error)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [jwt(), jwt(exp=4_000_000_000), jwt(exp="soon"), jwt(exp=None), jwt(exp=1e300), jwt(exp=-1e300), jwt(exp=True),
+     jwt(exp=float("nan")), jwt(exp=[1]), "a.b.c", "hush.%%%.x", "a..c", "...", "a.W10.c", "a.bnVsbA.c", "a.gICA.c"],
+    ids=["no exp", "valid", "text", "null", "too late", "too early", "true", "nan", "list", "short", "no base64",
+         "empty", "dots", "JSON list", "JSON null", "not UTF-8"],
+)  # fmt: skip
+def test_of_any_other_jwt_no_date_is_told(token: str) -> None:
+    error = error_of(REFUSED, internal_token=None, jwt_token=token)
+    assert type(error) is AuthenticationError and "JWT" in str(error)
+    assert not re.search(r"\d{4}-\d\d-\d\d", str(error)) and "hush" not in all_of(error)
+
+
+@pytest.mark.parametrize("prefix", ["bearer ", "BEARER ", "Bearer "])
+def test_a_jwt_may_have_its_prefix_in_any_case(prefix: str) -> None:
+    with Script(ran()) as server:
+        assert run(GatewayClient(server.url, jwt_token=f"{prefix}a.b.c")).is_success()
+    sent = server.received[0].headers["authorization"]
+    assert sent.lower() == "bearer a.b.c"
+
+
+def test_without_a_connection_the_message_names_base_url_and_where_it_comes_from() -> None:
+    with socket.socket() as bound:  # it refuses
+        bound.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/prefix"
+        with pytest.raises(ServiceUnavailableError) as caught:
+            run(GatewayClient(url, max_retries=0))
+    assert url.rpartition("/")[0] in str(caught.value)
+    assert re.search(r"\bbase_url\b", str(caught.value)) and "GATEWAY_BASE_URL" in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"], ids=["not trusted", "another name"])
+def test_a_certificate_that_is_not_trusted_is_not_tried_again_and_has_a_remedy(
+    host: str, certificate: Path, trusting: ssl.SSLContext, delays: list[float]
+) -> None:
+    context = trusting if host == "127.0.0.1" else None
+    with TlsScript(certificate, ran()) as server, GatewayClient(
+        f"https://{host}:{server.port}", ssl_context=context, max_retries=2
+    ) as client, pytest.raises(ServiceUnavailableError, match="(?i)certificate") as caught:
+        client.list_prefabs()
+    assert server.connections == 1 and not delays and not caught.value.may_have_run
+    assert host == "127.0.0.1" or ("ssl_context" in str(caught.value) and "SSL_CERT_FILE" in str(caught.value))
+
+
+def test_https_to_an_http_port_is_told_and_not_tried_again(delays: list[float]) -> None:
+    def serve(sock: socket.socket) -> None:
+        sock.recv(65536)
+        sock.sendall(answer({"detail": "what?"}, 400, Connection="close"))
+
+    class Plain(Script):
+        def _exchange(self, sock: socket.socket, number: int) -> bool:
+            serve(sock)
+            return False
+
+    with Plain() as server:
+        client = GatewayClient(f"https://127.0.0.1:{server.port}", ssl_context=ssl.create_default_context())
+        told = "(?i)http://|not (speak )?(https|tls)|plain http|no (https|tls)"
+        with pytest.raises(ServiceUnavailableError, match=told):
+            run(client)
+    assert server.connections == 1 and not delays
+
+
+def test_waits_for_a_connection_start_at_one_second_and_others_at_half(
+    delays: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # the waits as they are, but for the sleeping
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(time, "sleep", delays.append)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        client = GatewayClient(f"http://127.0.0.1:{bound.getsockname()[1]}", max_retries=3)
+        for _ in range(40):
+            with pytest.raises(ServiceUnavailableError):
+                run(client)
+    for attempt, cap in enumerate([1, 2, 4]):
+        assert cap / 2 < max(delays[attempt::3]) <= cap
+    delays.clear()
+    with Script(*[UNAVAILABLE] * 80) as server:
+        for _ in range(40):
+            with pytest.raises(ServiceUnavailableError):
+                client_of(server, max_retries=1).list_prefabs()
+    assert max(delays) <= 0.5
+
+
+class Model:
+    """Like a model of pydantic."""
+
+    def model_dump(self) -> dict[str, Any]:
+        return {"secret": "hush-hush"}
+
+    __repr__ = __str__ = lambda self: "Model(hush-hush)"
+
+
+class Array:
+    """Like an array of numpy, or one of its numbers."""
+
+    def tolist(self) -> list[int]:
+        return [1]
+
+
+NO_JSON: dict[str, tuple[Any, str, str]] = {
+    "datetime": (datetime(2024, 1, 1), "datetime", "isoformat()"),
+    "date": (date(2024, 1, 1), "date", "isoformat()"),
+    "model": (Model(), "Model", "model_dump()"),
+    "array": (Array(), "Array", "tolist()"),
+    "set": ({1, 2}, "set", "list("),
+    "generator": ((number for number in range(3)), "generator", "list("),
+    "keys": ({"a": 1}.keys(), "dict_keys", "list("),
+    "map": (map(str, [1]), "map", "list("),
+    "bytes": (b"hush-hush", "bytes", ""),
+    "object": (object(), "object", ""),
+    "not a number": (float("nan"), "nan", ""),
+    "infinity": (float("inf"), "inf", ""),
+}
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "rows[0].when": lambda value: {"fine": 1, "rows": [{"when": value}, {"when": 1}]},
+    "a.b.c[1][2]": lambda value: {"a": {"b": {"c": [0, (1, 2, value)]}}},
+    "when": lambda value: {"when": value},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", NO_JSON)
+def test_a_parameter_that_json_cannot_carry_is_told_with_its_place_its_type_and_the_way_out(
+    name: str, place: str
+) -> None:
+    value, kind, way_out = NO_JSON[name]
+    parameters = PLACES[place](value)
+    with Script() as server, client_of(server) as client:
+        for act in (
+            lambda: client.run("p", "1", "f", parameters),
+            lambda: client.prefab("p", "1").call("f", **parameters),
+            lambda: client.run_batch([call(), PrefabCall("p", "1", "f", parameters)]),
+        ):
+            with pytest.raises(ValidationError) as caught:
+                act()
+            assert place in str(caught.value) and way_out in str(caught.value) and "hush" not in all_of(caught.value)
+            assert kind in str(caught.value)
+    assert not server.received
+
+
+@pytest.mark.parametrize("key", [(1, 2), b"hush-hush", frozenset()], ids=["tuple", "bytes", "set"])
+def test_a_key_that_json_cannot_carry_is_told_with_its_place(key: Any) -> None:
+    with Script() as server, pytest.raises(ValidationError, match=r"rows\[1\].*key") as caught:
+        client_of(server).run("p", "1", "f", {"rows": [1, {key: 1}]})
+    assert type(key).__name__ in str(caught.value) and not server.received
+
+
+@pytest.mark.parametrize("depth", [5_000])
+def test_parameters_too_deep_for_json_are_an_error_and_no_crash(depth: int) -> None:
+    deep: list[Any] = []
+    for _ in range(depth):
+        deep = [deep]
+    try:
+        with Script() as server, pytest.raises(ValidationError, match="deep"):
+            client_of(server).run("p", "1", "f", {"deep": deep})
+    finally:
+        while deep:  # let go of it level by level
+            deep = deep[0]
+
+
+def dict_call(client: GatewayClient) -> Any:
+    return client.run_batch([{"prefab_id": "p", "version": "1", "function_name": "f"}])  # type: ignore[list-item]
+
+
+A_PATH = r"(?i)\b(a|the|its) path\b|path is needed"
+HELPFUL: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
+    "dict in a batch": (dict_call, r"PrefabCall\(\*\*"),
+    "parameter by position": (lambda c: c.prefab("p", "1").fn("text"), "by name"),
+    "number as version": (lambda c: c.run("p", 1.1, "f"), r"\b1\.1\b"),
+    "number as function": (lambda c: c.run("p", "1", 77), r"\b77\b"),
+    "upload of bytes": (lambda c: c.upload_file(b"hush-hush"), A_PATH),
+    "upload of a file": (lambda c: c.upload_file(io.BytesIO(b"hush")), A_PATH),
+    "input of bytes": (lambda c: c.upload_input_file(b"hush"), A_PATH),
+    "temporary file of a file": (lambda c: c.upload_temp_file(io.BytesIO(b"hush")), A_PATH),
+    "download of a path": (lambda c: c.download_file("r.txt", "f"), "s3://"),
+}
+
+
+@pytest.mark.parametrize("name", HELPFUL)
+def test_a_mistake_of_a_new_user_is_told_with_its_way_out(name: str) -> None:
+    act, message = HELPFUL[name]
+    with Script() as server, client_of(server) as client, pytest.raises((ValidationError, TypeError)) as caught:
+        act(client)
+    assert re.search(message, str(caught.value)) and "hush" not in str(caught.value)
+    assert "upload" not in str(caught.value) or name != "download of a path"
+    assert not server.received
+
+
+def test_an_unknown_function_leads_to_the_specification_of_its_prefab() -> None:
+    error = error_of(answer({"detail": "Function f not found in prefab p"}, 404))
+    assert type(error) is PrefabNotFoundError and "get_prefab_spec" in str(error)
+
+
+def test_a_prefab_without_any_version_is_told_with_a_remedy() -> None:
+    with Script(answer([{"id": "p", "version": "1"}])) as server, pytest.raises(PrefabNotFoundError) as caught:
+        client_of(server).get_prefab_spec("nada")
+    assert "nada" in str(caught.value) and "list_prefabs" in str(caught.value)
+    assert "latest" not in str(caught.value)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -4459,8 +4999,10 @@ class Ended(NamedTuple):
 
 def environment_for(server: Any, **more: str) -> dict[str, str]:
     """The environment of an agent's process."""
-    url, token = (server.url, TOKEN) if isinstance(server, Script) else (server.base_url, server.internal_token)
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    if server is None:
+        return {**own, **more}
+    url, token = (server.url, TOKEN) if isinstance(server, Script) else (server.base_url, server.internal_token)
     return {**own, "GATEWAY_BASE_URL": url, "X_INTERNAL_TOKEN": token, "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
@@ -4691,7 +5233,7 @@ def test_a_pair_without_its_separator_is_told(cli: Any) -> None:
 def test_several_messages_are_one_line(cli: Any) -> None:
     problems = [{"loc": ["body", "calls", number], "msg": f"bad {number}", "type": "x"} for number in range(2)]
     with Script(answer({"detail": problems}, 422)) as server:
-        assert "; body.calls.0: bad 0; body.calls.1: bad 1" in cli("--base-url", server.url, *ECHO).error()
+        assert "422: body.calls.0: bad 0; body.calls.1: bad 1" in cli("--base-url", server.url, *ECHO).error()
 
 
 @pytest.mark.parametrize(("line", "reason"), [
@@ -4751,7 +5293,8 @@ def shell(gateway: LocalGateway, tmp_path: Path) -> Callable[..., Ended]:
         pytest.skip("there is no bash")
     folder = tmp_path / "programs"
     folder.mkdir()
-    for name, command in (("python", f'"{sys.executable}"'), ("gateway-sdk", f'"{sys.executable}" "{SDK}"')):
+    interpreter = f'"{sys.executable}"'
+    for name, command in (("python", interpreter), ("python3", interpreter), ("gateway-sdk", f'{interpreter} "{SDK}"')):
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / name).chmod(0o755)
     environment = environment_for(gateway, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -4860,8 +5403,7 @@ def test_ctrl_c_exits_130_without_a_word_and_sends_nothing_more(
 
 
 @posix
-@pytest.mark.parametrize("line", ["list", "run a 1 f", "run a 1 f --stream", "run a 1 f --stream --json",
-                                  "batch calls.jsonl"])
+@pytest.mark.parametrize("line", ["list", "run a 1 f --stream", "batch calls.jsonl"])
 def test_a_reader_that_has_seen_enough_is_no_error(lone: Path, line: str) -> None:
     closed = threading.Event()
     reply = answer([]) if line == "list" else ran()
@@ -4900,6 +5442,357 @@ def test_a_terminal_without_unicode_gets_chinese_escaped(gateway: LocalGateway, 
         assert words.out == "\\u4e2d\n"
 
 
+# --- Command line: what it prints and reads -------------------------------------------------------
+
+BOM = b"\xef\xbb\xbf"
+PLAIN_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+WORST_BYTES = 64 * 1024
+
+
+def on_terminal(act: Any, *streams: str, columns: int = 0) -> tuple[Any, str]:
+    """What `act` returns, and what it shows on a terminal of so many columns that has these streams of this process."""
+    terminal = Terminal()
+    if columns:
+        import fcntl
+        import struct
+        import termios
+
+        fcntl.ioctl(terminal.end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    shown: list[str] = []
+    reader = threading.Thread(target=lambda: shown.append(terminal.rest()))
+    with open(terminal.end, "w", encoding="utf-8") as stream, pytest.MonkeyPatch.context() as patched:
+        for name in streams:
+            patched.setattr(sys, name, stream)
+        reader.start()
+        value = act()
+    reader.join(WAIT_SECONDS)
+    return value, shown[0]
+
+
+def screen(shown: str) -> list[str]:
+    """The lines that are left on a terminal which knows CR and LF, the cells of each as one string."""
+    lines: list[list[str]] = [[]]
+    column = 0
+    for character in shown:
+        if character == "\r":
+            column = 0
+        elif character == "\n":
+            lines.append([])
+            column = 0
+        else:
+            cells = [character, ""] if unicodedata.east_asian_width(character) in "WF" else [character]
+            lines[-1].extend([" "] * (column + len(cells) - len(lines[-1])))
+            lines[-1][column : column + len(cells)] = cells
+            column += len(cells)
+    return ["".join(line).rstrip() for line in lines]
+
+
+def wait_a_moment(_: Any = None) -> None:
+    """Longer than the bar waits before it is drawn again."""
+    threading.Event().wait(0.15)
+
+
+@posix
+@pytest.mark.parametrize("workers", ["1", "4"])
+def test_an_interrupted_batch_says_which_calls_its_lines_are_of(lone: Path, workers: str) -> None:
+    done = {0, 2, 3}
+
+    class Some(Script):
+        def _exchange(self, sock: Any, number: int) -> bool:
+            self._answers.append(Steps((self.reply,)))
+            return super()._exchange(sock, number)
+
+        def reply(self, sock: Any) -> None:
+            number = next(one for one in self.received[::-1] if one not in seen).json["calls"][0]
+            seen.extend(self.received)
+            if number["inputs"]["parameters"]["value"] in done:
+                sock.sendall(ran(number["inputs"]["parameters"]["value"]))
+            else:
+                sock.recv(1)
+
+    seen: list[Any] = []
+    with Some() as server, started(lone, "batch", "calls.jsonl", "--workers", workers, cwd=str(lone.parent),
+                                   env=environment_for(server)) as process:
+        expected = [0] if workers == "1" else sorted(done)
+        first = process.stdout.readline()
+        # One worker waits for call 1; of four, three have gone on to a call that is not answered.
+        server.wait_until(lambda: len(server.received) == (2 if workers == "1" else 7))
+        process.send_signal(signal.SIGINT)
+        rest, err = process.communicate()
+    lines = [json.loads(line) for line in (first + rest).splitlines()]
+    assert (process.returncode, err) == (130, b"")
+    indexes = [line["index"] for line in lines]
+    assert indexes[0] == 0 and indexes == sorted(indexes) and set(indexes) <= set(expected)
+    assert [line["output"]["output"] for line in lines] == indexes
+
+
+def test_each_line_of_a_batch_has_the_index_of_its_call(cli: Any) -> None:
+    calls = [call_line(value=0), call_line("crash", "faulty", "1.0.0"), "\n", call_line(value=2)]
+    ended = cli("batch", "-", stdin="".join(calls))
+    assert [(line["index"], line["status"]) for line in ended.lines] == [(0, "SUCCESS"), (1, "FAILED"), (2, "SUCCESS")]
+    with Script(*[answer({"detail": "no"}, 401)] * 3) as server:
+        refused = cli("--base-url", server.url, "batch", "-", "--workers", "1", stdin="".join(calls))
+    assert ([line["index"] for line in refused.lines], refused.status) == ([0, 1, 2], 1)
+
+
+@pytest.mark.parametrize("indent", [None, 2], ids=["one line", "indented"])
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n "], ids=["plain", "byte order mark", "blank line"])
+def test_a_batch_is_a_json_array_too(cli: Any, indent: Any, before: str) -> None:
+    calls = [json.loads(call_line(value=value)) for value in ("a", "[b]", "\u4e2d")]
+    ended = cli("batch", "-", stdin=before + json.dumps(calls, indent=indent))
+    assert [line["output"]["output"] for line in ended.lines] == ["a", "[b]", "\u4e2d"]
+    assert cli("batch", "-", stdin="[]") == (0, "", "")
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("[1]", "lement 1"), ('[{"unknown": 1}]', "unknown"), ("[", "not JSON"), ('[{"a": NaN}]', "not JSON"),
+    (call_line() + "{", "ine or element 2"), (call_line() + '\n{"unknown": 1}', "element 3"),
+    (call_line(value=float("nan")), "element 1"), ("[" * 100_000, "not JSON"),
+])
+def test_a_bad_call_of_a_batch_is_named_and_nothing_is_sent(cli: Any, gateway: Any, text: str, told: str) -> None:
+    gateway.requests.clear()
+    assert told in cli("batch", "-", stdin=text).error(2)
+    assert not gateway.requests
+
+
+@pytest.mark.parametrize("bom", [b"", BOM], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("locale", [PLAIN_LOCALE, {}], ids=["C", "own"])
+def test_input_is_utf_8_with_or_without_a_byte_order_mark_in_any_locale(
+        gateway: Any, client: GatewayClient, lone: Path, bom: bytes, locale: dict[str, str]) -> None:
+    environment = environment_for(gateway, **locale)
+    data = bom + '{"value": "\u4e2d\u00e9"}'.encode()
+    (lone.parent / "data.json").write_bytes(data)
+    (lone.parent / "calls").write_bytes(bom + call_line(value="\u4e2d\u00e9").encode())
+    for arguments, stdin in (
+        ((*ECHO, "-d", "-"), data), ((*ECHO, "-d", "@data.json"), b""),
+        (("batch", "-"), bom + call_line(value="\u4e2d\u00e9").encode()), (("batch", "calls"), b""),
+    ):
+        ended = ended_python(lone, *arguments, stdin=stdin, cwd=str(lone.parent), env=environment)
+        assert ended.value == "\u4e2d\u00e9"
+    secret = ended_python(lone, "secret", "set", "vault", "SIGNING_KEY", stdin=bom + "g\u00e9heim\r\n".encode(),
+                          env=environment)
+    assert (secret.status, secret.err) == (0, "")
+    signed = client.run("vault", "1.0.0", "sign", {"text": "t"}).get_function_result()
+    client.delete_secret("vault", "SIGNING_KEY")
+    assert signed["signature"] == signature("g\u00e9heim")
+
+
+def test_stdin_that_is_not_utf_8_is_wrong_usage(cli: Any, gateway: Any, monkeypatch: Any) -> None:
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfek\0"), "latin-1"))
+        return gateway_sdk.main(list(arguments))
+
+    gateway.requests.clear()
+    monkeypatch.setenv("GATEWAY_BASE_URL", gateway.base_url)
+    assert [run("secret", "set", "v", "K"), run(*ECHO, "-d", "-"), run("batch", "-")] == [2, 2, 2]
+    assert not gateway.requests
+
+
+@pytest.mark.parametrize(("option", "told"), [("-f", "NAME=PATH"), ("-p", "NAME=VALUE")])
+def test_the_form_of_a_pair_is_told(cli: Any, gateway: Any, option: str, told: str) -> None:
+    gateway.requests.clear()
+    ended = cli("run", "a", "1", "f", "-f", "x=a.txt", option, "r.txt")
+    assert (ended.status, ended.out, list(gateway.requests)) == (2, "", [])
+    assert f"{option} {told}" in ended.err.splitlines()[-1]
+    assert "r.txt" in ended.err.splitlines()[-1]
+
+
+HINTS = {
+    "a missing secret": (SIGN, "gateway-sdk secret set vault SIGNING_KEY"),
+    "an unknown prefab": (("run", "no-such", "1", "f"), "gateway-sdk list"),
+    "an unknown prefab's functions": (("spec", "no-such"), "no-such"),
+    "no agent": (("ls",), "gateway-sdk upload --input"),
+    "a URL that is none": (("download", "r.txt"), "s3"),
+    "a timeout": ((*ECHO, "--timeout", "0.05"), "--timeout"),
+    "an address that is none": (("list", "--base-url", "x"), "--base-url"),
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_hints_are_commands_and_options(cli: Any, name: str) -> None:
+    arguments, hint = HINTS[name]
+    replies = {"no agent": answer({"detail": {"error_code": "MISSING_AGENT_CONTEXT", "message": "no"}}, 400)}
+    with Script(replies.get(name, Pause())) as server:
+        at_script = ("--base-url", server.url) if name in ("a timeout", "no agent") else ()
+        ended = cli(*at_script, *arguments)
+    assert hint in ended.err
+    assert not re.search(r"client\.|\w+=|_file\(", ended.err), ended.err
+
+
+NASTY = "\x1b]0;pwned\x07\x1b[2J\x00\x7f\x9b31m\u202egnp"
+
+
+@posix
+@pytest.mark.parametrize("where", ["message", "text", "event", "result", "log", "content", "document"])
+def test_control_characters_of_a_gateway_do_not_reach_the_terminal(lone: Path, where: str) -> None:
+    failed = {"status": "FAILED", "output": None, "error": {"message": NASTY}}
+    replies = {
+        "message": [answer({"detail": NASTY}, 400)], "text": [answer(body=NASTY.encode(), status=400)],
+        "event": [chunked(event("error", {"message": NASTY}))], "result": [answer({"results": [failed]})],
+        "log": [answer({"detail": NASTY}, 503, Retry_After="0"), answer([])],
+        "content": [chunked(event("content", f"a\tb\n{NASTY}"), event("done"))], "document": [ran(NASTY)],
+    }
+    lines = {"event": "run a 1 f --stream", "content": "run a 1 f --stream", "log": "-v spec a 1"}
+    terminal = Terminal()
+    with Script(*replies[where]) as server, started(
+            lone, *lines.get(where, "run a 1 f").split(), cwd=str(lone.parent), env=environment_for(server),
+            stdout=terminal.end, stderr=terminal.end) as process:
+        os.close(terminal.end)
+        shown = terminal.rest()
+        process.wait(WAIT_SECONDS)
+    assert "pwned" in shown and "gnp" in shown
+    assert {character for character in shown if not character.isprintable()} <= {"\r", "\n", "\t"}
+    if where == "content":
+        assert "a\tb\r\n" in shown
+
+
+def test_a_pipe_gets_the_contents_of_a_stream_as_they_are(cli: Any) -> None:
+    with Script(chunked(event("content", f"a\tb\r\n{NASTY}"), event("done"))) as server:
+        assert cli("--base-url", server.url, "run", "a", "1", "f", "--stream").out == f"a\tb\r\n{NASTY}\n"
+
+
+@pytest.mark.parametrize("worst", [
+    " " * WORST_BYTES, "\n" * WORST_BYTES, " \n" * (WORST_BYTES // 2), "client.set_secret('" * (WORST_BYTES // 19),
+    "client.set_secret('" + "a" * WORST_BYTES, "client.get_prefab_spec('" + "a'" * (WORST_BYTES // 2),
+    "upload_input_file(" * (WORST_BYTES // 18), "upload_input_file(" + "a" * WORST_BYTES, "\x1b" * WORST_BYTES,
+    "client.set_secret('a', 'b', " + "x" * WORST_BYTES, ":; " * (WORST_BYTES // 3),
+], ids=lambda text: repr(text[:24]))
+def test_the_worst_message_takes_no_longer_than_it_is_long(capsys: Any, worst: str) -> None:
+    """Eight times the text would take 64 times as long if the time were quadratic."""
+    def seconds(text: str) -> float:
+        def once() -> float:
+            started_at = time.process_time()
+            assert gateway_sdk._report(gateway_sdk.GatewayError(f"a{text}b")) == 1
+            return time.process_time() - started_at
+        return min(once() for _ in range(3))
+
+    short, long = seconds(worst[: len(worst) // 8]), seconds(worst)
+    assert long < 0.05 or long < 24 * short
+    capsys.readouterr()
+
+
+@posix
+@pytest.mark.parametrize("name", ["a" * 200, "\u6587\u4ef6" * 60, "\u6587" + "a\u6587" * 60, "e\u0301" * 100,
+                                  "x\x1b[2J\ny"], ids=["ascii", "wide", "mixed", "combining", "control"])
+@pytest.mark.parametrize("columns", [40, 41, 80])
+def test_the_bar_takes_one_line_of_the_terminal(name: str, columns: int) -> None:
+    bar = gateway_sdk._ProgressBar(name)
+
+    def draw() -> None:
+        for done in (10, 99_999, 1_000_000):
+            wait_a_moment()
+            bar(done, 1_000_000)
+
+    _, shown = on_terminal(draw, "stderr", columns=columns)
+    drawn = [part for part in re.split("[\r\n]+", shown) if part]
+    assert len(drawn) == 3
+    for line in drawn:
+        cells = sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in line)
+        assert cells in (columns - 1, columns - 2)
+        assert line.isprintable() or "\u0301" in line
+    assert shown.count("\n") == 1 and shown.endswith("\r\n")
+    assert "1,000,000 B" in drawn[-1]
+
+
+@posix
+@pytest.mark.parametrize("how", ["fails", "goes on without a length", "is interrupted"])
+def test_the_bar_is_gone_before_anything_else_is_shown(how: str) -> None:
+    bar = gateway_sdk._ProgressBar("a.txt")
+
+    def act() -> None:
+        wait_a_moment()
+        bar(10, None if how == "goes on without a length" else 100)
+        if how == "fails":
+            gateway_sdk._report(gateway_sdk.GatewayError("broken"))
+        elif how == "is interrupted":
+            gateway_sdk._ProgressBar.wipe()
+            sys.stderr.write("$ ")
+        else:
+            gateway_sdk._print_json({"a": 1}, one_line=True)
+
+    _, shown = on_terminal(act, "stdout", "stderr")
+    assert "a.txt" in shown
+    expected = {"fails": ["error: broken", ""], "is interrupted": ["$"]}.get(how, ['{"a": 1}', ""])
+    assert screen(shown) == expected
+
+
+@posix
+@pytest.mark.parametrize("interrupted", [False, True], ids=["broken off", "interrupted"])
+def test_a_transfer_that_fails_leaves_no_bar_behind(lone: Path, interrupted: bool) -> None:
+    go_on = threading.Event()
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+    begun = Steps((send(head + b"x" * 1000), wait_a_moment, send(b"x" * 1000), lambda _: go_on.wait(WAIT_SECONDS),
+                   lambda sock: sock.shutdown(2)))
+    terminal = Terminal()
+    with Script(link(), begun, *[HangUp()] * 9) as server, started(
+            lone, "download", "s3://b/o.bin", "o.bin", cwd=str(lone.parent), env=environment_for(server),
+            stderr=terminal.end) as process:
+        os.close(terminal.end)
+        while b"o.bin" not in terminal.shown:
+            terminal.shown += os.read(terminal._controller, 4096)
+        if interrupted:
+            process.send_signal(signal.SIGINT)
+        else:
+            go_on.set()
+        shown = terminal.rest()
+        status = process.wait(WAIT_SECONDS)
+        go_on.set()
+    assert status == (130 if interrupted else 1)
+    last = screen(shown)
+    assert last[-1] == ""
+    assert [line[:7] for line in last[:-1]] == ([] if interrupted else ["error: "])
+
+
+@posix
+def test_a_terminal_gets_indented_json_but_lines_stay_lines(cli: Any) -> None:
+    Path("calls.jsonl").write_text(call_line(value=1))
+    _, document = on_terminal(lambda: cli(*ECHO, "-p", "value=1"), "stdout")
+    assert "\r\n  " in document and json.loads(document)["output"]["output"] == 1
+    _, line = on_terminal(lambda: cli("batch", "calls.jsonl"), "stdout")
+    assert line.count("\n") == 1 and json.loads(line)["index"] == 0
+    _, events = on_terminal(lambda: cli(*ECHO, "-p", "value=1", "--stream", "--json"), "stdout")
+    assert [json.loads(event)["type"] for event in events.splitlines()] == ["content", "done"]
+
+
+ODD_ENVELOPE = {"status": "SUCCESS", "output": None}
+
+
+@pytest.mark.parametrize("url", ["https://a/b", "s3://", "file.txt", "s3://b/\ud800", ""])
+def test_an_odd_url_of_the_gateway_is_its_fault(cli: Any, url: str) -> None:
+    entry = {"status": "SUCCESS", "output": {**ODD_ENVELOPE, "files": {"a": [url]}}}
+    with Script(answer({"results": [entry]})) as server:
+        ended = cli("--base-url", server.url, "run", "a", "1", "f", "--save", "x")
+    assert ended.lines[0]["status"] == "SUCCESS"
+    ended.error(1, out=ended.out)
+
+
+def test_an_odd_url_of_an_uploaded_input_is_the_gateways_fault(cli: Any) -> None:
+    def give(sock: Any) -> None:
+        url = "http://{}:{}/o?X=1".format(*sock.getsockname())
+        sock.sendall(answer({"upload_url": url, "s3_url": "https://a/b"}))
+
+    with Script(Steps((give,)), answer(body=b"")) as server:
+        assert "s3://" in cli("--base-url", server.url, "run", "a", "1", "f", "-f", "x=a.txt").error(1)
+
+
+@pytest.mark.parametrize("body", [b"[", b"[1]", b"null", b'[{"id": 1}]', b"\xff", b"[" * 100_000])
+def test_an_odd_answer_is_not_wrong_usage(cli: Any, body: bytes) -> None:
+    with Script(answer(body=body)) as server:
+        cli("--base-url", server.url, "list").error(1)
+
+
+def test_nan_and_numbers_that_are_too_large_are_text_or_refused(cli: Any) -> None:
+    assert cli(*ECHO, "-p", "value=[NaN]").value == "[NaN]"
+    for data in ('{"value": NaN}', '{"value": [-Infinity]}', '{"value": 1e999}', "[" * 100_000):
+        assert "-d is not JSON" in cli(*ECHO, "-d", data).error(2)
+
+
+def test_the_help_says_that_a_functions_own_failure_is_status_0(cli: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert '"success": false' in cli("run", "--help").out
+    assert cli("run", "faulty", "1.0.0", "fail").status == 0
+
+
 # --- README and repository ------------------------------------------------------------------------
 
 READMES = ("README.md", "README.zh-CN.md")
@@ -4920,7 +5813,7 @@ def blocks_of(name: str) -> list[tuple[str, str, int]]:
     found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
     blocks = [(match[1], match[2], text.count("\n", 0, match.start()) + 1) for match in found]
     assert {language for language, _, _ in blocks} == {"python", "bash", "text"}
-    assert len(blocks) > 15
+    assert len(blocks) > 10
     return [block for block in blocks if block[0] != "text"]
 
 
@@ -4932,7 +5825,7 @@ def test_every_block_of_the_readme_works(name: str, cli: Any, shell: Any, capsys
         if language == "python":
             exec(compile("\n" * line + code, name, "exec"), namespace)
             continue
-        ended = shell(code, ROOT) if "python examples/" in code else shell(code)
+        ended = shell(code, ROOT) if re.search("python3? examples/", code) else shell(code)
         assert (ended.status, ended.out != "") == (0, True), f"{name}:{line}: {ended.err}"
     namespace["client"].close()
     out, err = capsys.readouterr()
@@ -4956,16 +5849,21 @@ def test_the_readmes_have_the_same_code_apart_from_comments_and_texts() -> None:
     assert english == chinese
 
 
-def test_the_public_names_are_those_of_the_contract() -> None:
-    assert sorted(gateway_sdk.__all__) == sorted(PUBLIC)
-    assert all(hasattr(gateway_sdk, name) for name in PUBLIC)
-    own = {node.name for node in TREE.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-    assert {name for name in own if not name.startswith("_")} <= PUBLIC | {"main"}
-
-
 def test_the_newest_version_of_the_changelog_is_this_one() -> None:
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert re.findall(r"^## \[(\d.*?)\]", text, re.M)[0] == gateway_sdk.__version__
+
+
+def test_the_public_names_are_those_of_the_contract_and_documented() -> None:
+    assert sorted(gateway_sdk.__all__) == sorted(PUBLIC)
+    assert all(hasattr(gateway_sdk, name) for name in PUBLIC)
+    tops = [node for node in TREE.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    assert {node.name for node in tops if not node.name.startswith("_")} <= PUBLIC | {"main"}
+    methods = [node for top in tops if top.name in PUBLIC for node in top.body if isinstance(node, ast.FunctionDef)
+               and not any(getattr(decorator, "id", "") == "overload" for decorator in node.decorator_list)]
+    public = [node for node in tops + methods if not node.name.startswith("_")]
+    assert len(public) > 50
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
 def test_no_name_of_the_module_is_used_above_its_definition() -> None:
@@ -4994,15 +5892,6 @@ def test_only_the_standard_library_is_imported() -> None:
     assert {"json"} < {name.partition(".")[0] for name in imported_names()} <= set(sys.stdlib_module_names)
 
 
-def test_everything_public_is_documented() -> None:
-    tops = [node for node in TREE.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
-    methods = [node for top in tops if top.name in PUBLIC for node in top.body if isinstance(node, ast.FunctionDef)
-               and not any(getattr(decorator, "id", "") == "overload" for decorator in node.decorator_list)]
-    public = [node for node in tops + methods if not node.name.startswith("_")]
-    assert len(public) > 50
-    assert [node.name for node in public if not ast.get_docstring(node)] == []
-
-
 # --- Everywhere -----------------------------------------------------------------------------------
 
 CALLS_IN_CODE = """
@@ -5013,20 +5902,19 @@ with gateway_sdk.GatewayClient.from_env() as client:
 PRINTED = "1\nTrue\n"
 
 
-@pytest.mark.parametrize("way", ["-I -S FILE", "-O FILE", "-OO FILE", "-bb -E -s FILE", "-X dev -W error FILE",
-                                 "-m gateway_sdk"])
+@pytest.mark.parametrize("way", ["-I -S FILE", "-OO FILE", "-bb -E -s FILE", "-X dev -W error FILE", "-m gateway_sdk"])
 def test_it_runs_in_any_way_and_needs_nothing_of_the_environment(gateway: LocalGateway, lone: Path, way: str) -> None:
     needed = {"GATEWAY_BASE_URL", "X_INTERNAL_TOKEN", "SYSTEMROOT"}  # no HOME, no PATH
     little = {name: value for name, value in environment_for(gateway).items() if name in needed}
     command = [sys.executable, "-B", *way.replace("FILE", lone.name).split()]
-    ended = []
-    for arguments in ((*ECHO, "-d", '{"value": 1}'), ("spec", "no-such"), ("no-such",)):
+
+    def end(*arguments: str) -> Ended:
         done = subprocess.run([*command, *arguments], cwd=str(lone.parent), env=little, capture_output=True,
-                              timeout=60, check=False)
-        ended.append(Ended(done.returncode, done.stdout.decode(), done.stderr.decode()))
-    assert ended[0].value == 1
-    assert "no-such" in ended[1].error()
-    assert (ended[2].status, ended[2].out, "Traceback" in ended[2].err) == (2, "", False)
+                              text=True, encoding="utf-8", timeout=60, check=False)
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    assert end(*ECHO, "-d", '{"value": 1}').value == 1
+    assert "no-such" in end("spec", "no-such").error()
 
 
 @pytest.mark.parametrize(("name", "place"), [
@@ -5092,7 +5980,7 @@ sys.exit(gateway_sdk.main("run file-tools 1.0.0 checksum -f files=gateway_sdk.py
 
 
 @cpython_only
-def test_an_import_has_no_side_effects(lone: Path) -> None:
+def test_an_import_changes_nothing_and_takes_no_time_for_what_few_need(lone: Path) -> None:
     code = """import logging, os, signal, socket, sys, threading
 def state():
     root = logging.getLogger()
@@ -5114,120 +6002,83 @@ print({"argparse", "concurrent.futures", "urllib.request", "asyncio", "getpass"}
     assert ended_python("-c", code, cwd=str(lone.parent), env=environment) == (0, "set()\n", "")
 
 
-EXAMPLES = ROOT / "examples"
-
-
 # --- Examples -------------------------------------------------------------------------------------
 
-
-def environment_of(gateway: LocalGateway | None, example: str = "") -> dict[str, str]:
-    """A clean environment; with a gateway, its URL and the credential that the example takes."""
-    kept = ("PATH", "HOME", "LANG", "SYSTEMROOT", "TEMP", "TMP", "TMPDIR", "USERPROFILE", "COVERAGE_PROCESS_START")
-    made = {name: os.environ[name] for name in kept if name in os.environ}
-    made["PYTHONIOENCODING"] = "utf-8"
-    if gateway:
-        api_key = example == "third_party"
-        name = "AGENT_BUILDER_API_KEY" if api_key else "X_INTERNAL_TOKEN"
-        value = gateway.api_key if api_key else gateway.internal_token
-        made.update({"GATEWAY_BASE_URL": gateway.base_url, name: value})
-    return made
-
-
-def run_example(name: str, gateway: LocalGateway | None, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs an example from another folder, as a user would; the folder must stay empty."""
-    command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{name}.py")]
-    options = {"cwd": folder, "env": environment_of(gateway, name), "encoding": "utf-8", "timeout": 60}
-    done = subprocess.run(command, capture_output=True, check=False, **options)
-    assert list(folder.iterdir()) == []
-    return done
-
-
+EXAMPLES = ROOT / "examples"
 EXPECTED_LINES = {
     "basic_usage": [
-        "words: 6",
-        "find: 2 matches",
-        "deployed: text-tools 1.1.0 - .*",
-        r"newest text-tools: 1\.1\.0 \['statistics', 'words', 'echo', 'find'\]",
-        "call 3: FAILED",
+        "words: 6", "find: 2 matches", "deployed: text-tools 1.1.0 - .*",
+        r"newest text-tools: 1\.1\.0 \['statistics', 'words', 'echo', 'find'\]", "call 3: FAILED",
         r"batch: PARTIAL_SUCCESS, words \[1, 2, 3\], failed \['ServiceUnavailableError'\]",
-        "bad input: .*Missing required parameter: text",
-        "not found: no-such-prefab 1.1.0",
-        r"missing secret: SIGNING_KEY\. .+",
-        "signed: [0-9a-f]{64}",
+        "bad input: .*Missing required parameter: text", "not found: no-such-prefab 1.1.0",
+        r"missing secret: SIGNING_KEY\. .+", "signed: [0-9a-f]{64}",
     ],
     "streaming": [
-        "So much depends upon a red wheel barrow glazed with rain water",
-        "complete: 12 pieces",
-        "found 'red': .*",
-        "start",
-        r"content: streaming\.py has [\d,]+ bytes",
-        "progress: 1 of 2",
-        "progress: 2 of 2",
-        "done",
+        "So much depends upon a red wheel barrow glazed with rain water", "complete: 12 pieces", "found 'red': .*",
+        "start", r"content: streaming\.py has [\d,]+ bytes", "progress: 1 of 2", "progress: 2 of 2", "done",
         "error: RuntimeError: stumbled",
     ],
     "file_operations": [
-        r"kept: first\.txt, 1,700,000 bytes",
-        "listed: True",
-        "shared: http://[^?]* - the same bytes: True",
-        "temporary files: 2",
-        r".*100%",
-        r"downloaded: both\.txt, 3,400,000 bytes",
-        "temporary files afterwards: 0",
+        r"kept: first\.txt, 1,700,000 bytes", "listed: True", "shared: http://[^?]* - the same bytes: True",
+        "temporary files: 2", r".*100%", r"downloaded: both\.txt, 3,400,000 bytes", "temporary files afterwards: 0",
     ],
     "third_party": [
-        "checksum: [0-9a-f]{64}",
-        "lines of the output file: 1",
-        "output file: s3://.*",
-        "for agents only: .* answered 400: .*",
-        "not downloaded: .*",
+        "checksum: [0-9a-f]{64}", "lines of the output file: 1", "output file: s3://.*",
+        "for agents only: .* answered 400: .*", "not downloaded: .*",
     ],
     "distributed_batch": [
         r"process pool: COMPLETED, words \[1, 2, .*, 20\]",
-        r"Dask: (COMPLETED, words \[1, 2, .*, 20\]|not installed.*)",
+        r"Dask: COMPLETED, words \[1, 2, .*, 20\]" if importlib.util.find_spec("distributed")
+        else r"Dask: not installed.*",
     ],
 }
 
 
-RUNNABLE_EXAMPLES = [
-    # PyPy 7.3.11 has a process pool that cannot start.
-    pytest.param(example, marks=cpython_only) if example == "distributed_batch" else example
-    for example in EXPECTED_LINES
-]
+def run_example(name: str, gateway: LocalGateway | None, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs an example from another folder, as a user would; the folder must stay empty."""
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    if gateway and name == "third_party":  # this one is not an agent
+        environment.update({"GATEWAY_BASE_URL": gateway.base_url, "AGENT_BUILDER_API_KEY": gateway.api_key})
+    elif gateway:
+        environment = environment_for(gateway, PYTHONIOENCODING="utf-8")
+    command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8",
+                          timeout=60, check=False)
+    assert list(folder.iterdir()) == []
+    return done
 
 
-@pytest.mark.parametrize("whose", ["its own gateway", "a gateway that runs already"])
-@pytest.mark.parametrize("example", RUNNABLE_EXAMPLES)
+# Those of the last line start a gateway of their own, each for another credential; the others do it like the first.
+@pytest.mark.parametrize(("example", "runs_already"), [
+    *((name, True) for name in EXPECTED_LINES if name != "distributed_batch"),
+    pytest.param("distributed_batch", True, marks=cpython_only),  # PyPy 7.3.11 has a process pool that cannot start
+    ("basic_usage", False), ("file_operations", False), ("third_party", False),
+])
 def test_an_example_shows_what_it_promises(
-    example: str, whose: str, gateway: LocalGateway, tmp_path: Path
-) -> None:
-    outside = None if whose == "its own gateway" else gateway
-    before = len(gateway.requests)
-    done = run_example(example, outside, tmp_path)
+        example: str, runs_already: bool, gateway: LocalGateway, tmp_path: Path) -> None:
+    with client_of(gateway) as client, contextlib.suppress(GatewayError):
+        client.delete_secret("vault", "SIGNING_KEY")  # which another test may have left
+    requests, executed = len(gateway.requests), len(gateway.executed)
+    done = run_example(example, gateway if runs_already else None, tmp_path)
     assert done.returncode == 0, done.stderr
-    if example != "distributed_batch":  # Dask has warnings of its own
-        assert done.stderr == ""
+    assert done.stderr == "" or example == "distributed_batch"  # Dask has warnings of its own
     for line in EXPECTED_LINES[example]:
         assert re.search(f"(?m)^{line}$", done.stdout.replace("\r", "\n")), (line, done.stdout)
-    assert (len(gateway.requests) > before) == (outside is not None)
+    assert (len(gateway.requests) > requests) == runs_already
+    if example == "distributed_batch":
+        assert len(gateway.executed) == executed + 20 * done.stdout.count("COMPLETED")
     for secret in (gateway.internal_token, gateway.api_key, "X-Amz", "signature="):
         assert secret not in done.stdout
 
 
-@pytest.mark.parametrize("example", RUNNABLE_EXAMPLES)
+@pytest.mark.parametrize("example", [
+    *list(EXPECTED_LINES)[:-1], pytest.param("distributed_batch", marks=cpython_only)])
 def test_an_example_fails_loudly(example: str, tmp_path: Path) -> None:
     with LocalGateway() as gateway:
         gateway.quota = 0
         done = run_example(example, gateway, tmp_path)
     assert done.returncode != 0
     assert "quota" in done.stderr
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("distributed"), reason="needs dask[distributed]")
-def test_the_dask_part_runs_where_dask_is_installed(gateway: LocalGateway, tmp_path: Path) -> None:
-    before = len(gateway.executed)
-    assert "Dask: COMPLETED" in run_example("distributed_batch", gateway, tmp_path).stdout
-    assert len(gateway.executed) - before == 40
 
 
 # --- The agent with FastAPI -----------------------------------------------------------------------
@@ -5240,13 +6091,13 @@ needs_fastapi = pytest.mark.skipif(
 class Agent:
     """The example in a process of its own, and requests to it."""
 
-    def __init__(self, gateway: LocalGateway) -> None:
+    def __init__(self, gateway: Any) -> None:
         self.gateway = gateway
         self.log: list[str] = []
 
     def __enter__(self) -> Agent:
         command = [sys.executable, "-X", "dev", str(EXAMPLES / "fastapi_agent.py")]
-        environment = {**environment_of(self.gateway), "PORT": "0", "PYTHONUNBUFFERED": "1"}
+        environment = environment_for(self.gateway, PORT="0", PYTHONUNBUFFERED="1")
         del environment["X_INTERNAL_TOKEN"]  # the tokens are those of its callers
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
         self.process = subprocess.Popen(command, env=environment, **pipes)
@@ -5351,23 +6202,18 @@ def test_the_agent_serves_others_while_a_stream_waits(agent: Agent) -> None:
         gated.gate.release(50)
 
 
-def len_of(text: str) -> int:
-    return len(text)
-
-
 @needs_fastapi
 def test_the_agent_closes_the_upstream_stream_when_its_caller_hangs_up(agent: Agent) -> None:
     gated = Gated()
     agent.gateway.add_prefab("file-tools", "1.0.0", {"inspect": gated.inspect})
-    with agent.post("/inspect", b"some text") as response:
-        assert read_event(response)["type"] == "start"
-        gated.gate.release()
-        assert read_event(response)["data"] == "some text"
-        with client_of(agent.gateway) as client:
-            assert len(client.list_temp_files()["files"]) == 1
-    # The function now waits and sends nothing: only the agent can know that its caller has gone.
-    wait_for(lambda: any(r.method == "DELETE" for r in agent.gateway.requests))
     with client_of(agent.gateway) as client:
+        with agent.post("/inspect", b"some text") as response:
+            assert read_event(response)["type"] == "start"
+            gated.gate.release()
+            assert read_event(response)["data"] == "some text"
+            assert len(client.list_temp_files()["files"]) == 1
+        # The function now waits and sends nothing: only the agent can know that its caller has gone.
+        wait_for(lambda: any(r.method == "DELETE" for r in agent.gateway.requests))
         assert client.list_temp_files()["files"] == []
     gated.gate.release(1000)
     assert gated.cut_off.wait(WAIT_SECONDS)
@@ -5398,6 +6244,10 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+def len_of(text: str) -> int:
+    return len(text)
+
+
 def refuse_secret(secrets: dict[str, str], text: str) -> None:
     raise AssertionError("it must not run")
 
@@ -5407,32 +6257,30 @@ def raise_error(text: str) -> None:
 
 
 @needs_fastapi
-@pytest.mark.parametrize(
-    ("function", "token", "path", "status", "error"),
-    [
-        (len_of, "", "/statistics", 401, None),
-        (len_of, "stranger", "/statistics", 401, "AuthenticationError"),
-        (len_of, "stranger", "/words", 401, "AuthenticationError"),
-        (len_of, "an API key's", "/inspect", 403, "AgentContextRequiredError"),
-        (refuse_secret, None, "/statistics", 409, "MissingSecretError"),
-        (lambda text, more: None, None, "/statistics", 422, "ValidationError"),
-        (raise_error, None, "/statistics", 503, "ServiceUnavailableError"),
-        (None, None, "/statistics", 502, "PrefabNotFoundError"),
-    ],
-)
+@pytest.mark.parametrize(("function", "token", "path", "status", "error"), [
+    (len_of, "", "/statistics", 401, None),
+    (len_of, "stranger", "/statistics", 401, "AuthenticationError"),
+    (len_of, "stranger", "/words", 401, "AuthenticationError"),
+    (len_of, "an API key's", "/inspect", 403, "AgentContextRequiredError"),
+    (refuse_secret, None, "/statistics", 409, "MissingSecretError"),
+    (lambda text, more: None, None, "/statistics", 422, "ValidationError"),
+    ("over the quota", None, "/statistics", 429, "QuotaExceededError"),
+    (raise_error, None, "/statistics", 503, "ServiceUnavailableError"),
+    (None, None, "/statistics", 502, "PrefabNotFoundError"),
+])
 def test_the_agent_answers_errors_with_a_fitting_status(
-    agent: Agent, function: Any, token: str | None, path: str, status: int, error: str | None
+        agent: Agent, monkeypatch: Any, function: Any, token: str | None, path: str, status: int, error: str | None
 ) -> None:
+    if function == "over the quota":
+        monkeypatch.setattr(agent.gateway, "quota", 0)
+        function = len_of
     functions = {"statistics": function, "words": function} if function else {"other": len_of}
     agent.gateway.add_prefab("text-tools", "1.1.0", functions, secrets=["KEY"] if function is refuse_secret else [])
     if token == "an API key's":
-        exchange = urllib.request.Request(f"{agent.gateway.base_url}/v1/auth/convert_to_internal_token",
-                                          b"", {"Authorization": f"Bearer {agent.gateway.api_key}"})
-        with urllib.request.urlopen(exchange) as exchanged:
-            token = json.load(exchanged)["internal_token"]
+        exchanging = GatewayClient.from_api_key(agent.gateway.api_key, agent.gateway.base_url)
+        token = exchanging._transport.credential["X-Internal-Token"]
     with agent.post(path, {"text": "a b c"}, token) as response:
-        answer = json.load(response)
-        assert (response.status, answer.get("error")) == (status, error)
+        assert (response.status, json.load(response).get("error")) == (status, error)
 
 
 @needs_fastapi
@@ -5444,22 +6292,10 @@ def test_the_agent_tells_a_timeout_from_other_faults() -> None:
 
 
 @needs_fastapi
-def test_the_agent_says_so_when_a_quota_is_used_up(agent: Agent) -> None:
-    agent.gateway.quota = 0
-    try:
-        with agent.post("/statistics", {"text": "a"}) as response:
-            assert (response.status, json.load(response)["error"]) == (429, "QuotaExceededError")
-    finally:
-        agent.gateway.quota = None
-
-
-@needs_fastapi
 def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    half = event("content", "half")
-    with Script(HangUp(head + b"%x\r\n%b\r\n" % (len(half), half))) as server:
-        server.base_url, server.internal_token = server.url, TOKEN  # type: ignore[attr-defined]
-        with Agent(server) as agent, agent.post("/words", {"text": "a"}) as response:  # type: ignore[arg-type]
+    with Script(HangUp(chunked(event("content", "half"), end=False))) as server:
+        server.internal_token = TOKEN  # type: ignore[attr-defined]
+        with Agent(server) as agent, agent.post("/words", {"text": "a"}) as response:
             assert read_event(response)["data"] == "half"
             broken = read_event(response)
             assert (broken["type"], broken["data"]["type"]) == ("error", "ServiceUnavailableError")
@@ -5474,3 +6310,846 @@ def test_the_agent_logs_no_tokens_and_no_tracebacks(agent: Agent) -> None:
     log = "".join(agent.log)
     for unwanted in (agent.gateway.internal_token, "not-to-be-logged", "Traceback", "Warning", "never retrieved"):
         assert unwanted not in log, log
+
+
+# --- The MCP server -------------------------------------------------------------------------------
+
+needs_mcp = pytest.mark.skipif(not importlib.util.find_spec("mcp"), reason="needs mcp")
+
+import mcp_server
+
+START_SECONDS = 60.0  # a slow machine takes long for the import of `mcp`
+
+MANIFEST = {
+    "id": "papers",
+    "version": "0.2.0",
+    "description": "Works on papers",
+    "functions": [{
+        "name": "merge",
+        "description": "Merge papers",
+        "parameters": [
+            {"name": "title", "type": "str", "description": "Of the whole", "required": True},
+            {"name": "style", "type": "string", "enum": ["plain", "bold"], "default": "plain"},
+            {"name": "page", "type": "object", "required": False, "properties": {
+                "size": {"type": "string", "required": True}, "margins": {"type": "array", "items": {"type": "float"}},
+            }},
+        ],
+        "files": {
+            "papers": {"type": "array", "items": {"type": "InputFile"}, "minItems": 1, "required": True},
+            "title": {"type": "InputFile", "description": "A picture for the title page"},
+            "merged": {"type": "array", "items": {"type": "OutputFile"}},
+        },
+    }],
+}
+MERGE = """
+import pathlib
+
+def merge(title, style="plain", page=None):
+    given = {key.name: sorted(path.name for path in key.iterdir()) for key in pathlib.Path("data/inputs").iterdir()}
+    texts = [path.read_text() for path in sorted(pathlib.Path("data/inputs/papers").iterdir())]
+    folder = pathlib.Path("data/outputs/merged")
+    folder.mkdir(parents=True)
+    (folder / "all.txt").write_text("".join(texts))
+    return {"success": True, "title": title, "page": page, "given": given}
+"""
+MERGE_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "description": "Of the whole"},
+        "style": {"type": "string", "enum": ["plain", "bold"], "default": "plain"},
+        "page": {"type": "object", "required": ["size"], "properties": {
+            "size": {"type": "string"}, "margins": {"type": "array", "items": {"type": "number"}},
+        }},
+        "papers": {"type": "array", "items": {"type": "string"}, "minItems": 1, "description": "FILE"},
+        "title_files": {"type": "array", "items": {"type": "string"},
+                        "description": "A picture for the title page FILE"},
+    },
+    "required": ["title", "papers"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefab's folder, with a manifest as they are published."""
+    folder = tmp_path_factory.mktemp("papers")
+    (folder / "prefab-manifest.json").write_text(json.dumps(MANIFEST), encoding="utf-8")
+    (folder / "src").mkdir()
+    (folder / "src" / "main.py").write_text(MERGE, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tool_gateway(papers: Path) -> Iterator[LocalGateway]:
+    with LocalGateway(papers) as running:
+        yield running
+
+
+class Calls:
+    """Calls tools in this process: all of the server but MCP itself."""
+
+    def __init__(self, gateway: LocalGateway | Script, *wanted: str, **options: Any) -> None:
+        self._gateway, self._wanted, self._options = gateway, wanted, options
+        self.events: list[str] = []
+
+    async def report(self, number: int, text: str) -> None:
+        assert number == len(self.events) + 1
+        self.events.append(text)
+
+    def __call__(self, name: str, **arguments: Any) -> dict[str, Any]:
+        with client_of(self._gateway, **self._options.pop("client", {})) as client:
+            prefabs = mcp_server.Prefabs(client, self._wanted, **self._options)
+            return asyncio.run(prefabs.call_tool(name, arguments, self.report))
+
+
+def tools_of(gateway: LocalGateway | Script, *wanted: str) -> dict[str, mcp_server.Tool]:
+    with client_of(gateway) as client:
+        return asyncio.run(mcp_server.load_tools(client, wanted))
+
+
+def texts_of(result: dict[str, Any]) -> list[str]:
+    return [block["text"] for block in result["content"] if block["type"] == "text"]
+
+
+# Names and schemas
+
+FUNCTIONS = [
+    ("text-tools", "words"), ("text-tools", "_words"), ("text-tools_", "words"), ("a__b", "c"), ("a", "b__c"),
+    ("a_b", "c"), ("a", "b_c"), ("a.b", "c"), ("a b", "c"), ("a", "b.c"), ("数据", "查询"), ("数据", "查找"), ("", "a"),
+    ("long" * 20, "function"), ("long" * 20, "other"), ("x" * 30, "y" * 32), ("x" * 30, "y" * 33),
+    ("A", "b"), ("a", "B"),
+]
+
+
+def test_tools_have_names_that_are_unique_and_that_every_model_takes() -> None:
+    versions = ("", "1.0.0", "1_0_0", "1.0.1")
+    names = [mcp_server.tool_name(*pair, version) for pair in FUNCTIONS for version in versions]
+    assert len(set(names)) == len(FUNCTIONS) * len(versions) > 50
+    assert [name for name in names if not re.fullmatch("[A-Za-z0-9_-]{1,64}", name)] == []
+    assert names[0] == "text-tools__words"
+
+
+def test_a_tool_keeps_its_name_when_other_prefabs_come_and_versions_go() -> None:
+    with LocalGateway() as gateway:
+        before = set(tools_of(gateway))
+        gateway.add_prefab("text_tools", "1.0.0", {"words": len_of_text, "wörds": len_of_text})
+        gateway.add_prefab("text-tools", "2.0.0", {"words": len_of_text})
+        after = tools_of(gateway)
+    assert before - set(after) == {"text-tools__statistics", "text-tools__echo", "text-tools__find"}
+    assert (after["text-tools__words"].version, after["text_tools__words"].prefab_id) == ("2.0.0", "text_tools")
+
+
+def len_of_text(text: str) -> int:
+    """Count the characters of a text."""
+    return len(text)
+
+
+def test_the_schema_has_all_that_a_manifest_says(tool_gateway: LocalGateway) -> None:
+    tool = tools_of(tool_gateway)["papers__merge"]
+    hint = "A file is a local path, which is uploaded first, or an s3:// URL."
+    assert tool.schema == json.loads(json.dumps(MERGE_SCHEMA).replace("FILE", hint))
+    assert tool.description == "Merge papers\n\nPrefab papers 0.2.0. Works on papers"
+
+
+@pytest.mark.parametrize(
+    ("entry", "schema"),
+    [
+        ({"type": "str", "description": "d", "default": "x"}, {"type": "string", "description": "d", "default": "x"}),
+        ({"type": "bool", "default": False}, {"type": "boolean", "default": False}),
+        ({"type": "integer", "minimum": 1, "maximum": 9}, {"type": "integer", "minimum": 1, "maximum": 9}),
+        ({"type": "string | array"}, {"type": ["string", "array"], "items": {}}),
+        ({"type": "list[str]"}, {"type": "array", "items": {}}),
+        ({"type": "any"}, {}),
+        ({"type": "Paper"}, {}),
+        ({}, {}),
+        ({"type": "string", "default": None}, {"type": "string"}),
+        ({"type": "InputFile"}, {"type": "string"}),
+        ({"type": "array", "items": {"type": "object", "properties": {"n": {"type": "int"}}}},
+         {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}),
+        ({"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object", "required": ["c"]}}},
+         {"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object"}}}),
+    ],
+)
+def test_a_manifest_s_type_becomes_json_schema(entry: dict[str, Any], schema: dict[str, Any]) -> None:
+    assert mcp_server.schema_of(entry) == schema
+
+
+@pytest.mark.parametrize(
+    ("entry", "required"),
+    [({}, True), ({"required": True, "default": 1}, True), ({"default": 1}, False), ({"required": False}, False)],
+)
+def test_a_parameter_is_required_unless_the_manifest_says_otherwise(entry: dict[str, Any], required: bool) -> None:
+    spec = {"id": "p", "version": "1.0.0"}
+    function = {"name": "f", "parameters": [{"name": "a", "type": "integer", **entry}]}
+    assert (mcp_server.make_tool(spec, function, pinned=False).schema.get("required") == ["a"]) is required
+
+
+def test_the_newest_deployed_versions_are_served_unless_others_are_asked_for() -> None:
+    with LocalGateway() as gateway:
+        for version in ("1.9.0", "1.10.0", "1.10.0-rc.1"):
+            gateway.add_prefab("p", version, {"f": len_of_text})
+        gateway.add_prefab("p", "2.0.0", {"f": len_of_text}, status="failed")
+        assert tools_of(gateway)["p__f"].version == "1.10.0"
+        assert list(tools_of(gateway, "p")) == ["p__f"]
+        both = tools_of(gateway, "p@1.9.0", "p@1.10.0-rc.1", "p")
+        assert [tool.version for tool in both.values()] == ["1.9.0", "1.10.0-rc.1", "1.10.0"]
+        for wanted in ("q", "q@1.0.0"):
+            with pytest.raises(GatewayError, match=r"\bq\b") as caught:
+                tools_of(gateway, wanted)
+            assert PrefabNotFoundError in (type(caught.value), type(caught.value.__cause__))
+
+
+def test_a_prefab_whose_spec_is_no_use_costs_no_other_one(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcp_server, "SPECS_AT_ONCE", 1)  # so that the specs are asked for in this order
+    good = {"id": "good", "version": "1.0.0", "functions": [{"name": "f", "description": "half a pair: \ud83d"}]}
+    deep: dict[str, Any] = {}
+    for _ in range(200):
+        deep = {"type": "object", "properties": {"a": deep}}
+    function = {"name": "f", "parameters": [{"name": "a", **deep}]}
+    specs = {"bad": {**good, "functions": ["f"]}, "deep": {**good, "functions": [function]}, "good": good, "worse": {}}
+    directory = answer([{"id": name, "version": "1.0.0"} for name in specs])
+    pairs = [(directory, answer(spec)) for spec in specs.values()]
+    with Script(directory, *(reply for pair in pairs for reply in pair)) as server:
+        tools = tools_of(server)
+    assert list(tools) == ["good__f"]
+    assert tools["good__f"].description.startswith("half a pair: ?")
+    left_out = capsys.readouterr().err
+    assert re.findall(r"left out: (\w+):", left_out) == ["bad", "deep", "worse"]
+
+
+def run_mcp_server(gateway: LocalGateway | None, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The server as a program, with nothing on its stdin."""
+    code = f"import sys\n{before}\nimport mcp_server\nsys.exit(mcp_server.main())"
+    environment = {**environment_for(gateway), "PYTHONPATH": str(EXAMPLES)}
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=environment, stdin=subprocess.DEVNULL,
+                          capture_output=True, encoding="utf-8", timeout=START_SECONDS)
+
+
+NO_MCP = "sys.modules['mcp'] = None  # as if it were not installed"
+
+
+@pytest.mark.parametrize("whose", ["its own gateway", "a gateway that runs already"])
+def test_the_tools_are_listed_for_models_without_the_package(whose: str, tool_gateway: LocalGateway) -> None:
+    done = run_mcp_server(None if whose == "its own gateway" else tool_gateway, "--list", before=NO_MCP)
+    assert (done.returncode, done.stderr) == (0, "")
+    tools = {tool["function"]["name"]: tool for tool in json.loads(done.stdout)}
+    assert ("papers__merge" in tools) == (whose != "its own gateway")
+    assert tools["text-tools__statistics"] == {"type": "function", "function": {
+        "name": "text-tools__statistics",
+        "description": "Count the characters, words and lines of a text, and its most common words.\n\n"
+                       "Prefab text-tools 1.1.0. Looks at texts",
+        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"],
+                       "additionalProperties": False},
+    }}
+
+
+def test_the_server_says_what_is_missing() -> None:
+    with LocalGateway() as gateway:
+        gateway.down = True
+        down = run_mcp_server(gateway, "--list")
+        assert (down.returncode, down.stdout) == (1, "")
+        assert re.fullmatch("mcp_server: GET /v1/prefabs answered 503: The gateway is down\n", down.stderr)
+        bare = run_mcp_server(gateway, before=NO_MCP)
+        assert (bare.returncode, bare.stdout, "pip install mcp" in bare.stderr) == (1, "", True)
+
+
+# Calls, without MCP
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "structured"),
+    [
+        ({"a": None, "n": 2**70}, '{"a": null, "n": 1180591620717411303424}', {"a": None, "n": 2**70}),
+        ([1, "é"], '[1, "é"]', {"result": [1, "é"]}),
+        ("plain text", "plain text", {"result": "plain text"}),
+        (3, "3", {"result": 3}),
+        (None, "{}", {}),
+        ({"success": True}, '{"success": true}', {"success": True}),
+    ],
+)
+def test_a_result_is_structured_content_and_text(
+    value: Any, text: str, structured: Any, tool_gateway: LocalGateway
+) -> None:
+    result = Calls(tool_gateway)("text-tools__echo", value=value)
+    assert result == {"content": [{"type": "text", "text": text}], "structuredContent": structured, "isError": False}
+
+
+def test_output_files_are_saved_to_a_folder(tool_gateway: LocalGateway, tmp_path: Path) -> None:
+    paper, folder = tmp_path / "a.txt", tmp_path / "new" / "folder"
+    paper.write_text("one\n")
+    for path in (folder / "SHA256SUMS.txt", folder / "2-SHA256SUMS.txt"):  # no file takes another's place
+        result = Calls(tool_gateway, folder=str(folder))("file-tools__checksum", files={"files": [str(paper)]})
+        (file,) = result["structuredContent"]["output_files"]
+        assert (file["path"], file["uri"], file["name"]) == (str(path), path.as_uri(), "checksums")
+        assert path.read_text().endswith("  a.txt\n")
+        assert result["content"][-1]["uri"] == path.as_uri()
+        assert json.loads(texts_of(result)[1]) == {"output_files": [file]}
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_files_that_cannot_be_had_do_not_cost_the_result(
+    saved: bool, tool_gateway: LocalGateway, tmp_path: Path
+) -> None:
+    paper, folder = tmp_path / "a.txt", tmp_path / "folder"
+    paper.write_text("one\n")
+    options: dict[str, Any] = {"client": {"internal_token": None}, "folder": str(folder) if saved else None}
+    result = Calls(tool_gateway, **options)("file-tools__checksum", files={"files": [str(paper)]})
+    (file,) = result["structuredContent"]["output_files"]
+    assert ("MISSING_AGENT_CONTEXT" in file["error"] or "agent" in file["error"], "uri" in file) == (True, False)
+    assert (result["structuredContent"]["success"], result["isError"]) == (True, False)
+    assert not saved or list(folder.iterdir()) == []
+
+
+def test_files_of_an_older_spec_are_parameters_and_fields_of_the_result(tmp_path: Path) -> None:
+    spec = {"id": "video", "version": "1.0.0", "functions": [{
+        "name": "cut",
+        "parameters": [{"name": "clip", "type": "InputFile"},
+                       {"name": "more", "type": "array", "items": {"type": "InputFile"}, "required": False}],
+        "returns": {"properties": {"out": {"type": "OutputFile"}, "source": {"type": "string"}}},
+    }]}
+    output = {"success": True, "out": "s3://b/out.mp4", "source": "s3://b/in.mp4"}
+    ran = answer({"job_id": "j", "status": "COMPLETED", "results": [{"status": "SUCCESS", "output": {
+        "status": "SUCCESS", "output": output}, "error": None}]})
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"clip")
+    with Script() as storage:
+        storage._answers.append(answer(body=b""))
+        upload = answer({"upload_url": f"{storage.url}/put", "s3_url": "s3://b/clip.mp4"})
+        link = answer({"presigned_url": "http://storage/out.mp4?X=1"})
+        with Script(answer(spec), upload, ran, link) as server:
+            name = mcp_server.tool_name("video", "cut", "1.0.0")
+            result = Calls(server, "video@1.0.0")(name, clip=str(clip), more=["s3://b/more.mp4"])
+        assert storage.received[0].body == b"clip"
+    assert server.received[2].json["calls"][0]["inputs"] == {
+        "parameters": {"clip": "s3://b/clip.mp4", "more": ["s3://b/more.mp4"]}}
+    assert [file["s3_url"] for file in result["structuredContent"]["output_files"]] == ["s3://b/out.mp4"]
+    assert result["content"][-1]["uri"] == "http://storage/out.mp4?X=1"
+
+
+SPEC_OF_A_STREAM = {"id": "p", "version": "1.0.0", "functions": [{"name": "f", "streaming": True}]}
+
+
+@pytest.mark.parametrize(
+    ("events", "text", "problem"),
+    [
+        ([event("start"), event("content", "a "), event("content", "b"), event("done", None)], "a b", None),
+        ([event("content", "a"), event("content", {"b": 1}), event("done")], '["a", {"b": 1}]', None),
+        ([event("progress", 0.5), event("done", {"x": 1})], '{"x": 1}', None),
+        ([event("content", "half"), event("error", {"message": "stumbled"})], "half", "stumbled"),
+        ([event("content", "half"), event("error", "stumbled")], "half", "stumbled"),
+        ([event("content", "half")], "half", "cut short"),
+        ([event("content", "a"), b"data: [DONE]\n\n"], "a", None),
+        ([event("content", "half a pair: \ud83d"), event("done")], "half a pair: ?", None),
+    ],
+)
+def test_a_stream_gives_the_whole_at_its_end(events: list[bytes], text: str, problem: str | None) -> None:
+    stream = chunked(*events, end=problem != "cut short")
+    given = HangUp(stream) if problem == "cut short" else stream
+    with Script(answer(SPEC_OF_A_STREAM), given) as server:
+        calls = Calls(server, "p@1.0.0")
+        result = calls(mcp_server.tool_name("p", "f", "1.0.0"))
+    assert texts_of(result)[-1] == text
+    assert (result["isError"], problem is None or problem in texts_of(result)[0]) == (bool(problem), True)
+    wanted = [line for line in events if b'"content"' in line or b'"progress"' in line]
+    assert len(calls.events) == len(wanted)
+    assert "\ud83d" not in "".join(calls.events)
+
+
+def server_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("mcp_server")]
+
+
+def test_a_cancelled_call_closes_its_stream_and_gives_its_thread_back() -> None:
+    gated = Gated()
+
+    async def cancel() -> None:
+        reported = asyncio.Event()
+
+        async def report(*_: object) -> None:
+            reported.set()
+
+        with client_of(gateway) as client:
+            prefabs = mcp_server.Prefabs(client, ["p"])
+            task = asyncio.ensure_future(prefabs.call_tool("p__words", {"text": "one two three"}, report))
+            gated.gate.release()
+            await asyncio.wait_for(reported.wait(), WAIT_SECONDS)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert task.cancelled()
+            wait_for(lambda: not server_threads())  # the function waits: only the closing can have ended it
+
+    with LocalGateway() as gateway:
+        gateway.add_prefab("p", "1.0.0", {"words": gated.words})
+        asyncio.run(cancel())
+        gated.gate.release(2)
+        assert gated.cut_off.wait(WAIT_SECONDS)
+
+
+def test_a_call_that_is_cancelled_while_its_files_are_uploaded_is_not_sent(
+    tool_gateway: LocalGateway, tmp_path: Path
+) -> None:
+    paper = tmp_path / "a.txt"
+    paper.write_text("one\n")
+    tool, before = tools_of(tool_gateway)["file-tools__line_count"], len(tool_gateway.executed)
+    with client_of(tool_gateway) as client:
+        call = mcp_server.Call(client, tool, None, WAIT_SECONDS, print)
+        call.cancel()
+        result = call.run({"files": {"files": [str(paper)]}})
+    assert (texts_of(result), result["isError"]) == (["Cancelled before it was sent."], True)
+    assert len(tool_gateway.executed) == before
+
+
+# Over stdio, with the client of the package
+
+
+class ToolClient:
+    """The package's own client of the server in a process of its own, for tests that are not asynchronous."""
+
+    def __init__(self, gateway: LocalGateway) -> None:
+        self._gateway = gateway
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), daemon=True)
+        self.session: Any = None
+        self.log = ""
+
+    def __enter__(self) -> ToolClient:
+        self._thread.start()
+        assert self._ready.wait(START_SECONDS)
+        assert self.session, self.log
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join(START_SECONDS)
+
+    async def _live(self) -> None:
+        import mcp
+        from mcp.client.stdio import stdio_client
+
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        arguments = ["-X", "dev", str(EXAMPLES / "mcp_server.py")]
+        environment = environment_for(self._gateway)
+        parameters = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment)
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+            try:
+                async with stdio_client(parameters, log) as streams, mcp.ClientSession(*streams) as session:
+                    await session.initialize()
+                    self.session = session
+                    self._ready.set()
+                    await self._end.wait()
+            finally:
+                log.seek(0)
+                self.log = log.read()
+                self._ready.set()
+
+    def ask(self, coroutine: Any) -> Any:
+        """What the coroutine gives, run where the session lives."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(3 * WAIT_SECONDS)
+
+    def call(self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any) -> Any:
+        """The result of a call, as it is on the wire."""
+        return self.ask(self.start(name, on_progress, **arguments))
+
+    async def start(self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any) -> Any:
+        async def report(progress: float, total: float | None, message: str | None) -> None:
+            on_progress((progress, message))
+
+        result = await self.session.call_tool(name, arguments, progress_callback=report)
+        return result.model_dump(by_alias=True, mode="json", exclude_none=True)
+
+
+@pytest.fixture(scope="module")
+def tool_client(tool_gateway: LocalGateway) -> Iterator[ToolClient]:
+    with ToolClient(tool_gateway) as running:
+        yield running
+    assert tool_gateway.internal_token not in running.log
+    for unwanted in ("Traceback", "Warning", "never retrieved"):
+        assert unwanted not in running.log, running.log
+
+
+@needs_mcp
+def test_mcp_lists_the_tools_as_they_are_now(tool_client: ToolClient, tool_gateway: LocalGateway) -> None:
+    tools = {tool.name: tool for tool in tool_client.ask(tool_client.session.list_tools()).tools}
+    assert {"papers__merge", "text-tools__words", "vault__sign"} <= set(tools)
+    listed = tools["papers__merge"].model_dump(by_alias=True, exclude_none=True)
+    assert listed["inputSchema"] == tools_of(tool_gateway)["papers__merge"].schema
+    tool_gateway.add_prefab("later", "1.0.0", {"count": len_of_text})
+    assert "later__count" in {tool.name for tool in tool_client.ask(tool_client.session.list_tools()).tools}
+    tool_gateway.add_prefab("latest", "1.0.0", {"count": len_of_text})  # found although it is in no list
+    assert tool_client.call("latest__count", text="four")["structuredContent"] == {"result": 4}
+
+
+@needs_mcp
+@pytest.mark.parametrize("value", [{"a": None, "b": [1.5, "é\u2028"], "n": 2**70}, ["x"], "text", ""])
+def test_mcp_gives_a_result_whole(value: Any, tool_client: ToolClient) -> None:
+    result = tool_client.call("text-tools__echo", value=value)
+    assert result["structuredContent"] == (value if isinstance(value, dict) else {"result": value})
+    assert (result["isError"], len(texts_of(result))) == (False, 1)
+
+
+@needs_mcp
+def test_mcp_gives_what_is_nested_too_deeply_as_text(tool_client: ToolClient, tool_gateway: LocalGateway) -> None:
+    def deep() -> Any:
+        value: Any = 1
+        for _ in range(400):
+            value = {"a": value}
+        return value
+
+    tool_gateway.add_prefab("odd", "1.0.0", {"deep": deep})
+    assert texts_of(tool_client.call("odd__deep"))[0].startswith('{"a": {"a":')
+    assert tool_client.call("text-tools__echo", value=1)["structuredContent"] == {"result": 1}
+
+
+@needs_mcp
+def test_mcp_reports_contents_and_progress_at_once(tool_client: ToolClient, tool_gateway: LocalGateway) -> None:
+    gated, heard = Gated(), threading.Semaphore(0)
+    progress: list[Any] = []
+
+    def words(text: str, outputs: Path) -> Iterator[Any]:
+        (outputs / "words.txt").write_text(text)
+        yield from gated.words(text)
+        yield {"type": "progress", "data": {"done": 2}}
+
+    def on_progress(event: Any) -> None:
+        progress.append(event)
+        heard.release()
+
+    tool_gateway.add_prefab("gated", "1.0.0", {"words": words})
+    running = asyncio.run_coroutine_threadsafe(
+        tool_client.start("gated__words", on_progress, text="one two"), tool_client._loop)
+    for _ in range(2):  # the next word is not made before this one was heard of here
+        gated.gate.release()
+        assert heard.acquire(timeout=WAIT_SECONDS)
+    result = running.result(WAIT_SECONDS)
+    assert heard.acquire(timeout=WAIT_SECONDS)
+    assert progress == [(1, "one"), (2, "two"), (3, '{"done": 2}')]
+    (file,) = result["structuredContent"]["output_files"]
+    assert (result["structuredContent"]["result"], texts_of(result)[0]) == ("onetwo", "onetwo")
+    with urllib.request.urlopen(file["uri"]) as download:
+        assert download.read() == b"one two"
+
+
+@needs_mcp
+def test_mcp_takes_and_gives_files(tool_client: ToolClient, tool_gateway: LocalGateway, tmp_path: Path) -> None:
+    one, two = tmp_path / "1.txt", tmp_path / "2.txt"
+    one.write_text("one ")
+    two.write_text("two")
+    with client_of(tool_gateway) as client:
+        url = client.upload_input_file(two)
+    result = tool_client.call("papers__merge", title="t", papers=[str(one), url], title_files=str(one))
+    assert result["structuredContent"]["given"] == {"papers": ["1.txt", "2.txt"], "title": ["1.txt"]}
+    (link,) = [block for block in result["content"] if block["type"] == "resource_link"]
+    assert link["name"] == "all.txt"
+    with urllib.request.urlopen(link["uri"]) as download:
+        assert download.read() == b"one two"
+    (file,) = result["structuredContent"]["output_files"]
+    again = tool_client.call("papers__merge", title="t", papers=[file["s3_url"]])  # its URL is an input
+    assert again["structuredContent"]["given"] == {"papers": ["all.txt"]}
+
+
+@needs_mcp
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("faulty__refuse", {"message": "not today"}, "not today"),
+        ("faulty__fail", {"message": "no luck"}, r"no luck \(ALWAYS_FAILS\)"),
+        ("faulty__crash", {}, r"POST /v1/internal/run answered 503: .*RuntimeError: out of order"),
+        ("faulty__stumble", {"text": "so far"}, "stumbled"),
+        ("vault__sign", {"text": "x"}, r"(?s)Secret 'SIGNING_KEY' .* secret set vault SIGNING_KEY"),
+        ("text-tools__statistics", {}, r"text-tools__statistics needs the argument text\."),
+        ("text-tools__statistics", {"text": "a", "txt": "b"}, r"has no argument txt\. It takes: text\."),
+        ("text-tools__statistics", {"text": 5}, "answered 422: Parameter 'text' must be of type string"),
+        ("file-tools__line_count", {}, "Give the input files under the key 'files'"),
+        ("file-tools__line_count", {"files": ["a.txt"]}, "files must be an object"),
+        ("file-tools__line_count", {"files": {"files": 3}}, "must be an array of local paths or s3:// URLs, not 3"),
+        ("file-tools__line_count", {"files": {"files": "http://a/b"}}, "files must be .*, not http://a/b"),
+        ("file-tools__line_count", {"files": {"files": ["no/such"]}}, "FileNotFoundError: .*no/such"),
+        ("file-tools__line_count", {"files": {"files": [str(ROOT)]}}, "not a regular file"),
+        ("file-tools__line_count", {"files": {"files": ["s3://local/x"]}}, "Input file not found: s3://local/x"),
+    ],
+)
+def test_mcp_tells_of_a_failure_and_goes_on(
+    name: str, arguments: dict[str, Any], message: str, tool_client: ToolClient
+) -> None:
+    result = tool_client.call(name, **arguments)
+    assert (result["isError"], bool(re.search(message, texts_of(result)[0]))) == (True, True), result
+    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
+
+
+@needs_mcp
+def test_mcp_gives_what_came_before_a_failure(tool_client: ToolClient) -> None:
+    assert texts_of(tool_client.call("faulty__stumble", text="so far"))[1] == "so far"
+    assert tool_client.call("faulty__fail")["structuredContent"]["error_code"] == "ALWAYS_FAILS"
+
+
+@needs_mcp
+def test_mcp_refuses_a_tool_that_there_is_not(tool_client: ToolClient) -> None:
+    with pytest.raises(Exception, match="Unknown tool: no_such_tool"):
+        tool_client.call("no_such_tool")
+
+
+@needs_mcp
+def test_mcp_outlives_a_gateway_that_is_down(tool_client: ToolClient, tool_gateway: LocalGateway) -> None:
+    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
+    tool_gateway.down = True
+    try:
+        result = tool_client.call("text-tools__echo", value=1)
+        assert (result["isError"], "answered 503: The gateway is down" in texts_of(result)[0]) == (True, True)
+        with pytest.raises(Exception, match="answered 503: The gateway is down"):
+            tool_client.ask(tool_client.session.list_tools())
+        assert tool_client.call("not_known_yet")["isError"] is True
+    finally:
+        tool_gateway.down = False
+    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
+
+
+@needs_mcp
+def test_mcp_runs_twenty_calls_at_once(tool_client: ToolClient, tool_gateway: LocalGateway) -> None:
+    together = threading.Barrier(20)
+
+    def meet(number: int) -> int:
+        together.wait(3 * WAIT_SECONDS)  # breaks unless all are here at once
+        return number
+
+    async def start_all() -> list[Any]:
+        return await asyncio.gather(*(tool_client.start("party__meet", number=number) for number in range(20)))
+
+    tool_gateway.add_prefab("party", "1.0.0", {"meet": meet})
+    results = tool_client.ask(start_all())
+    assert [result.get("structuredContent") for result in results] == [{"result": number} for number in range(20)]
+
+
+@needs_mcp
+def test_mcp_cancels_a_call(tool_client: ToolClient, tool_gateway: LocalGateway) -> None:
+    gated = Gated()
+    session = tool_client.session
+
+    async def cancel() -> None:
+        from mcp import types
+
+        reported = asyncio.Event()
+        call = asyncio.ensure_future(
+            tool_client.start("endless__words", lambda _: reported.set(), text="word " * 10_000))
+        await asyncio.wait_for(reported.wait(), WAIT_SECONDS)
+        if hasattr(session, "_request_id"):  # the client of mcp 1 does not say it by itself
+            params = {"requestId": session._request_id - 1}
+            cancelled = types.CancelledNotification(method="notifications/cancelled", params=params)
+            await session.send_notification(types.ClientNotification(cancelled))
+        else:
+            call.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await call
+        assert call.cancelled() or call.exception()
+
+    tool_gateway.add_prefab("endless", "1.0.0", {"words": gated.words})
+    gated.gate.release()
+    tool_client.ask(cancel())
+
+    def send_a_word() -> bool:
+        gated.gate.release()
+        return gated.cut_off.is_set()
+
+    wait_for(send_a_word)  # the gateway finds out by sending that nobody listens any more
+    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
+
+
+# The process
+
+
+def message(method: str, number: int | None = None, **params: Any) -> str:
+    asked = {} if number is None else {"id": number}
+    return json.dumps({"jsonrpc": "2.0", **asked, "method": method, "params": params}) + "\n"
+
+
+HELLO = message("initialize", 0, protocolVersion="2025-06-18", capabilities={},
+                clientInfo={"name": "test", "version": "1"}) + message("notifications/initialized")
+NOISY = """
+import os, subprocess, sys, mcp_server
+
+class NoisyCall(mcp_server.Call):
+    def run(self, arguments):
+        print("noise")
+        os.write(1, b"noise")
+        subprocess.run([sys.executable, "-c", "import sys; print('noise', sys.stdin.read())"])
+        return super().run(arguments)
+
+mcp_server.Call = NoisyCall
+sys.exit(mcp_server.main())
+"""
+
+
+@pytest.fixture
+def noisy_server(tool_gateway: LocalGateway) -> Iterator[subprocess.Popen[str]]:
+    """The server in a process that prints; it has said hello."""
+    environment = {**environment_for(tool_gateway), "PYTHONPATH": str(EXAMPLES)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", NOISY], env=environment, encoding="utf-8", **pipes) as process:
+        try:
+            process.stdin.write(HELLO)
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["result"]["serverInfo"]["name"] == "gateway"
+            yield process
+        finally:
+            process.kill()
+
+
+@needs_mcp
+def test_mcp_has_nothing_but_messages_on_stdout(noisy_server: subprocess.Popen[str]) -> None:
+    call = message("tools/call", 1, name="text-tools__echo", arguments={"value": "a\nb"})
+    noisy_server.stdin.write(call)
+    noisy_server.stdin.flush()
+    assert json.loads(noisy_server.stdout.readline())["result"]["structuredContent"] == {"result": "a\nb"}
+    out, err = noisy_server.communicate(timeout=START_SECONDS)
+    assert (noisy_server.returncode, out, err.count("noise")) == (0, "", 3)
+
+
+@posix
+@needs_mcp
+@pytest.mark.parametrize("how", ["the client closes stdin", "it is interrupted", "it is terminated"])
+def test_mcp_ends_with_its_client(
+    how: str, noisy_server: subprocess.Popen[str], tool_gateway: LocalGateway
+) -> None:
+    gated, begun, closing = Gated(), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        closing.wait(3 * START_SECONDS)
+
+    tool_gateway.add_prefab("hanging", "1.0.0", {"wait": wait, "words": gated.words})
+    meta = {"progressToken": 7}
+    noisy_server.stdin.write(message("tools/call", 1, name="hanging__wait", arguments={}))
+    noisy_server.stdin.write(message("tools/call", 2, name="hanging__words", arguments={"text": "a " * 99}, _meta=meta))
+    noisy_server.stdin.flush()
+    gated.gate.release()
+    assert json.loads(noisy_server.stdout.readline())["method"] == "notifications/progress"
+    assert begun.wait(WAIT_SECONDS)
+    if how == "it is interrupted":
+        noisy_server.send_signal(2)
+    elif how == "it is terminated":
+        noisy_server.terminate()
+    else:
+        noisy_server.stdin.close()
+    try:
+        assert noisy_server.wait(START_SECONDS) == (0 if how == "the client closes stdin" else 130)
+        assert "Traceback" not in noisy_server.stderr.read()
+        gated.gate.release(99)
+        assert gated.cut_off.wait(WAIT_SECONDS)
+    finally:
+        closing.set()
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_configuration_of_the_readme_starts_a_server(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    (block,) = re.findall(r'^```\w*\n(\{\n  "mcpServers".*?)^```$', text, re.M | re.S)
+    (server,) = json.loads(block)["mcpServers"].values()
+    assert {"GATEWAY_BASE_URL", "X_INTERNAL_TOKEN"} == set(server["env"])
+    script, *options = server["args"]
+    assert (server["command"], script.endswith("examples/mcp_server.py")) == ("python", True)
+    with LocalGateway() as gateway:
+        command = [sys.executable, str(ROOT / "examples" / Path(script).name), *options, "--list"]
+        done = subprocess.run(command, env=environment_for(gateway), capture_output=True, encoding="utf-8",
+                              timeout=START_SECONDS)
+    assert (done.returncode, done.stderr, len(json.loads(done.stdout)) > 0) == (0, "", True)
+
+
+# --- The skill ------------------------------------------------------------------------------------
+
+SKILL = EXAMPLES / "skill" / "gateway-sdk" / "SKILL.md"
+FAILED_CALL = answer({"results": [{"status": "FAILED", "error": {"message": "out of luck"}}]})
+
+
+def skill_blocks(language: str = r"\w+") -> list[tuple[str, str]]:
+    """Language and code of the skill's blocks."""
+    text = SKILL.read_text(encoding="utf-8")
+    return re.findall(rf"^```({language})\n(.*?)^```$", text, re.M | re.S)
+
+
+def skill_code(*words: str) -> str:
+    """The one Python block of the skill that has these words in it."""
+    (code,) = [code for _, code in skill_blocks("python") if all(word in code for word in words)]
+    return code
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Path:
+    """A folder that holds nothing but the one file."""
+    folder = tmp_path / "sandbox"
+    folder.mkdir()
+    shutil.copy(str(SDK), str(folder))
+    return folder
+
+
+def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
+        shell: Callable[..., Ended], sandbox: Path) -> None:
+    shown = []
+    for language, code in skill_blocks():
+        if language == "python":
+            (sandbox / "script.py").write_text(code, encoding="utf-8")
+            code = "python3 script.py"
+        ended = shell(code, sandbox)
+        assert (ended.status, re.findall("failed|did not run|may have run", ended.out)) == (0, []), code + ended.err
+        shown.append(ended.out)
+    out = "".join(shown)
+    assert "X_INTERNAL_TOKEN" in shown[0]
+    assert "'words': 2" in out
+    assert out.count("one two three") == 2
+    assert '"streaming": true' in out
+    lines = (sandbox / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["output"]["output"] for line in lines] == [1, 2]
+    assert [path.name for path in (sandbox / "results").iterdir()] == ["SHA256SUMS.txt"]
+    assert (sandbox / "made" / "checksums.txt").read_text() == (sandbox / "results" / "SHA256SUMS.txt").read_text()
+
+
+def test_the_first_block_of_the_skill_shows_no_credential(
+        gateway: Any, shell: Callable[..., Ended], sandbox: Path) -> None:
+    ended = shell(skill_blocks("bash")[0][1], sandbox)
+    assert (ended.status, ended.err) == (0, "")
+    assert gateway.internal_token not in ended.out
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    (answer({"detail": "Could not validate credentials"}, 401), "It may have run: False"),
+    (UNAVAILABLE, "It may have run: True"),
+    (HangUp(), "It may have run: True"),
+    (ran({"success": False, "error": "out of luck"}), "out of luck"),
+    (FAILED_CALL, "out of luck"),
+])
+def test_the_script_of_the_skill_sends_once_and_tells_what_failed(sandbox: Path, given: Any, told: str) -> None:
+    with Script(given) as server:
+        ended = ended_python("-c", skill_code("from_env(timeout=300)"), cwd=str(sandbox), env=environment_for(server))
+        assert (ended.status, ended.out, told in ended.err) == (1, "", True)
+        assert len(server.received) == 1
+
+
+def test_the_stream_of_the_skill_tells_of_an_error_event(sandbox: Path) -> None:
+    body = event("content", "so far") + event("error", {"message": "out of luck"})
+    with Script(answer(body=body, Content_Type="text/event-stream")) as server:
+        ended = ended_python("-c", skill_code("stream=True"), cwd=str(sandbox), env=environment_for(server))
+    assert (ended.status, ended.out) == (1, "so far")
+    assert "out of luck" in ended.err
+
+
+def test_the_batch_of_the_skill_tells_what_may_be_repeated(sandbox: Path) -> None:
+    code = skill_code("run_batch").replace("range(20)", "range(3)").replace("max_workers=8", "max_workers=1")
+    with Script(FAILED_CALL, HangUp(), answer({"detail": "wrong"}, 422)) as server:
+        ended = ended_python("-c", code, cwd=str(sandbox), env=environment_for(server))
+        assert len(server.received) == 3
+    assert [line.partition(":")[0] for line in ended.out.splitlines()] == [
+        "ran or may have run, do not repeat", "ran or may have run, do not repeat", "did not run"]
+
+
+def test_the_skill_has_the_form_of_a_skill() -> None:
+    _, front, body = SKILL.read_text(encoding="utf-8").split("---\n", 2)
+    name, description = re.findall(r"^(\w+):", front, re.M)
+    assert (name, description) == ("name", "description")
+    assert f"name: {SKILL.parent.name}\n" in front
+    assert len(" ".join(front.split())) < 1024
+    assert body.count("\n") < 150
+    assert {language for language, _ in skill_blocks()} == {"bash", "python"}
+
+
+def test_the_skill_says_what_each_error_means() -> None:
+    errors = {name for name in gateway_sdk.__all__ if name.endswith("Error")}
+    assert set(re.findall(r"^\| `(\w+Error)`", SKILL.read_text(encoding="utf-8"), re.M)) == errors
