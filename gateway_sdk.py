@@ -974,9 +974,10 @@ class _Response(http.client.HTTPResponse):
 
     def _read_chunk(self, size: int) -> bytes:
         with self.connection.reading:
-            if not self._owned:
-                raise ConnectionAbortedError("it was closed here")
-            return self.read1(size)
+            chunk = self.read1(size) if self._owned else b""
+        if not self._owned:  # who closed it during the read had to leave the descriptor to the reader
+            raise ConnectionAbortedError("it was closed here")
+        return chunk
 
     def read_all(self) -> bytes:
         """The whole body, which `body` keeps."""
