@@ -705,10 +705,12 @@ def _proxy_for(origin: str) -> _Proxy | None:
     proxy = getproxies().get(parts.scheme)
     if not proxy or proxy_bypass(f"{parts.hostname}:{parts.port or _DEFAULT_PORTS[parts.scheme]}"):
         return None
-    scheme, _, rest = proxy.rpartition("://")
+    if "://" not in proxy:
+        proxy = f"http://{proxy}"
+    scheme, _, rest = proxy.partition("://")
     login, _, address = rest.rpartition("@")
     address = address.partition("/")[0]
-    if scheme.lower() not in ("", "http") or not address:
+    if scheme.lower() != "http" or not address:
         raise GatewayError(f"The environment's {parts.scheme}_proxy is not an http:// URL.")
     return _Proxy(address, unquote(login))
 
