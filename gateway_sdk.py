@@ -472,14 +472,13 @@ def _require_text(**values: Any) -> None:
         _require(isinstance(value, str) and value, f"{name} must be a string that is not empty, not {_shown(value)}.")
 
 
-def _is_header_value(value: str) -> bool:
-    return bool(value.strip()) and re.fullmatch(r"[\x20-\x7e\xa0-\xff]*", value) is not None
+_is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fullmatch
 
 
 def _require_header_value(name: str, value: Any) -> None:
     """Refuses what a header cannot carry, without showing it as `http.client` would."""
-    _require(isinstance(value, str) and value.strip(), f"{name} must be a string that is not empty.")
-    _require(_is_header_value(value), f"{name} has a line break, a control character or one outside latin-1 in it.")
+    needed = "a string that is not empty, without line breaks, control characters and any outside latin-1"
+    _require(isinstance(value, str) and _is_header_value(value), f"{name} must be {needed}.")
 
 
 def _require_number(name: str, value: Any, kind: Any = int, above: int = 0, below: int = 10**9) -> None:
@@ -518,42 +517,32 @@ def _segments(*names: Any) -> str:
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_JSON_CONVERSIONS = {"isoformat": ".isoformat()", "model_dump": ".model_dump()", "tolist": ".tolist()"}
+_JSON_CONVERSIONS = {  # what a value that JSON cannot carry has, and what to pass instead
+    "isoformat": "its .isoformat()", "model_dump": "its .model_dump()", "tolist": "its .tolist()",
+    "__iter__": "list(...) of it",
+}
 
 
-def _json_problem(value: Any, path: str = "", depth: int = 0) -> str | None:
-    """Why JSON cannot carry a value: the path to what it cannot, its type, and the usual way out."""
-    if depth > 100:
-        return f"{path:.80}... is nested too deeply, or contains itself"
-    items: dict[str, Any] = {}
-    if isinstance(value, dict):
-        items = {f"{path}.{key}" if path else str(key): item for key, item in value.items()}
-    elif isinstance(value, (list, tuple)):
-        items = {f"{path}[{index}]": item for index, item in enumerate(value)}
-    for item_path, item in items.items():
-        problem = _json_problem(item, item_path, depth + 1)
-        if problem:
-            return problem
-    try:
-        _encode_json(value).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        kind = type(value).__name__
-        for attribute, conversion in _JSON_CONVERSIONS.items():
-            if hasattr(value, attribute):
-                return f"{path} is a {kind}: pass its {conversion}"
-        if hasattr(value, "__iter__") and not isinstance(value, (str, bytes, dict, list, tuple)):
-            return f"{path} is a {kind}: pass list(...) of it"
-        return f"{path} is a {kind} ({value}): {error}" if isinstance(value, float) else f"{path} is a {kind}: {error}"
-    return None
-
-
-def _encode(content: Any) -> bytes:
-    """JSON in UTF-8. The error for what it cannot carry says where that is."""
+def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
+    """JSON in UTF-8. The error for what it cannot carry names the path to it and the usual way out."""
     try:
         return _encode_json(content).encode()
-    except (TypeError, ValueError, RecursionError):  # whose `repr` may have a secret in it
-        problem = _json_problem(content)
-    raise ValidationError(f"The request cannot be sent as JSON: {problem}.")
+    except (TypeError, ValueError, RecursionError) as error:  # not as a cause: it may show a text that is a secret
+        problem = f"a {type(content).__name__}: {error}"
+    if depth > 100:
+        path, problem = f"{path:.80}...", "nested too deeply, or contains itself"
+    elif isinstance(content, dict):
+        for key, item in content.items():
+            _encode(item, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(content, (list, tuple)):
+        for index, item in enumerate(content):
+            _encode(item, f"{path}[{index}]", depth + 1)
+    elif isinstance(content, float):
+        problem = f"{content}, which JSON does not have"
+    elif not isinstance(content, (str, bytes)):
+        ways_out = [text for attribute, text in _JSON_CONVERSIONS.items() if hasattr(content, attribute)]
+        problem = f"a {type(content).__name__}: pass {ways_out[0]}" if ways_out else problem
+    raise ValidationError(f"The request cannot be sent as JSON: {path} is {problem}.")
 
 
 # --- Requests -------------------------------------------------------------------------------------
@@ -657,24 +646,22 @@ _WIRE_FAULTS = (OSError, http.client.HTTPException)
 
 
 def _wire_error(request: _Request, error: BaseException, doing: str, *, sent: bool = True,
-                advice: str = "", backoff_seconds: float | None = None) -> GatewayError:
-    """The error for an answer that did not come, or not whole. `sent`: the request may have arrived."""
-    timed_out = isinstance(error, (socket.timeout, TimeoutError))
-    reason = f"nothing for {request.timeout} s" if timed_out else str(error) or type(error).__name__
-    lines = [f"{request}: {doing}: {reason}"]
+                final: bool = False, advice: str = "") -> GatewayError:
+    """The error for an answer that did not come, or not whole.
+
+    `sent`: the request may have arrived. `final`: it is no use to try again. `advice`: what the user can do.
+    """
+    error_class, reason = ServiceUnavailableError, str(error) or type(error).__name__
     may_have_run = sent and not request.idempotent
     if may_have_run:
-        lines.append("It may have run all the same, so it was not sent again.")
-    if advice:
-        lines.append(advice)
-    if timed_out:
-        lines.append("A larger timeout= waits longer.")
-    elif sent and request.idempotent:
-        backoff_seconds = _BACKOFF_BASE_SECONDS
-    wire_error = (GatewayTimeoutError if timed_out else ServiceUnavailableError)._create(
-        request.redact("\n".join(lines)), {}, may_have_run=may_have_run,
-        _backoff_seconds=None if timed_out else backoff_seconds,
-    )
+        advice = "It may have run all the same, so it was not sent again."
+    if isinstance(error, (socket.timeout, TimeoutError)):
+        error_class, reason, final = GatewayTimeoutError, f"nothing for {request.timeout} s", True
+        advice += "\nA larger timeout= waits longer."
+    backoff_seconds = _BACKOFF_BASE_SECONDS if sent else _CONNECT_BACKOFF_BASE_SECONDS
+    message = request.redact(f"{request}: {doing}: {reason}\n{advice}".strip())
+    wire_error = error_class._create(message, {}, may_have_run=may_have_run,
+                                     _backoff_seconds=None if may_have_run or final else backoff_seconds)
     # `http.client` quotes a bad status line or chunk size; if a secret is in it, the cause must not be shown.
     wire_error.__cause__ = error if request.redact(str(error)) == str(error) else None
     error.__context__ = None
@@ -1057,29 +1044,24 @@ def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def _read_text_problem(text: str) -> _Problem:
-    found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", text)  # of S3
-    if found:
-        return _Problem(f"{found[1]}: {found[2]}", {"error_code": found[1]})
-    return _Problem(text[:_MAX_SHOWN_CHARACTERS], {})
-
-
 def _read_problem(text: str, redact: Callable[[str], str]) -> _Problem:
     """Message and fields of an error body in any of its forms; `redact` takes secrets out."""
     try:
         problem = _redact_json(json.loads(text), redact)
     except (ValueError, RecursionError):
-        return _read_text_problem(redact(text))
+        problem = redact(text)
+        found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", problem)  # of S3
+        if found:
+            return _Problem(f"{found[1]}: {found[2]}", {"error_code": found[1]})
+        problem = problem[:_MAX_SHOWN_CHARACTERS]
     if isinstance(problem, dict):
         problem = problem.get("detail") or problem
     if isinstance(problem, list):  # of FastAPI
         return _Problem("\n  ".join(map(_field_problem, problem)), {"errors": problem})
     if isinstance(problem, dict):
-        fields, details = problem, problem.get("details")
-        if isinstance(details, dict):
-            fields = {**problem, **details}
+        details = problem.get("details")
         message = problem.get("message") or problem.get("error") or json.dumps(problem)[:_MAX_SHOWN_CHARACTERS]
-        return _Problem(_text_of(message), fields)
+        return _Problem(_text_of(message), {**problem, **details} if isinstance(details, dict) else problem)
     message = str(problem or "")
     secret = re.search(r"Secret '(?P<secret_name>[^']*)' for prefab '(?P<prefab_id>[^']*)' is not configured", message)
     return _Problem(message, {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {})
@@ -1096,25 +1078,20 @@ def _retry_after_seconds(value: str) -> float | None:
     return None
 
 
-def _jwt_expiry(token: str) -> str:
-    """Since when a JWT is expired (RFC 7519 §4.1.4), as a sentence; nothing if it is not, or cannot be read."""
-    with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, OSError):
-        payload = token.split(".")[1]
-        expires = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
-        if type(expires) in (int, float) and expires < time.time():
-            return f" It expired at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(expires))} UTC."
-    return ""
-
-
 def _credential_remedy(request: _Request) -> str:
-    """What to do about a refused credential depends on which one was sent."""
+    """What to do about a refused credential: which one was sent, and since when it is expired (RFC 7519 §4.1.4)."""
     if request.answers_secret:
         return "The API key was sent, to be exchanged. Is that a valid credential for this gateway?"
-    for name, kind in _CREDENTIAL_KINDS.items():
-        if name in request.headers:
-            expiry = _jwt_expiry(request.headers[name]) if name == "Authorization" else ""
-            return f"The client sent {kind} ({name}).{expiry} Is this credential valid for this gateway?"
-    return "No credential was sent: this machine's address must then be on the gateway's allow-list."
+    sent = [name for name in _CREDENTIAL_KINDS if name in request.headers]
+    if not sent:
+        return "No credential was sent: this machine's address must then be on the gateway's allow-list."
+    remedy = f"The client sent {_CREDENTIAL_KINDS[sent[0]]} ({sent[0]}). Is this credential valid for this gateway?"
+    with suppress(ValueError, LookupError, TypeError, OverflowError, OSError):  # no JWT, or one without an end
+        payload = request.headers["Authorization"].split(".")[1]
+        expires = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
+        if type(expires) in (int, float) and expires < time.time():
+            remedy += f" It expired at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(expires))} UTC."
+    return remedy
 
 
 def _read_error_body(response: _Response) -> str:
@@ -1313,14 +1290,13 @@ class _Transport:
         except ImportError as error:
             raise GatewayError("https needs Python's ssl module, which is missing here.") from error
         except (*_WIRE_FAULTS, UnicodeError) as error:
-            way = f" through the proxy {proxy.address}" if proxy else ""
-            advice, backoff_seconds = _tls_advice(error), None
-            if not advice:
-                backoff_seconds = _CONNECT_BACKOFF_BASE_SECONDS
-                if request.to_gateway:
-                    advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
-            raise _wire_error(request, error, f"no connection to {request.origin}{way}", sent=False, advice=advice,
-                              backoff_seconds=backoff_seconds)
+            doing = f"no connection to {request.origin}"
+            if proxy:
+                doing += f" through the proxy {proxy.address}"
+            advice = refusal = _tls_advice(error)
+            if request.to_gateway and not refusal:
+                advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
+            raise _wire_error(request, error, doing, sent=False, final=bool(refusal), advice=advice)
 
 
 # --- Event stream ---------------------------------------------------------------------------------
@@ -1521,27 +1497,22 @@ def _result_of_events(response: _Response) -> PrefabResult:
     return PrefabResult(status, {"status": str(status), "output": value, "files": files}, error)
 
 
-def _read_results(response: _Response, count: int = 1) -> tuple[str | None, list[PrefabResult]]:
-    """The job id and the results of a run request with `count` calls."""
+def _read_results(response: _Response, count: int = 1) -> list[PrefabResult]:
+    """The results of a run request with `count` calls."""
     if response.headers.get_content_type() == "text/event-stream":
-        return None, [_result_of_events(response)] * count
+        return [_result_of_events(response)] * count
     answer = _read_json(response, dict, {"results": list})
-    job_id, entries = answer.get("job_id"), answer["results"]
+    entries = answer["results"]
     if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
         raise _unexpected_response(response, f"'results' is not a list of {count} objects")
-    return job_id, [PrefabResult._from_dict(entry, job_id) for entry in entries]
-
-
-def _read_result(response: _Response) -> PrefabResult:
-    """The result of a run request with one call."""
-    return _read_results(response)[1][0]
+    return [PrefabResult._from_dict(entry, answer.get("job_id")) for entry in entries]
 
 
 def _read_stream(response: _Response) -> EventStream:
     """The events of a run request, also of a function that does not stream."""
     if response.headers.get_content_type() == "text/event-stream":
         return EventStream(_read_events(response), response)
-    result = _read_result(response)
+    result = _read_results(response)[0]
     if result.is_success():
         events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": None}]
     else:
@@ -1644,7 +1615,12 @@ class _Download:
             self.start_over()
             self._total = response.length
         else:
-            self._continue(etag, response.headers.get("Content-Range", ""))
+            found = re.fullmatch(rf"bytes {self._done}-\d+/(\d{{1,18}})", response.headers.get("Content-Range", ""))
+            total = int(found[1]) if found else None
+            if not total or etag != self._request.headers.get("If-Range") or self._total not in (None, total):
+                self.start_over()
+                raise self._broken("the object changed in between")
+            self._total = total
         try:
             self._on_progress(self._done, self._total)
             for chunk in response.chunks():
@@ -1656,15 +1632,6 @@ class _Download:
                 self._request.headers.update({"Range": f"bytes={self._done}-", "If-Range": etag})
         if self._total not in (None, self._done):
             raise self._broken(f"only {self._done} of {self._total} bytes came")
-
-    def _continue(self, etag: str, content_range: str) -> None:
-        """Checks that a 206 is the rest of the same object."""
-        found = re.fullmatch(rf"bytes {self._done}-\d+/(\d{{1,18}})", content_range)
-        total = int(found[1]) if found else None
-        if not total or etag != self._request.headers.get("If-Range") or self._total not in (None, total):
-            self.start_over()
-            raise self._broken("the object changed in between")
-        self._total = total
 
     def _broken(self, problem: str) -> GatewayError:
         message = f"{self._request}: {problem}."
@@ -1683,7 +1650,7 @@ def _run_one(transport: _Transport, request: _Request) -> PrefabResult:
         for identity in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
             _worker_transports.pop(identity, None)
     try:
-        return transport.send(request, _read_result)
+        return transport.send(request, _read_results)[0]
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other results
         return PrefabResult._from_exception(error)
 
@@ -1795,13 +1762,10 @@ class _Batch:
 
 def _version_key(version: str) -> tuple[Any, ...]:
     """Sorts versions by their numbers: 1.10.0 after 1.9.0, and 1.0.0-rc.1 before 1.0.0."""
-    release, _, candidate = version.lstrip("v").partition("-")
-
-    def numbers_first(text: str) -> list[tuple[bool, int, str]]:
-        words = re.findall(r"\d+|[^\d.]+", text)
-        return [(word.isdecimal(), int(word[:99]) if word.isdecimal() else 0, word) for word in words]
-
-    return numbers_first(release), not candidate, numbers_first(candidate)
+    release, _, candidate = version.partition("-")
+    numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", release)]
+    candidate_numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", candidate)]
+    return numbers, not candidate, re.sub("[0-9]+", "", candidate), candidate_numbers
 
 
 def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
@@ -1990,7 +1954,7 @@ class GatewayClient:
         request = self._run_request([PrefabCall(prefab_id, version, function_name, parameters, files)], timeout)
         if stream:
             return self._transport.send(request, _read_stream)
-        return self._transport.send(request, _read_result)
+        return self._transport.send(request, _read_results)[0]
 
     def run_batch(self, calls: Iterable[PrefabCall], *, max_workers: int = 8, timeout: float | None = None,
                   on_result: Callable[[int, PrefabResult], object] | None = None,
@@ -2016,7 +1980,8 @@ class GatewayClient:
         _require(callable(report), "on_result must be a function.")
         if single_request and calls:
             read = partial(_read_results, count=len(calls))
-            job_id, results = self._transport.send(self._run_request(calls, timeout), read)
+            results = self._transport.send(self._run_request(calls, timeout), read)
+            job_id = results[0].job_id
             for index, result in enumerate(results):
                 report(index, result)
         else:
