@@ -851,13 +851,11 @@ class _Pool:
 
     def acquire(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
-        idle = self._idle.get((os.getpid(), origin))
-        while idle:
-            connection = self._pop(idle, -1)
-            if connection and connection.is_alive():
+        idle = self._idle.get((os.getpid(), origin), [])
+        while connection := self._pop(idle, -1):
+            if connection.is_alive():
                 return connection
-            if connection:
-                connection.close()
+            connection.close()
         return None
 
     def release(self, connection: _Connection) -> None:
@@ -876,16 +874,15 @@ class _Pool:
     def _evict(self) -> None:
         for idle in list(self._idle.values()):
             while len(idle) > self._limit or any(oldest.is_stale() for oldest in idle[:1]):
-                connection = self._pop(idle, 0)
-                if connection:
-                    connection.close()
+                oldest = self._pop(idle, 0)
+                if oldest:
+                    oldest.close()
 
     @staticmethod
     def _pop(idle: list[_Connection], index: int) -> _Connection | None:
-        try:
+        with suppress(IndexError):  # another thread took the last one
             return idle.pop(index)
-        except IndexError:  # another thread took the last one
-            return None
+        return None
 
 
 # --- Responses ------------------------------------------------------------------------------------
@@ -1027,14 +1024,6 @@ class _Problem(NamedTuple):
 _WRONG_PATH = _Problem("Not Found", {})  # all that FastAPI says where it has no such path
 
 
-def _field_problem(entry: Any) -> str:
-    """An entry of a 422's list, such as `body.calls.0.version: Field required`."""
-    try:
-        return f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}"
-    except (TypeError, KeyError):
-        return _text_of(entry)
-
-
 def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
     """A copy of a JSON value with `redact` applied to every string and key in it."""
     if isinstance(value, list):
@@ -1057,7 +1046,11 @@ def _read_problem(text: str, redact: Callable[[str], str]) -> _Problem:
     if isinstance(problem, dict):
         problem = problem.get("detail") or problem
     if isinstance(problem, list):  # of FastAPI
-        return _Problem("\n  ".join(map(_field_problem, problem)), {"errors": problem})
+        try:
+            lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in problem]
+        except (TypeError, KeyError):
+            lines = [_text_of(entry) for entry in problem]
+        return _Problem("\n  ".join(lines), {"errors": problem})
     if isinstance(problem, dict):
         details = problem.get("details")
         message = problem.get("message") or problem.get("error") or json.dumps(problem)[:_MAX_SHOWN_CHARACTERS]
@@ -1619,7 +1612,7 @@ class _Download:
             total = int(found[1]) if found else None
             if not total or etag != self._request.headers.get("If-Range") or self._total not in (None, total):
                 self.start_over()
-                raise self._broken("the object changed in between")
+                raise _wire_error(self._request, EOFError("the object changed in between"), "the download broke off")
             self._total = total
         try:
             self._on_progress(self._done, self._total)
@@ -1631,11 +1624,8 @@ class _Download:
             if etag.startswith('"'):  # If-Range needs a strong one (RFC 9110 §13.1.5)
                 self._request.headers.update({"Range": f"bytes={self._done}-", "If-Range": etag})
         if self._total not in (None, self._done):
-            raise self._broken(f"only {self._done} of {self._total} bytes came")
-
-    def _broken(self, problem: str) -> GatewayError:
-        message = f"{self._request}: {problem}."
-        return ServiceUnavailableError._create(message, {}, _backoff_seconds=_BACKOFF_BASE_SECONDS)
+            problem = EOFError(f"only {self._done} of {self._total} bytes came")
+            raise _wire_error(self._request, problem, "the download broke off")
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -1683,21 +1673,18 @@ class _Batch:
         finally:
             self._waiting.clear()  # at once and in one step, whatever interrupts what follows
             self._cancel()
+        unsent: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
+        if self._refused:
+            unsent = AuthenticationError("Not sent: the credential of an earlier call was refused.")
         for index, arrived in enumerate(results):
             if arrived is None:
-                results[index] = result = self._unsent()
+                results[index] = result = PrefabResult._from_exception(copy.copy(unsent))
                 on_result(index, result)
         whole = cast("list[PrefabResult]", results)
         errors = [result.exception for result in whole]
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
         return whole
-
-    def _unsent(self) -> PrefabResult:
-        error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
-        if self._refused:
-            error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
-        return PrefabResult._from_exception(error)
 
     def _next(self) -> tuple[int, _Request] | None:
         try:
@@ -2205,9 +2192,8 @@ class GatewayClient:
 # What the library's messages say in Python, and how the command line says it.
 _COMMAND_HINTS: Mapping[str, str] = {
     r"client\.list_prefabs\(\)": "gateway-sdk list",
-    r"client\.get_prefab_spec\('([\w.-]+)'[^()]*\)": r"gateway-sdk spec \1",
     r"client\.get_prefab_spec\(prefab_id, version\)": "gateway-sdk spec PREFAB",
-    r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', \w+\)": r"gateway-sdk secret set \1 \2",
+    r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', value\)": r"gateway-sdk secret set \1 \2",
     r"(client\.)?upload_input_file\(\w*\)": "gateway-sdk upload --input",
     r"\btimeout=": "--timeout",
     r"\bbase_url\b": "--base-url",
@@ -2216,18 +2202,6 @@ _COMMAND_HINTS: Mapping[str, str] = {
 # Control characters but tabs and line ends, and those that turn the direction of writing.
 _CONTROL_CODES = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(b"\t\n\r")
 _ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CODES}
-
-
-def _fit(text: str, cells: int) -> str:
-    """The text, cut or filled with blanks to so many cells of a terminal. A CJK character takes two."""
-    import unicodedata  # here only: nobody else should wait for it
-
-    for position, character in enumerate(text):
-        width = 2 if unicodedata.east_asian_width(character) in ("F", "W") else 1
-        if width > cells:
-            return text[:position] + " " * cells
-        cells -= width
-    return text + " " * cells
 
 
 class _ProgressBar:
@@ -2251,8 +2225,11 @@ class _ProgressBar:
             text += f", {100 * done // total} %, {(total - done) / rate:.0f} s left"
         with suppress(OSError):  # stderr is not a terminal
             cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            text = f"{text}: {self._label}"
+            while len(text) + sum(not character.isascii() for character in text) > cells:  # those may be two cells wide
+                text = text[:-1]
             _ProgressBar._eraser = f"\r{' ' * cells}\r"  # first, as Ctrl-C may come in between
-            print("\r" + _fit(f"{text}: {self._label}", cells), end="", file=sys.stderr, flush=True)
+            print(f"{_ProgressBar._eraser}{text}", end="", file=sys.stderr, flush=True)
             if done == total:
                 print(file=sys.stderr)
                 _ProgressBar._eraser = ""
@@ -2308,16 +2285,16 @@ def _decode_input(text: str, name: str) -> Any:
     """The JSON that a user wrote. NaN, which `json` takes but which cannot be sent, is none."""
     try:
         value = json.loads(text)
-        json.dumps(value, allow_nan=False)
+        _encode(value)
     except (ValueError, RecursionError) as error:
         raise ValidationError(f"{name} is not JSON: {error}") from error
     return value
 
 
-def _split_pair(pair: str, form: str) -> tuple[str, str]:
-    name, separator, value = pair.partition("=")
-    _require(separator, f"{form} is needed, not {pair!r}.")
-    return name, value
+def _split_pairs(pairs: Iterable[str], form: str) -> list[tuple[str, str]]:
+    for pair in pairs:
+        _require("=" in pair, f"{form} is needed, not {pair!r}.")
+    return [(pair.partition("=")[0], pair.partition("=")[2]) for pair in pairs]
 
 
 def _read_parameters(data: str, pairs: Iterable[str]) -> _Json:
@@ -2326,8 +2303,7 @@ def _read_parameters(data: str, pairs: Iterable[str]) -> _Json:
         data = _read_text(data.lstrip("@"))
     parameters: _Json = _decode_input(data, "-d")
     _require(isinstance(parameters, dict), "-d must be a JSON object.")
-    for pair in pairs:
-        name, text = _split_pair(pair, "-p NAME=VALUE")
+    for name, text in _split_pairs(pairs, "-p NAME=VALUE"):
         parameters[name] = text
         with suppress(ValidationError):
             parameters[name] = _decode_input(text, name)
@@ -2367,7 +2343,7 @@ def _run_command(client: GatewayClient, args: Any) -> None:
     _require(not (args.stream and args.save), "--save does not go with --stream.")
     parameters = _read_parameters(args.data, args.parameter)
     files: dict[str, list[str]] = {}
-    for name, url in [_split_pair(pair, "-f NAME=PATH") for pair in args.file]:
+    for name, url in _split_pairs(args.file, "-f NAME=PATH"):
         if not url.startswith("s3://"):
             url = client.upload_input_file(url, on_progress=_ProgressBar(url))
             if not url.startswith("s3://"):
@@ -2392,17 +2368,17 @@ def _run_command(client: GatewayClient, args: Any) -> None:
 def _read_calls(path: str) -> list[PrefabCall]:
     """The calls of a file: JSON lines, or one JSON array."""
     text = _read_text(path)
-    lines = text.split("\n")  # JSON may have other line ends in it
     if text.lstrip().startswith("["):
-        lines = [json.dumps(element) for element in _decode_input(text, path)]
+        entries = _decode_input(text, path)
+    else:
+        lines = enumerate(text.split("\n"), 1)  # JSON may have other line ends in it
+        entries = [_decode_input(line, f"Line {number}") for number, line in lines if line.strip()]
     calls = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            entry = _decode_input(line, f"Line or element {number}")
-            try:
-                calls.append(PrefabCall(**entry))
-            except TypeError as error:
-                raise ValidationError(f"Line or element {number} has not the fields of a call: {error}") from error
+    for index, entry in enumerate(entries):
+        try:
+            calls.append(PrefabCall(**entry))
+        except TypeError as error:
+            raise ValidationError(f"The call with index {index} has not the fields of a call: {error}") from error
     return calls
 
 
