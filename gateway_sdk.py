@@ -1380,7 +1380,7 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[S
     yield from _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
 
 
-class EventStream:
+class EventStream(Iterator[StreamEvent]):
     """The events of one call, each handed over as it arrives: an iterator and a context manager.
 
     `close()`, the end of a `with` and garbage collection end the stream and free its connection. One
@@ -1393,14 +1393,11 @@ class EventStream:
         GatewayError: it was read on after it failed, or after it was closed before its end.
     """
 
-    def __init__(self, events: Iterator[StreamEvent], response: _Response | None = None) -> None:
+    def __init__(self, events: Iterator[StreamEvent], response: _Response) -> None:
         self._events = events
         self._response = response
         self._ended = False
         self._unreadable: str | None = None  # why there are no more events although the end was not reached
-
-    def __iter__(self) -> EventStream:
-        return self
 
     def __next__(self) -> StreamEvent:
         if self._unreadable:
@@ -1426,8 +1423,7 @@ class EventStream:
         """Ends the stream, also for another thread that waits for an event. May be called twice."""
         if not self._ended and not self._unreadable:
             self._unreadable = "was closed before its end"
-        if self._response:
-            self._response.close()
+        self._response.close()
 
 
 def _read_events(response: _Response) -> Iterator[StreamEvent]:
@@ -1510,7 +1506,7 @@ def _read_stream(response: _Response) -> EventStream:
         events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": None}]
     else:
         events = [{"type": "error", "data": result.error or {"message": f"It ended as {result.status}."}}]
-    return EventStream(map(StreamEvent.from_dict, events))
+    return EventStream(map(StreamEvent.from_dict, events), response)
 
 
 def _read_prefabs(response: _Response) -> list[PrefabInfo]:
@@ -1536,11 +1532,7 @@ def _open_file(path: _Path) -> io.BufferedReader:
     _require(is_path, f"The path of a file is needed, not {_shown(path)}: save the contents in a file first.")
     regular = os.path.isfile(path) or not os.path.exists(path)
     _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
-    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-    if os.fstat(file.fileno()).st_size == 0 and file.read(1):  # as in /proc
-        file.close()
-        raise ValidationError(f"{path} says that it is empty, but is not: copy it into a regular file first.")
-    return file
+    return open(path, "rb")
 
 
 def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
@@ -1583,49 +1575,32 @@ def _replacement(target: str) -> Iterator[io.BufferedWriter]:
             os.unlink(path)
 
 
-class _Download:
-    """Writes answers to a file, each where the last one ended."""
-
-    def __init__(self, request: _Request, file: io.BufferedWriter, on_progress: _Progress | None) -> None:
-        self._request = request
-        self._file = file
-        self._on_progress = on_progress or _ignore
-        self.start_over()
-
-    def start_over(self) -> None:
-        """Forgets what came, and asks for the whole object next time."""
-        self._file.truncate(self._file.seek(0))
-        self._done = 0
-        self._total: int | None = None
-        self._request.headers.clear()
-
-    def receive(self, response: _Response) -> None:
-        """Writes the body, and turns the request into one for what is still missing."""
-        if response.status not in (200, 206) or not response.framed:
-            raise _unexpected_response(response, "without a whole file, or without its length")
-        etag = response.headers.get("ETag", "")
-        if response.status == 200:
-            self.start_over()
-            self._total = response.length
-        else:
-            found = re.fullmatch(rf"bytes {self._done}-\d+/(\d{{1,18}})", response.headers.get("Content-Range", ""))
-            total = int(found[1]) if found else None
-            if not total or etag != self._request.headers.get("If-Range") or self._total not in (None, total):
-                self.start_over()
-                raise _wire_error(self._request, EOFError("the object changed in between"), "the download broke off")
-            self._total = total
-        try:
-            self._on_progress(self._done, self._total)
-            for chunk in response.chunks():
-                self._file.write(chunk)
-                self._done += len(chunk)
-                self._on_progress(self._done, self._total)
-        finally:
-            if etag.startswith('"'):  # If-Range needs a strong one (RFC 9110 §13.1.5)
-                self._request.headers.update({"Range": f"bytes={self._done}-", "If-Range": etag})
-        if self._total not in (None, self._done):
-            problem = EOFError(f"only {self._done} of {self._total} bytes came")
-            raise _wire_error(self._request, problem, "the download broke off")
+def _receive(request: _Request, file: io.BufferedWriter, on_progress: _Progress, response: _Response) -> None:
+    """Writes an answer where the last one ended, and turns `request` into one for what is then missing."""
+    if response.status not in (200, 206) or not response.framed:
+        raise _unexpected_response(response, "without a whole file, or without its length")
+    etag = response.headers.get("ETag", "")
+    done, total = file.tell(), response.length
+    if response.status == 206:
+        found = re.fullmatch(rf"bytes {done}-\d+/(\d{{1,18}})", response.headers.get("Content-Range", ""))
+        if not found or etag != request.headers.get("If-Range"):
+            request.headers.clear()  # asks for the whole object
+            raise _wire_error(request, EOFError("the object changed in between"), "the download broke off")
+        total = int(found[1])
+    else:
+        request.headers.clear()
+        done = file.truncate(file.seek(0))
+    try:
+        on_progress(done, total)
+        for chunk in response.chunks():
+            file.write(chunk)
+            done += len(chunk)
+            on_progress(done, total)
+    finally:
+        if etag.startswith('"'):  # If-Range needs a strong one (RFC 9110 §13.1.5)
+            request.headers.update({"Range": f"bytes={done}-", "If-Range": etag})
+    if total not in (None, done):
+        raise _wire_error(request, EOFError(f"only {done} of {total} bytes came"), "the download broke off")
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -2092,14 +2067,14 @@ class GatewayClient:
         _require(names_file, f"{target} is not a file: local_path needs the file's name.")
         request = self._presigned("GET", self.get_presigned_url(s3_url))
         with _replacement(target) as file:
-            download = _Download(request, file, on_progress)
+            receive = partial(_receive, request, file, on_progress or _ignore)
             try:
-                self._transport.send(request, download.receive)
+                self._transport.send(request, receive)
             except GatewayError as error:
                 if error.status_code != 416:
                     raise
-                download.start_over()  # the object is shorter than what was received of it
-                self._transport.send(request, download.receive)
+                request.headers.clear()  # the object is shorter than what was received of it
+                self._transport.send(request, receive)
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
         """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
