@@ -1513,8 +1513,7 @@ def _read_prefabs(response: _Response) -> list[PrefabInfo]:
     """The entries of the directory."""
     entries = _read_json(response, list)
     for entry in entries:
-        keys = (entry.get("id"), entry.get("version")) if isinstance(entry, dict) else (None, None)
-        if not all(isinstance(key, str) for key in keys):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "version")):
             raise _unexpected_response(response, "an entry lacks its id or version")
     return [PrefabInfo._from_dict(entry) for entry in entries]
 
@@ -1621,100 +1620,89 @@ def _run_one(transport: _Transport, request: _Request) -> PrefabResult:
 
 
 class _Batch:
-    """Single calls on their way, in threads or on an executor. Their results arrive in a queue."""
+    """Single calls on their way, in threads or on an executor. Each arrives in a queue once, with its result."""
 
     def __init__(self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None) -> None:
         self._transport = transport
         self._executor = executor
         self._waiting = deque(enumerate(requests))  # only here, so that a request is let go when it was sent
         self._futures: dict[int, Future[PrefabResult]] = {}
-        # Each thread and each future ends with a None.
-        self._arrived: queue.SimpleQueue[tuple[int, PrefabResult] | None] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
         self._refused: GatewayError | None = None
 
     def run(self, max_workers: int, on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
         """The results, in order. Raises the 401 if that is all there is."""
-        results: list[PrefabResult | None] = [None] * len(self._waiting)
+        count = len(self._waiting)
+        results: dict[int, PrefabResult] = {}
         try:
-            unfinished = self._submit_all(self._executor) if self._executor else self._start_threads(max_workers)
-            while unfinished:
-                arrival = self._arrived.get()
-                if arrival is None:
-                    unfinished -= 1
-                else:
-                    index, result = arrival
-                    results[index] = result
-                    on_result(index, result)
+            if self._executor:
+                self._work()
+            else:
+                self._start_threads(min(max_workers, count))
+            while len(results) < count:
+                index, result = self._arrived.get()
+                results[index] = result
+                on_result(index, result)
         finally:
             self._waiting.clear()  # at once and in one step, whatever interrupts what follows
-            self._cancel()
-        unsent: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
-        if self._refused:
-            unsent = AuthenticationError("Not sent: the credential of an earlier call was refused.")
-        for index, arrived in enumerate(results):
-            if arrived is None:
-                results[index] = result = PrefabResult._from_exception(copy.copy(unsent))
-                on_result(index, result)
-        whole = cast("list[PrefabResult]", results)
-        errors = [result.exception for result in whole]
+            self._cancel_futures()
+        errors = [result.exception for result in results.values()]
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
-        return whole
+        return [results[index] for index in range(count)]
 
-    def _next(self) -> tuple[int, _Request] | None:
-        try:
-            return self._waiting.popleft()
-        except IndexError:  # nothing waits any more
-            return None
-
-    def _start_threads(self, max_workers: int) -> int:
-        count = min(max_workers, len(self._waiting))
+    def _start_threads(self, count: int) -> None:
         for _ in range(count):
             try:  # daemons, so that Ctrl-C does not wait for their answers
                 threading.Thread(target=self._work, daemon=True).start()
             except RuntimeError:  # there can be no more threads: this one helps
                 self._work()
-        return count
 
     def _work(self) -> None:
-        try:
-            while call := self._next():
-                index, request = call
-                self._arrive(index, _run_one(self._transport, request))
-        finally:
-            self._arrived.put(None)
-
-    def _submit_all(self, executor: Executor) -> int:
-        submitted = 0
-        while call := self._next():
-            submitted += 1
-            index, request = call
+        """Sends or submits what waits. After a 401 it only lets the rest arrive, so that each call has a result."""
+        while self._waiting:
             try:
-                future = executor.submit(_run_one, self._transport, request)
-            except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
-                unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
-                self._arrive(index, PrefabResult._from_exception(unsent))
-                self._arrived.put(None)
+                index, request = self._waiting.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            if self._refused:
+                self._arrive(index, self._unsent())
+            elif self._executor:
+                self._submit(self._executor, index, request)
             else:
-                self._futures[index] = future
-                future.add_done_callback(partial(self._done, index))
-        return submitted
+                self._arrive(index, _run_one(self._transport, request))
 
-    def _done(self, index: int, future: Future[PrefabResult]) -> None:
+    def _submit(self, executor: Executor, index: int, request: _Request) -> None:
+        try:
+            future = executor.submit(_run_one, self._transport, request)
+        except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
+            unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
+            self._arrive(index, PrefabResult._from_exception(unsent))
+        else:
+            self._futures[index] = future
+            future.add_done_callback(partial(self._finish, index))
+
+    def _finish(self, index: int, future: Future[PrefabResult]) -> None:
         self._futures.pop(index)  # while it is held, a cluster may run it again for its result
-        if not future.cancelled():
+        if future.cancelled():
+            self._arrive(index, self._unsent())
+        else:
             error = future.exception()
             self._arrive(index, PrefabResult._from_exception(error) if error else future.result())
-        self._arrived.put(None)
+
+    def _unsent(self) -> PrefabResult:
+        error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
+        if self._refused:
+            error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
+        return PrefabResult._from_exception(error)
 
     def _arrive(self, index: int, result: PrefabResult) -> None:
         if result.exception and result.exception.status_code == 401:
             self._refused = result.exception
-            self._waiting.clear()
-            self._cancel()
+            self._cancel_futures()
         self._arrived.put((index, result))
 
-    def _cancel(self) -> None:
+    def _cancel_futures(self) -> None:
         for future in list(self._futures.values()):
             future.cancel()
 
@@ -1799,12 +1787,11 @@ class GatewayClient:
                  ssl_context: SSLContext | None = None) -> None:
         if base_url is None:
             base_url = os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL
+        base_url = str(base_url).strip()  # of what a copy or a file leaves around it
         try:
-            base_url = base_url.strip()  # of what a copy or a file leaves around it
             self._origin, target = _split_url(base_url)
-        except (ValueError, AttributeError) as error:
-            problem = error if isinstance(error, ValueError) else "must be a string"
-            message = f"base_url (or else GATEWAY_BASE_URL) {problem}. A token goes into internal_token=."
+        except ValueError as error:
+            message = f"base_url (or else GATEWAY_BASE_URL) {error}. A token goes into internal_token=."
             raise ValidationError(message) from None
         wrong = re.search(r"[?#\s\0-\x1f]", base_url)
         _require(not wrong, "base_url must not have a query, a fragment or blanks in it.")
@@ -1935,7 +1922,7 @@ class GatewayClient:
             The results in the order of the calls; one that raised is FAILED and has `exception`. Only
             a 401 is raised, if no call has a result; nothing is sent after it.
         """
-        calls, job_id, report = list(calls), None, on_result or _ignore
+        calls, report = list(calls), on_result or _ignore
         _require_number("max_workers", max_workers)
         _require(executor is None or hasattr(executor, "submit"), "executor must be an Executor.")
         _require(not (single_request and executor), "A single request cannot have an executor.")
@@ -1943,21 +1930,16 @@ class GatewayClient:
         if single_request and calls:
             read = partial(_read_results, count=len(calls))
             results = self._transport.send(self._run_request(calls, timeout), read)
-            job_id = results[0].job_id
             for index, result in enumerate(results):
                 report(index, result)
-        else:
-            batch = _Batch(self._transport, (self._run_request([call], timeout) for call in calls), executor)
-            results = batch.run(max_workers, report)
-        return BatchResult._from_results(results, job_id)
+            return BatchResult._from_results(results, results[0].job_id)
+        batch = _Batch(self._transport, (self._run_request([call], timeout) for call in calls), executor)
+        return BatchResult._from_results(batch.run(max_workers, report), None)
 
     def _run_request(self, calls: Sequence[PrefabCall], timeout: float | None) -> _Request:
         for call in calls:
             _require_call(call)
-        subjects = {(call.prefab_id, call.version) for call in calls}
-        subject: dict[str, str] = {}
-        if len(subjects) == 1:
-            subject = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
+        subject = {"prefab_id": calls[0].prefab_id, "version": calls[0].version} if len(calls) == 1 else {}
         content = {"calls": [call.to_dict() for call in calls]}
         try:
             return self._request("POST", self._run_path, content=content, timeout=timeout, subject=subject)
@@ -2406,6 +2388,10 @@ def _download_command(client: GatewayClient, args: Any) -> _Json:
     return {"path": path, "size": os.path.getsize(path)}
 
 
+def _ls_command(client: GatewayClient, args: Any) -> list[_Json]:
+    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
+
+
 def _secret_command(client: GatewayClient, args: Any) -> Any:
     if args.action == "list":
         return client.list_secrets(args.prefab)
@@ -2421,21 +2407,11 @@ def _secret_command(client: GatewayClient, args: Any) -> Any:
     return {"prefab_id": args.prefab, "secret_name": args.name}
 
 
-def _other_command(client: GatewayClient, args: Any) -> Any:
-    """The commands that are one call of the client."""
-    if args.command == "list":
-        return [prefab.raw for prefab in client.list_prefabs(args.status)]
-    if args.command == "spec":
-        return client.get_prefab_spec(args.prefab, args.version)
-    if args.command == "url":
-        return {"presigned_url": client.get_presigned_url(args.s3_url)}
-    if args.command == "cleanup":
-        return {"deleted_count": client.cleanup_temp_files(args.session)}
-    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
-
-
 def _add_commands(add: Callable[..., Any]) -> None:
-    """Adds the commands by means of `add(handler, name, help, example, *positional_arguments)`."""
+    """Adds the commands by means of `add(handler, name, help, example, *positional_arguments)`.
+
+    What a handler makes of a client and the arguments is printed, unless it is None.
+    """
     repeated: _Json = {"action": "append", "default": []}
     text = 'run a function; if it reports "success": false, the exit status is 0 all the same'
     example = "text-tools 1.1.0 statistics -p text='Hello you'"
@@ -2448,9 +2424,11 @@ def _add_commands(add: Callable[..., Any]) -> None:
     run.add_argument("--save", metavar="FOLDER", help="download the output files")
     batch = add(_batch_command, "batch", "run the calls of a file: JSON lines or an array", "calls.jsonl", "path")
     batch.add_argument("--workers", type=int, default=8, help="calls at a time")
-    prefabs = add(_other_command, "list", "list the prefabs", "--status deployed")
+    prefabs = add(lambda client, args: [prefab.raw for prefab in client.list_prefabs(args.status)],
+                  "list", "list the prefabs", "--status deployed")
     prefabs.add_argument("--status", help="deployed or failed")
-    spec = add(_other_command, "spec", "show the functions of a prefab", "text-tools", "prefab")
+    spec = add(lambda client, args: client.get_prefab_spec(args.prefab, args.version),
+               "spec", "show the functions of a prefab", "text-tools", "prefab")
     spec.add_argument("version", nargs="?", help="default: the newest")
     upload = add(_upload_command, "upload", "upload files", "--input report.txt")
     upload.add_argument("path", nargs="+")
@@ -2460,11 +2438,13 @@ def _add_commands(add: Callable[..., Any]) -> None:
     upload.add_argument("--session", help="an id that temporary files have in common")
     download = add(_download_command, "download", "download a file", "s3://bucket/key/report.txt downloads/", "s3_url")
     download.add_argument("target", nargs="?", help="a file or a folder")
-    add(_other_command, "url", "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url")
-    ls = add(_other_command, "ls", "list the agent's files", "--temp")
+    add(lambda client, args: {"presigned_url": client.get_presigned_url(args.s3_url)},
+        "url", "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url")
+    ls = add(_ls_command, "ls", "list the agent's files", "--temp")
     ls.add_argument("--temp", action="store_true", help="temporary files")
     ls.add_argument("--session", help="an id that temporary files have in common")
-    add(_other_command, "cleanup", "delete a session's temporary files", "session-1", "session")
+    add(lambda client, args: {"deleted_count": client.cleanup_temp_files(args.session)},
+        "cleanup", "delete a session's temporary files", "session-1", "session")
     secret = add(_secret_command, "secret", "set (from stdin), list or delete your secrets", "list")
     secret.add_argument("action", choices=("set", "list", "delete"))
     secret.add_argument("prefab", nargs="?")
@@ -2486,7 +2466,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     def add(handler: Any, name: str, text: str, example: str, *positional: str) -> argparse.ArgumentParser:
         example = f"example: gateway-sdk {name} {example}"
         command = commands.add_parser(name, help=text, description=text, epilog=example, parents=[common])
-        command.set_defaults(command=name, handler=handler)
+        command.set_defaults(handler=handler)
         for argument in positional:
             command.add_argument(argument)
         return command
