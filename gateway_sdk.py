@@ -1362,7 +1362,7 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[S
     codec = "utf-8-sig"  # of the first block, in front of which a byte order mark may stand
     for chunk in filter(None, chunks):
         after_cr, chunk = chunk.endswith(b"\r"), chunk.removeprefix(b"\n") if after_cr else chunk
-        if b"\r" in chunk:  # the last one too, which does not wait for its LF
+        if b"\r" in chunk:  # one at the end of the chunk ends its line at once, too: its LF may never come
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         pending.append(chunk)
         blank = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
@@ -1579,6 +1579,10 @@ def _receive(request: _Request, file: io.BufferedWriter, on_progress: _Progress,
     if response.status not in (200, 206) or not response.framed:
         raise _unexpected_response(response, "without a whole file, or without its length")
     etag = response.headers.get("ETag", "")
+    if response.status == 200:  # the object from its beginning
+        request.headers.clear()
+        file.seek(0)
+        file.truncate()
     done, total = file.tell(), response.length
     if response.status == 206:
         found = re.fullmatch(rf"bytes {done}-\d+/(\d{{1,18}})", response.headers.get("Content-Range", ""))
@@ -1586,9 +1590,6 @@ def _receive(request: _Request, file: io.BufferedWriter, on_progress: _Progress,
             request.headers.clear()  # asks for the whole object
             raise _wire_error(request, EOFError("the object changed in between"), "the download broke off")
         total = int(found[1])
-    else:
-        request.headers.clear()
-        done = file.truncate(file.seek(0))
     try:
         on_progress(done, total)
         for chunk in response.chunks():
@@ -1655,7 +1656,7 @@ class _Batch:
         for _ in range(count):
             try:  # daemons, so that Ctrl-C does not wait for their answers
                 threading.Thread(target=self._work, daemon=True).start()
-            except RuntimeError:  # there can be no more threads: this one helps
+            except RuntimeError:  # no more threads can be started: this one does the work
                 self._work()
 
     def _work(self) -> None:
@@ -1683,7 +1684,7 @@ class _Batch:
             future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
-        self._futures.pop(index)  # while it is held, a cluster may run it again for its result
+        self._futures.pop(index)  # a cluster may run a call again as long as somebody holds its future
         if future.cancelled():
             self._arrive(index, self._unsent())
         else:
@@ -1829,7 +1830,7 @@ class GatewayClient:
         try:
             client._transport.renew_token(client._transport.credential)
         except BaseException:
-            client.close()  # or the error would keep its connection open, for as long as it is kept
+            client.close()  # the traceback of an error that is kept would keep its connection open
             raise
         return client
 
@@ -1945,7 +1946,7 @@ class GatewayClient:
             return self._request("POST", self._run_path, content=content, timeout=timeout, subject=subject)
         except ValidationError:
             for call in calls:
-                _encode(call.parameters)  # whose error has the path as the user knows it
+                _encode(call.parameters)  # the path in this error begins with the user's own parameter
             raise
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
@@ -2120,7 +2121,7 @@ class GatewayClient:
         if content is not None:
             options.update(body=_encode(content), headers={"Content-Type": "application/json"})
         asked = {name: value for name, value in (query or {}).items() if value is not None}
-        _encode(asked)  # refuses half a surrogate pair, as in a body
+        _encode(asked)  # refuses what UTF-8 does not have, with the same error as in a body
         encoded = urlencode(asked, quote_via=quote)
         target = f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}"
         timeout = self.timeout if timeout is None else timeout
@@ -2328,7 +2329,7 @@ def _read_calls(path: str) -> list[PrefabCall]:
     if text.lstrip().startswith("["):
         entries = _decode_input(text, path)
     else:
-        lines = enumerate(text.split("\n"), 1)  # JSON may have other line ends in it
+        lines = enumerate(text.split("\n"), 1)  # not splitlines(): U+2028 does not end a line of JSON
         entries = [_decode_input(line, f"Line {number}") for number, line in lines if line.strip()]
     calls = []
     for index, entry in enumerate(entries):
@@ -2408,10 +2409,7 @@ def _secret_command(client: GatewayClient, args: Any) -> Any:
 
 
 def _add_commands(add: Callable[..., Any]) -> None:
-    """Adds the commands by means of `add(handler, name, help, example, *positional_arguments)`.
-
-    What a handler makes of a client and the arguments is printed, unless it is None.
-    """
+    """Adds the commands by means of `add(handler, name, help, example, *positional_arguments)`."""
     repeated: _Json = {"action": "append", "default": []}
     text = 'run a function; if it reports "success": false, the exit status is 0 all the same'
     example = "text-tools 1.1.0 statistics -p text='Hello you'"
@@ -2528,7 +2526,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # `from gateway_sdk.exceptions import ...` and `gateway_sdk.models`, as in the older SDK: the import
 # looks into sys.modules before it asks whether the parent is a package.
-if not TYPE_CHECKING:  # which takes a variable for Any
+if not TYPE_CHECKING:  # type checkers would take these variables for Any
     exceptions = models = sys.modules[__name__]
     sys.modules[f"{__name__}.exceptions"] = sys.modules[f"{__name__}.models"] = exceptions
 
