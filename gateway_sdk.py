@@ -1724,12 +1724,11 @@ def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_
     while True:
         page = list_page(page_size, token)
         yield from page["files"]
-        next_token = page.get("next_token")
-        if not next_token:
+        previous, token = token, page.get("next_token")
+        if not token:
             return
-        if next_token == token:
+        if token == previous:
             raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
-        token = next_token
 
 
 @dataclass(eq=False)
