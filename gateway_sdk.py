@@ -2388,10 +2388,6 @@ def _download_command(client: GatewayClient, args: Any) -> _Json:
     return {"path": path, "size": os.path.getsize(path)}
 
 
-def _ls_command(client: GatewayClient, args: Any) -> list[_Json]:
-    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
-
-
 def _secret_command(client: GatewayClient, args: Any) -> Any:
     if args.action == "list":
         return client.list_secrets(args.prefab)
@@ -2405,6 +2401,19 @@ def _secret_command(client: GatewayClient, args: Any) -> Any:
     else:
         client.set_secret(args.prefab, args.name, _read_text("-").rstrip("\r\n"))
     return {"prefab_id": args.prefab, "secret_name": args.name}
+
+
+def _other_command(client: GatewayClient, args: Any) -> Any:
+    """The commands that are one call of the client."""
+    if args.command == "list":
+        return [prefab.raw for prefab in client.list_prefabs(args.status)]
+    if args.command == "spec":
+        return client.get_prefab_spec(args.prefab, args.version)
+    if args.command == "url":
+        return {"presigned_url": client.get_presigned_url(args.s3_url)}
+    if args.command == "cleanup":
+        return {"deleted_count": client.cleanup_temp_files(args.session)}
+    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
 
 
 def _add_commands(add: Callable[..., Any]) -> None:
@@ -2421,11 +2430,9 @@ def _add_commands(add: Callable[..., Any]) -> None:
     run.add_argument("--save", metavar="FOLDER", help="download the output files")
     batch = add(_batch_command, "batch", "run the calls of a file: JSON lines or an array", "calls.jsonl", "path")
     batch.add_argument("--workers", type=int, default=8, help="calls at a time")
-    prefabs = add(lambda client, args: [prefab.raw for prefab in client.list_prefabs(args.status)],
-                  "list", "list the prefabs", "--status deployed")
+    prefabs = add(_other_command, "list", "list the prefabs", "--status deployed")
     prefabs.add_argument("--status", help="deployed or failed")
-    spec = add(lambda client, args: client.get_prefab_spec(args.prefab, args.version),
-               "spec", "show the functions of a prefab", "text-tools", "prefab")
+    spec = add(_other_command, "spec", "show the functions of a prefab", "text-tools", "prefab")
     spec.add_argument("version", nargs="?", help="default: the newest")
     upload = add(_upload_command, "upload", "upload files", "--input report.txt")
     upload.add_argument("path", nargs="+")
@@ -2435,13 +2442,11 @@ def _add_commands(add: Callable[..., Any]) -> None:
     upload.add_argument("--session", help="an id that temporary files have in common")
     download = add(_download_command, "download", "download a file", "s3://bucket/key/report.txt downloads/", "s3_url")
     download.add_argument("target", nargs="?", help="a file or a folder")
-    add(lambda client, args: {"presigned_url": client.get_presigned_url(args.s3_url)},
-        "url", "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url")
-    ls = add(_ls_command, "ls", "list the agent's files", "--temp")
+    add(_other_command, "url", "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url")
+    ls = add(_other_command, "ls", "list the agent's files", "--temp")
     ls.add_argument("--temp", action="store_true", help="temporary files")
     ls.add_argument("--session", help="an id that temporary files have in common")
-    add(lambda client, args: {"deleted_count": client.cleanup_temp_files(args.session)},
-        "cleanup", "delete a session's temporary files", "session-1", "session")
+    add(_other_command, "cleanup", "delete a session's temporary files", "session-1", "session")
     secret = add(_secret_command, "secret", "set (from stdin), list or delete your secrets", "list")
     secret.add_argument("action", choices=("set", "list", "delete"))
     secret.add_argument("prefab", nargs="?")
@@ -2463,7 +2468,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     def add(handler: Any, name: str, text: str, example: str, *positional: str) -> argparse.ArgumentParser:
         example = f"example: gateway-sdk {name} {example}"
         command = commands.add_parser(name, help=text, description=text, epilog=example, parents=[common])
-        command.set_defaults(handler=handler)
+        command.set_defaults(command=name, handler=handler)
         for argument in positional:
             command.add_argument(argument)
         return command
