@@ -550,7 +550,6 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"  # beside letters, digits and -._
 _CREDENTIAL_KINDS = {"X-Internal-Token": "an internal token", "X-API-Key": "an API key", "Authorization": "a JWT"}
-_HTML_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&apos;"}
 
 
 def _split_url(url: str) -> tuple[str, str]:
@@ -581,21 +580,9 @@ def _spellings(character: str) -> str:
     """A regular expression for a character of a secret: as it is, or as a URL, JSON or HTML writes it."""
     if character.isascii() and (character.isalnum() or character in "-._~"):
         return re.escape(character)
-    code = ord(character)
-    spellings = {character, quote(character, safe=""), json.dumps(character)[1:-1]}
-    spellings.add(_HTML_ENTITIES.get(character, character))
-    if character == "/":
-        spellings.add("\\/")
-    if character == " ":
-        spellings.add("+")
-    return f"(?i:{'|'.join(map(re.escape, spellings))}|&#0*{code};|&#x0*{code:x};)"
-
-
-def _mask_query(word: re.Match[str]) -> str:
-    """A word without the query of the URL in it, which may be presigned."""
-    before, http, url = word[0].partition("http")
-    address, _, query = url.partition("?")
-    return f"{before}{http}{address}?***" if query else word[0]
+    # A plus can be a space, and any entity of HTML this character: to hide a little too much does no harm.
+    spellings = [character, quote(character, safe=""), json.dumps(character)[1:-1], f"\\{character}", "+"]
+    return f"(?i:{'|'.join(map(re.escape, spellings))}|&#?[a-z0-9]+;)"
 
 
 @dataclass
@@ -617,27 +604,24 @@ class _Request:
     secrets: tuple[str, ...] = ()  # texts that no message may show
     answers_secret: bool = False  # the body of the answer must not be shown either
 
+    def __post_init__(self) -> None:
+        if not self.to_gateway:  # the query of a presigned URL, and what in it is long enough to be secret
+            query = self.target.partition("?")[2]
+            values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
+            self.secrets += (query, *(value for value in values if len(value) > 9))
+
     def __repr__(self) -> str:
         return f"{self.method} {'' if self.to_gateway else self.origin}{self.target.partition('?')[0]}"
 
     def redact(self, text: str) -> str:
         """`text` without the credential, secrets and the queries of URLs."""
-        text = re.sub(r"[^\s\"'<>]+", _mask_query, text)
-        words = set(self.secrets)
-        for name in _CREDENTIAL_KINDS:
-            words.add(self.headers.get(name, "").rpartition("Bearer ")[2])
-        for word in sorted(filter(None, words), key=len, reverse=True):
+        text = re.sub(r"(?<=[^\s<])\?\w[^\s\"'<>]*", "?***", text)
+        credentials = {self.headers.get(name, "").rpartition("Bearer ")[2] for name in _CREDENTIAL_KINDS}
+        for word in sorted(credentials.union(self.secrets) - {""}, key=len, reverse=True):
             # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
             edge = r"\b" if len(word) < 8 and word.isalnum() else ""
             text = re.sub(f"{edge}{''.join(map(_spellings, word))}{edge}", "***", text)
         return text
-
-
-def _secrets_of_query(target: str) -> tuple[str, ...]:
-    """The query of a presigned URL and the values in it, but for those too short to be secret."""
-    query = target.partition("?")[2]
-    values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
-    return query, *(value for value in values if len(value) > 9)
 
 
 # --- Connections ----------------------------------------------------------------------------------
@@ -828,13 +812,11 @@ class _Connection:
         sent = 0
         on_progress(sent, size)
         while block := file.read(min(size - sent + 1, _BLOCK_BYTES)):  # one more than promised, which must not come
-            if sent + len(block) > size:
-                break
-            yield block
             sent += len(block)
+            if sent > size:
+                raise GatewayError(f"{request}: the file became longer while it was being sent.")
+            yield block
             on_progress(sent, size)
-        if block:
-            raise GatewayError(f"{request}: the file became longer while it was being sent.")
         if sent < size:
             raise GatewayError(f"{request}: the file became shorter while it was being sent.")
 
@@ -1154,8 +1136,7 @@ def _redirected(response: _Response) -> _Request:
             raise ValueError("is missing")
     except ValueError as error:
         raise GatewayError(f"{request} answered {response.status}, but its Location {error}.") from None
-    secrets = request.secrets + _secrets_of_query(target)
-    return replace(request, origin=origin, target=target, headers=dict(request.headers), secrets=secrets)
+    return replace(request, origin=origin, target=target)
 
 
 # --- Transport ------------------------------------------------------------------------------------
@@ -2133,8 +2114,7 @@ class GatewayClient:
             origin, target = _split_url(url)
         except ValueError as error:
             raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
-        return _Request(method, origin, target, self.timeout, idempotent=True, to_gateway=False,
-                        secrets=_secrets_of_query(target), **options)
+        return _Request(method, origin, target, self.timeout, idempotent=True, to_gateway=False, **options)
 
     def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
                expect: Mapping[str, type] = {}, **options: Any) -> _Json:
