@@ -83,10 +83,10 @@ _Files = Mapping[str, Sequence[str]]  # name to s3:// URLs
 _Progress = Callable[[int, Optional[int]], object]  # bytes done, bytes in all (None: unknown)
 
 
-def _log(level: str, message: str, *args: object) -> None:
+def _log(message: str, *args: object) -> None:
     """Logs as `gateway_sdk`, if the program has imported `logging`: nobody else should wait for that import."""
     if logging := sys.modules.get("logging"):
-        getattr(logging.getLogger("gateway_sdk"), level)(message, *args)
+        logging.getLogger("gateway_sdk").debug(message, *args)
 
 
 def _ignore(*_: object) -> None:
@@ -229,14 +229,12 @@ class _NotPicklableError(GatewayError, TypeError):
     """A client that cannot go to another process."""
 
 
-_STATUS_ERRORS: Mapping[int, type[GatewayError]] = {
+_ERRORS: Mapping[int | str, type[GatewayError]] = {  # by status, or the error_code of a 400
     401: AuthenticationError,
     403: AuthenticationError,
     404: PrefabNotFoundError,
     422: ValidationError,
     429: QuotaExceededError,
-}
-_BAD_REQUEST_ERRORS: Mapping[str, type[GatewayError]] = {  # of a 400, by its error_code
     "MISSING_SECRET": MissingSecretError,
     "MISSING_AGENT_CONTEXT": AgentContextRequiredError,
 }
@@ -481,14 +479,15 @@ def _require_header_value(name: str, value: Any) -> None:
     _require(isinstance(value, str) and _is_header_value(value), f"{name} must be {needed}.")
 
 
-def _require_number(name: str, value: Any, kind: Any = int, above: int = 0, below: int = 10**9) -> None:
-    number = isinstance(value, (int, kind)) and not isinstance(value, bool) and above < value < below
-    _require(number, f"{name} ({kind.__name__}) must be above {above} and below {below}, not {_shown(value)}.")
+def _require_number(name: str, value: Any, above: int = 0) -> None:
+    number = isinstance(value, int) and not isinstance(value, bool) and above < value < 10**9
+    _require(number, f"{name} must be a whole number above {above} and below {10**9}, not {_shown(value)}.")
 
 
-def _require_timeout(seconds: float | None) -> None:
-    if seconds is not None:
-        _require_number("timeout", seconds, float, below=2**31 // 1000)  # poll() counts milliseconds in 31 bits
+def _require_timeout(seconds: Any) -> None:
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    usable = seconds is None or (number and 0 < seconds < 2**31 // 1000)  # poll() counts milliseconds in 31 bits
+    _require(usable, f"timeout must be None or seconds above 0 and below {2**31 // 1000}, not {_shown(seconds)}.")
 
 
 def _require_s3_url(name: str, url: Any, source: str) -> None:
@@ -497,8 +496,8 @@ def _require_s3_url(name: str, url: Any, source: str) -> None:
 
 
 def _require_call(call: Any) -> None:
-    if not isinstance(call, PrefabCall):
-        raise ValidationError(f"A call must be a PrefabCall, not {_shown(call)}: PrefabCall(**call) takes a dict.")
+    is_call = isinstance(call, PrefabCall)
+    _require(is_call, f"A call must be a PrefabCall, not {_shown(call)}: PrefabCall(**call) takes a dict.")
     _require_text(prefab_id=call.prefab_id, version=call.version, function_name=call.function_name)
     for name, value in (("parameters", call.parameters), ("files", call.files)):
         _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {_shown(value)}.")
@@ -615,7 +614,7 @@ class _Request:
 
     def redact(self, text: str) -> str:
         """`text` without the credential, secrets and the queries of URLs."""
-        text = re.sub(r"(?<=[^\s<])\?\w[^\s\"'<>]*", "?***", text)
+        text = re.sub(r"(?<=[^\s<])\?[\w%][^\s\"'<>]*", "?***", text)
         credentials = {self.headers.get(name, "").rpartition("Bearer ")[2] for name in _CREDENTIAL_KINDS}
         for word in sorted(credentials.union(self.secrets) - {""}, key=len, reverse=True):
             # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
@@ -629,23 +628,33 @@ class _Request:
 _WIRE_FAULTS = (OSError, http.client.HTTPException)
 
 
-def _wire_error(request: _Request, error: BaseException, doing: str, *, sent: bool = True,
-                final: bool = False, advice: str = "") -> GatewayError:
-    """The error for an answer that did not come, or not whole.
+def _tls_advice(error: BaseException) -> str:
+    """What to do about a refused TLS handshake, which trying again cannot mend; nothing for any other error."""
+    ssl = sys.modules.get("ssl")
+    if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, (ssl.SSLEOFError, socket.timeout)):
+        return ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
+    return "Does the server speak TLS there? If not, the URL must begin with http://, not https://."
 
-    `sent`: the request may have arrived. `final`: it is no use to try again. `advice`: what the user can do.
-    """
+
+def _wire_error(request: _Request, error: BaseException, doing: str, *, connected: bool = True) -> GatewayError:
+    """The error for an answer that did not come, or not whole. If `connected`, the request may have arrived."""
     error_class, reason = ServiceUnavailableError, str(error) or type(error).__name__
-    may_have_run = sent and not request.idempotent
+    backoff_seconds: float | None = _BACKOFF_BASE_SECONDS if connected else _CONNECT_BACKOFF_BASE_SECONDS
+    may_have_run = connected and not request.idempotent
+    advice = "" if connected else _tls_advice(error)
     if may_have_run:
         advice = "It may have run all the same, so it was not sent again."
+    if advice:  # to send it again would do harm, or no good
+        backoff_seconds = None
+    elif not connected and request.to_gateway:
+        advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
     if isinstance(error, (socket.timeout, TimeoutError)):
-        error_class, reason, final = GatewayTimeoutError, f"nothing for {request.timeout} s", True
+        error_class, reason, backoff_seconds = GatewayTimeoutError, f"nothing for {request.timeout} s", None
         advice += "\nA larger timeout= waits longer."
-    backoff_seconds = _BACKOFF_BASE_SECONDS if sent else _CONNECT_BACKOFF_BASE_SECONDS
     message = request.redact(f"{request}: {doing}: {reason}\n{advice}".strip())
-    wire_error = error_class._create(message, {}, may_have_run=may_have_run,
-                                     _backoff_seconds=None if may_have_run or final else backoff_seconds)
+    wire_error = error_class._create(message, {}, may_have_run=may_have_run, _backoff_seconds=backoff_seconds)
     # `http.client` quotes a bad status line or chunk size; if a secret is in it, the cause must not be shown.
     wire_error.__cause__ = error if request.redact(str(error)) == str(error) else None
     error.__context__ = None
@@ -695,24 +704,6 @@ def _open_tunnel(sock: socket.socket, authority: str, proxy: _Proxy) -> None:
             raise OSError(f"the proxy answered {response.status} {response.reason}")
 
 
-def _open_socket(origin: str, timeout: float | None, tls: SSLContext | None, proxy: _Proxy | None) -> socket.socket:
-    """A socket to an origin, or to the proxy in front of an http origin."""
-    server = urlsplit(origin)
-    peer = urlsplit(f"http://{proxy.address}") if proxy else server
-    sock = socket.create_connection((peer.hostname or "", peer.port or _DEFAULT_PORTS[peer.scheme]), timeout)
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # Linux and Windows; macOS
-            if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), _KEEP_ALIVE_SECONDS)
-        if tls and proxy:
-            _open_tunnel(sock, server.netloc if server.port else f"{server.netloc}:443", proxy)
-        return tls.wrap_socket(sock, server_hostname=server.hostname) if tls else sock
-    except BaseException:
-        sock.close()
-        raise
-
 
 class _Reader(io.BufferedReader):
     """What `http.client` reads answers from: one for the whole life of a connection.
@@ -738,8 +729,22 @@ class _Connection:
         self.key = os.getpid(), origin
         self.idle_since = 0.0
         self.reading = threading.Lock()  # held while bytes are read, when nobody else may close the descriptor
-        self.sock = _open_socket(origin, timeout, tls, proxy)
         self._proxy = None if tls else proxy  # through a tunnel, the server itself is asked
+        server = urlsplit(origin)
+        peer = urlsplit(f"http://{proxy.address}") if proxy else server
+        sock = socket.create_connection((peer.hostname or "", peer.port or _DEFAULT_PORTS[peer.scheme]), timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # Linux and Windows; macOS
+                if hasattr(socket, option):
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), _KEEP_ALIVE_SECONDS)
+            if tls and proxy:
+                _open_tunnel(sock, server.netloc if server.port else f"{server.netloc}:443", proxy)
+            self.sock = tls.wrap_socket(sock, server_hostname=server.hostname) if tls else sock
+        except BaseException:
+            sock.close()
+            raise
         self._reader = _Reader(self.sock.makefile("rb", buffering=0))
 
     def makefile(self, _mode: str) -> _Reader:
@@ -919,16 +924,18 @@ class _Response(http.client.HTTPResponse):
         missing = self.length
         try:
             while missing != 0:
-                chunk = self._read_chunk(_BLOCK_BYTES if missing is None else min(missing, _BLOCK_BYTES))
-                if not chunk:
+                size = _BLOCK_BYTES if missing is None else min(missing, _BLOCK_BYTES)
+                with self.connection.reading:
+                    chunk = self.read1(size) if self._owned else b""
+                if not chunk or not self._owned:  # who closed it meanwhile had to leave the descriptor to this reader
                     break
                 if missing is not None:
                     missing -= len(chunk)
                 yield chunk
-            if missing:  # `http.client` does not raise for that
-                raise http.client.IncompleteRead(b"", missing)
             if not self._disown():
                 raise ConnectionAbortedError("it was closed here")
+            if missing:  # `http.client` does not raise for that
+                raise http.client.IncompleteRead(b"", missing)
             # After a 5xx the server may hang up without having said so: uvicorn does.
             if not self.will_close and self.status < 500:
                 released = True
@@ -939,13 +946,6 @@ class _Response(http.client.HTTPResponse):
             if not released:
                 self._disown()
                 self.connection.close()
-
-    def _read_chunk(self, size: int) -> bytes:
-        with self.connection.reading:
-            chunk = self.read1(size) if self._owned else b""
-        if not self._owned:  # who closed it during the read had to leave the descriptor to the reader
-            raise ConnectionAbortedError("it was closed here")
-        return chunk
 
     def read_all(self) -> bytes:
         """The whole body, which `body` keeps."""
@@ -979,31 +979,15 @@ def _unexpected_response(response: _Response, problem: str) -> GatewayError:
 
 def _read_json(response: _Response, kind: Any, fields: Mapping[str, type] = {}) -> Any:
     """The body as JSON of type `kind`; `fields` must be in it, with their types."""
-    body = response.read_all()
-    content = problem = None
-    try:
-        content = json.loads(body.decode().lstrip("\ufeff"))  # NaN too: the answer was paid for
-    except (ValueError, RecursionError):  # which quotes the body, and with it perhaps a secret
-        problem = "the body is not JSON" if body else "it has no body"
-    else:
-        if not isinstance(content, kind):
-            problem = f"the body is not a JSON {kind.__name__}"
-        for name, field_kind in fields.items():
-            if not problem and not isinstance(content.get(name), field_kind):
-                problem = f"{name!r} is not a {field_kind.__name__}"
-    if problem:
-        raise _unexpected_response(response, problem)
+    body, content = response.read_all(), None
+    with suppress(ValueError, RecursionError):  # the error would quote the body, and with it perhaps a secret
+        content = json.loads(body)  # NaN too: the answer was paid for
+    if not isinstance(content, kind):
+        raise _unexpected_response(response, f"the body is not JSON of the type {kind.__name__}")
+    for name, field_kind in fields.items():
+        if not isinstance(content.get(name), field_kind):
+            raise _unexpected_response(response, f"{name!r} is not a {field_kind.__name__}")
     return content
-
-
-class _Problem(NamedTuple):
-    """What the body of an error says."""
-
-    message: str
-    fields: _Json
-
-
-_WRONG_PATH = _Problem("Not Found", {})  # all that FastAPI says where it has no such path
 
 
 def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
@@ -1015,31 +999,43 @@ def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def _read_problem(text: str, redact: Callable[[str], str]) -> _Problem:
-    """Message and fields of an error body in any of its forms; `redact` takes secrets out."""
+def _read_detail(response: _Response) -> Any:
+    """What an error's body says: its JSON, or else its text, without secrets."""
+    body, redact = b"", response.request.redact
+    with suppress(ServiceUnavailableError):  # if it breaks off, the status still says enough
+        for chunk in response.chunks():
+            body += chunk
+            if len(body) > _MAX_ERROR_BYTES:
+                break
+    text = body.decode("utf-8", "replace").strip()
     try:
-        problem = _redact_json(json.loads(text), redact)
+        detail = _redact_json(json.loads(text), redact)
     except (ValueError, RecursionError):
-        problem = redact(text)
-        found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", problem)  # of S3
+        detail = redact(text)[:_MAX_SHOWN_CHARACTERS]
+        found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", detail)  # of S3
         if found:
-            return _Problem(f"{found[1]}: {found[2]}", {"error_code": found[1]})
-        problem = problem[:_MAX_SHOWN_CHARACTERS]
-    if isinstance(problem, dict):
-        problem = problem.get("detail") or problem
-    if isinstance(problem, list):  # of FastAPI
+            detail = {"error_code": found[1], "message": f"{found[1]}: {found[2]}"}
+    if isinstance(detail, dict):
+        detail = detail.get("detail") or detail
+    return detail
+
+
+def _describe(detail: Any) -> tuple[str, _Json]:
+    """Message and fields of what an error's body says, in any of its forms."""
+    if isinstance(detail, list):  # of FastAPI
         try:
-            lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in problem]
+            lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in detail]
         except (TypeError, KeyError):
-            lines = [_text_of(entry) for entry in problem]
-        return _Problem("\n  ".join(lines), {"errors": problem})
-    if isinstance(problem, dict):
-        details = problem.get("details")
-        message = problem.get("message") or problem.get("error") or json.dumps(problem)[:_MAX_SHOWN_CHARACTERS]
-        return _Problem(_text_of(message), {**problem, **details} if isinstance(details, dict) else problem)
-    message = str(problem or "")
+            lines = [str(entry) for entry in detail]
+        return "\n  ".join(lines), {"errors": detail}
+    if isinstance(detail, dict):
+        message = detail.get("message") or detail.get("error") or json.dumps(detail)[:_MAX_SHOWN_CHARACTERS]
+        more = detail.get("details")
+        fields = {**detail, **more} if isinstance(more, dict) else detail
+        return str(message), fields
+    message = str(detail or "")
     secret = re.search(r"Secret '(?P<secret_name>[^']*)' for prefab '(?P<prefab_id>[^']*)' is not configured", message)
-    return _Problem(message, {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {})
+    return message, {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
 
 
 def _retry_after_seconds(value: str) -> float | None:
@@ -1069,47 +1065,30 @@ def _credential_remedy(request: _Request) -> str:
     return remedy
 
 
-def _read_error_body(response: _Response) -> str:
-    body = b""
-    with suppress(ServiceUnavailableError):  # if it breaks off, the status still says enough
-        for chunk in response.chunks():
-            body += chunk
-            if len(body) > _MAX_ERROR_BYTES:
-                break
-    return body.decode("utf-8", "replace").strip()
-
-
-def _error_class(request: _Request, status: int, problem: _Problem) -> type[GatewayError]:
-    if status >= 500:
-        return ServiceUnavailableError
-    if not request.to_gateway:  # what a storage refuses is none of the gateway's errors
-        return GatewayError
-    if status == 400:
-        return _BAD_REQUEST_ERRORS.get(str(problem.fields.get("error_code")), GatewayError)
-    if status == 404 and (request.subject is None or problem == _WRONG_PATH):
-        return GatewayError
-    return _STATUS_ERRORS.get(status, GatewayError)
-
-
 def _status_error(response: _Response) -> GatewayError:
     """The error for an answer that is not a 2xx, whatever its body looks like."""
     request, status = response.request, response.status
-    problem = _read_problem(_read_error_body(response), request.redact)
-    error_class = _error_class(request, status, problem)
-    message = problem.message or response.reason
-    fields = {**(request.subject or {}), **problem.fields}
-    if status == 404:  # the gateway may have named something else, but this was asked for
-        fields.update(request.subject or {})
+    detail = _read_detail(response)
+    message, fields = _describe(detail)
+    no_such_path = status == 404 and detail == "Not Found"  # which is all that FastAPI says then
+    subject = request.subject or {}
+    # A 404 may name something else, but this was asked for.
+    fields = {**fields, **subject} if status == 404 else {**subject, **fields}
+    error_class = _ERRORS.get(str(fields.get("error_code")) if status == 400 else status, GatewayError)
+    if status >= 500:
+        error_class = ServiceUnavailableError
+    elif not request.to_gateway or no_such_path or (status == 404 and request.subject is None):
+        error_class = GatewayError  # what a storage refuses is none of the gateway's errors
     remedy = error_class._remedy.format_map({"prefab_id": "unknown", "secret_name": "unknown", **fields})
     if error_class is AuthenticationError:
         remedy = _credential_remedy(request)
-    elif request.to_gateway and status == 404 and problem == _WRONG_PATH:
+    elif request.to_gateway and no_such_path:
         remedy = "This gateway has no such endpoint. Is base_url right? Does it take this kind of credential?"
     elif status < 400:
-        address = response.headers.get("Location", "nowhere").partition("?")[0]
-        message = f"a redirect to {address}, which is not followed."
+        message = f"a redirect to {response.headers.get('Location', 'nowhere')}, which is not followed."
         remedy = "Is base_url right?" if request.to_gateway else ""
-    lines = [request.redact(f"{request} answered {status}: {message}"), remedy, str(fields.get("instructions") or "")]
+    message = request.redact(f"{request} answered {status}: {message or response.reason}")
+    lines = [message, remedy, str(fields.get("instructions") or "")]
     return error_class._create(
         "\n".join(filter(None, lines)), fields, status_code=status,
         retry_after=_retry_after_seconds(response.headers.get("Retry-After", "")),
@@ -1152,16 +1131,6 @@ def _retry_delay(error: GatewayError, attempt: int, max_retries: int) -> float |
     return random.uniform(0, min(_BACKOFF_CAP_SECONDS, error._backoff_seconds * 2**doublings))
 
 
-def _tls_advice(error: BaseException) -> str:
-    """What to do about a refused TLS handshake, which trying again cannot mend; nothing for any other error."""
-    ssl = sys.modules.get("ssl")
-    if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, (ssl.SSLEOFError, socket.timeout)):
-        return ""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
-    return "Does the server speak TLS there? If not, the URL must begin with http://, not https://."
-
-
 class _Transport:
     """Sends requests: the one place that retries. It knows HTTP, and nothing of prefabs."""
 
@@ -1193,17 +1162,17 @@ class _Transport:
             try:
                 return self._attempt(request, attempt, read)
             except GatewayError as error:
-                delay = _retry_delay(error, attempt, self._max_retries)
                 refused = error.status_code == 401 and may_renew
-                if delay is None and not refused:
+                delay = 0.0 if refused else _retry_delay(error, attempt, self._max_retries)
+                if delay is None:
                     raise
-                _log("debug", "%s; it is sent again in %.1f s", error.message, delay or 0)
+                _log("%s; it is sent again in %.1f s", error.message, delay)
             if refused:
                 may_renew = False  # a second refusal is final
                 self.renew_token(credential)
             else:
                 attempt += 1
-                time.sleep(delay or 0)
+                time.sleep(delay)
 
     def renew_token(self, refused: dict[str, str]) -> None:
         """Exchanges the API key for a new token, unless another thread has done so meanwhile.
@@ -1243,7 +1212,7 @@ class _Transport:
                 raise
             finally:
                 milliseconds = 1000 * (time.perf_counter() - started)
-                _log("debug", "%s %s %.0f ms, attempt %d", response.request, response.status, milliseconds, attempt)
+                _log("%s %s %.0f ms, attempt %d", response.request, response.status, milliseconds, attempt)
             response.close()
         raise GatewayError(f"{request}: more than {_MAX_REDIRECTS} redirects")
 
@@ -1267,10 +1236,7 @@ class _Transport:
             doing = f"no connection to {request.origin}"
             if proxy:
                 doing += f" through the proxy {proxy.address}"
-            advice = refusal = _tls_advice(error)
-            if request.to_gateway and not refusal:
-                advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
-            raise _wire_error(request, error, doing, sent=False, final=bool(refusal), advice=advice)
+            raise _wire_error(request, error, doing, connected=False)
 
 
 # --- Event stream ---------------------------------------------------------------------------------
