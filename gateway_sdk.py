@@ -161,10 +161,7 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _remedy = (
-        "client.list_prefabs() shows what is deployed, client.get_prefab_spec(prefab_id, version) "
-        "the functions of a prefab."
-    )
+    _remedy = "client.list_prefabs() shows what is deployed, client.get_prefab_spec(prefab_id, version) its functions."
     prefab_id: str = "unknown"
     version: str = "unknown"
 
@@ -199,19 +196,16 @@ class MissingSecretError(GatewayError):
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
         body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
-        lines = [f"Missing required secret '{secret_name}' for prefab '{prefab_id}'", self._remedy.format(**body)]
+        message = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'\n{self._remedy.format(**body)}"
         if instructions:
-            lines.append(instructions)
-        super().__init__("\n".join(lines), {**body, "error_code": "MISSING_SECRET"})
+            message += f"\n{instructions}"
+        super().__init__(message, {**body, "error_code": "MISSING_SECRET"})
 
 
 class AgentContextRequiredError(GatewayError):
     """The credential is not an agent's, which this file operation needs."""
 
-    _remedy = (
-        "Agent files need the token that the gateway gave to an agent (internal_token=). "
-        "upload_input_file() uploads the inputs of a call without one."
-    )
+    _remedy = "This needs an agent's token (internal_token=). upload_input_file() uploads a call's inputs without one."
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or self._remedy, {"error_code": "MISSING_AGENT_CONTEXT"})
@@ -631,7 +625,7 @@ _WIRE_FAULTS = (OSError, http.client.HTTPException)
 def _tls_advice(error: BaseException) -> str:
     """What to do about a refused TLS handshake, which trying again cannot mend; nothing for any other error."""
     ssl = sys.modules.get("ssl")
-    if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, (ssl.SSLEOFError, socket.timeout)):
+    if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError):
         return ""
     if isinstance(error, ssl.SSLCertVerificationError):
         return "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
@@ -702,7 +696,6 @@ def _open_tunnel(sock: socket.socket, authority: str, proxy: _Proxy) -> None:
         response.begin()
         if not 200 <= response.status < 300:
             raise OSError(f"the proxy answered {response.status} {response.reason}")
-
 
 
 class _Reader(io.BufferedReader):
@@ -789,7 +782,11 @@ class _Connection:
         return None
 
     def _serialize(self, request: _Request) -> Iterator[bytes]:
-        file_size = os.fstat(request.file.fileno()).st_size if request.file else 0
+        """A request in blocks. If its file is not as long as was promised, raises before the last one is sent.
+
+        Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
+        """
+        size = os.fstat(request.file.fileno()).st_size if request.file else 0
         headers = {
             "Host": request.origin.partition("://")[2],
             "User-Agent": f"agent-builder-gateway-sdk/{__version__}",
@@ -799,24 +796,18 @@ class _Connection:
             **(self._proxy.headers() if self._proxy else {}),
         }
         if request.method in ("POST", "PUT"):
-            headers["Content-Length"] = str(len(request.body) + file_size + len(request.tail))
+            headers["Content-Length"] = str(len(request.body) + size + len(request.tail))
         target = f"{request.origin}{request.target}" if self._proxy else request.target  # RFC 9112 §3.2.2
         # One block for both: a body by itself would be a packet by itself.
         yield _head(f"{request.method} {target} HTTP/1.1", headers) + request.body
-        if request.file:
-            yield from self._file_blocks(request, request.file, file_size)
-            yield request.tail
-
-    def _file_blocks(self, request: _Request, file: io.BufferedReader, size: int) -> Iterator[bytes]:
-        """A file in blocks. If it is not as long as was promised, raises before its last block is sent.
-
-        Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
-        """
+        if not request.file:
+            return
         on_progress = request.on_progress or _ignore
-        file.seek(0)
+        request.file.seek(0)
         sent = 0
         on_progress(sent, size)
-        while block := file.read(min(size - sent + 1, _BLOCK_BYTES)):  # one more than promised, which must not come
+        # One byte more than was promised is asked for, and must not come.
+        while block := request.file.read(min(size - sent + 1, _BLOCK_BYTES)):
             sent += len(block)
             if sent > size:
                 raise GatewayError(f"{request}: the file became longer while it was being sent.")
@@ -824,6 +815,7 @@ class _Connection:
             on_progress(sent, size)
         if sent < size:
             raise GatewayError(f"{request}: the file became shorter while it was being sent.")
+        yield request.tail
 
 
 class _Pool:
@@ -839,10 +831,12 @@ class _Pool:
     def acquire(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
         idle = self._idle.get((os.getpid(), origin), [])
-        while connection := self._pop(idle, -1):
-            if connection.is_alive():
-                return connection
-            connection.close()
+        while idle:
+            with suppress(IndexError):  # another thread took the last one
+                connection = idle.pop()
+                if connection.is_alive():
+                    return connection
+                connection.close()
         return None
 
     def release(self, connection: _Connection) -> None:
@@ -861,15 +855,8 @@ class _Pool:
     def _evict(self) -> None:
         for idle in list(self._idle.values()):
             while len(idle) > self._limit or any(oldest.is_stale() for oldest in idle[:1]):
-                oldest = self._pop(idle, 0)
-                if oldest:
-                    oldest.close()
-
-    @staticmethod
-    def _pop(idle: list[_Connection], index: int) -> _Connection | None:
-        with suppress(IndexError):  # another thread took the last one
-            return idle.pop(index)
-        return None
+                with suppress(IndexError):  # another thread took the last one
+                    idle.pop(0).close()
 
 
 # --- Responses ------------------------------------------------------------------------------------
@@ -979,7 +966,8 @@ def _unexpected_response(response: _Response, problem: str) -> GatewayError:
 
 def _read_json(response: _Response, kind: Any, fields: Mapping[str, type] = {}) -> Any:
     """The body as JSON of type `kind`; `fields` must be in it, with their types."""
-    body, content = response.read_all(), None
+    content: Any = None
+    body = response.read_all()
     with suppress(ValueError, RecursionError):  # the error would quote the body, and with it perhaps a secret
         content = json.loads(body)  # NaN too: the answer was paid for
     if not isinstance(content, kind):
@@ -1053,10 +1041,10 @@ def _credential_remedy(request: _Request) -> str:
     """What to do about a refused credential: which one was sent, and since when it is expired (RFC 7519 §4.1.4)."""
     if request.answers_secret:
         return "The API key was sent, to be exchanged. Is that a valid credential for this gateway?"
-    sent = [name for name in _CREDENTIAL_KINDS if name in request.headers]
+    sent = [f"{kind} ({name})" for name, kind in _CREDENTIAL_KINDS.items() if name in request.headers]
     if not sent:
         return "No credential was sent: this machine's address must then be on the gateway's allow-list."
-    remedy = f"The client sent {_CREDENTIAL_KINDS[sent[0]]} ({sent[0]}). Is this credential valid for this gateway?"
+    remedy = f"The client sent {sent[0]}. Is this credential valid for this gateway?"
     with suppress(ValueError, LookupError, TypeError, OverflowError, OSError):  # no JWT, or one without an end
         payload = request.headers["Authorization"].split(".")[1]
         expires = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
