@@ -40,8 +40,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Optional, TypeVar, Union, cast, overload
-from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, TypeVar, Union, cast, overload
+from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
@@ -161,7 +161,7 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _remedy = "client.list_prefabs() shows what is deployed, client.get_prefab_spec(prefab_id, version) its functions."
+    _remedy = "client.list_prefabs() lists prefabs, client.get_prefab_spec(prefab_id, version) the functions of one."
     prefab_id: str = "unknown"
     version: str = "unknown"
 
@@ -660,38 +660,32 @@ def _head(start_line: str, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-class _Proxy(NamedTuple):
-    address: str
-    login: str  # `user:password`, or nothing
-
-    def headers(self) -> dict[str, str]:
-        login = b64encode(self.login.encode()).decode()
-        return {"Proxy-Authorization": f"Basic {login}"} if self.login else {}
+def _proxy_headers(proxy: SplitResult | None) -> dict[str, str]:
+    if proxy is None or proxy.username is None:
+        return {}
+    login = unquote(f"{proxy.username}:{proxy.password or ''}")
+    return {"Proxy-Authorization": f"Basic {b64encode(login.encode()).decode()}"}
 
 
-def _proxy_for(origin: str) -> _Proxy | None:
-    """The proxy that the environment sets for an origin."""
+def _proxy_for(origin: str) -> SplitResult | None:
+    """The URL of the proxy that the environment sets for an origin."""
     if sys.platform not in ("win32", "darwin") and not any(name.lower().endswith("_proxy") for name in os.environ):
         return None  # before an import that takes as long as twenty calls
     from urllib.request import getproxies, proxy_bypass
 
-    parts = urlsplit(origin)
-    proxy = getproxies().get(parts.scheme)
-    if not proxy or proxy_bypass(f"{parts.hostname}:{parts.port or _DEFAULT_PORTS[parts.scheme]}"):
+    server = urlsplit(origin)
+    address = getproxies().get(server.scheme)
+    if not address or proxy_bypass(f"{server.hostname}:{server.port or _DEFAULT_PORTS[server.scheme]}"):
         return None
-    if "://" not in proxy:
-        proxy = f"http://{proxy}"
-    scheme, _, rest = proxy.partition("://")
-    login, _, address = rest.rpartition("@")
-    address = address.partition("/")[0]
-    if scheme.lower() != "http" or not address:
-        raise GatewayError(f"The environment's {parts.scheme}_proxy is not an http:// URL.")
-    return _Proxy(address, unquote(login))
+    proxy = urlsplit(address if "://" in address else f"http://{address}")
+    if proxy.scheme != "http" or not re.fullmatch(r"(.*@)?([^@:]+|\[.+\])(:\d*)?", proxy.netloc):
+        raise GatewayError(f"The environment's {server.scheme}_proxy must be an http:// URL, a login percent-encoded.")
+    return proxy
 
 
-def _open_tunnel(sock: socket.socket, authority: str, proxy: _Proxy) -> None:
+def _open_tunnel(sock: socket.socket, authority: str, proxy: SplitResult) -> None:
     """Has a proxy connect to an https server (RFC 9110 §9.3.6). `http.client` forgets the brackets of IPv6."""
-    sock.sendall(_head(f"CONNECT {authority} HTTP/1.1", {"Host": authority, **proxy.headers()}))
+    sock.sendall(_head(f"CONNECT {authority} HTTP/1.1", {"Host": authority, **_proxy_headers(proxy)}))
     with http.client.HTTPResponse(sock, method="CONNECT") as response:
         response.begin()
         if not 200 <= response.status < 300:
@@ -718,13 +712,13 @@ class _Reader(io.BufferedReader):
 class _Connection:
     """An open socket to an origin, straight or through a proxy."""
 
-    def __init__(self, origin: str, timeout: float | None, tls: SSLContext | None, proxy: _Proxy | None) -> None:
+    def __init__(self, origin: str, timeout: float | None, tls: SSLContext | None, proxy: SplitResult | None) -> None:
         self.key = os.getpid(), origin
         self.idle_since = 0.0
         self.reading = threading.Lock()  # held while bytes are read, when nobody else may close the descriptor
         self._proxy = None if tls else proxy  # through a tunnel, the server itself is asked
         server = urlsplit(origin)
-        peer = urlsplit(f"http://{proxy.address}") if proxy else server
+        peer = proxy or server
         sock = socket.create_connection((peer.hostname or "", peer.port or _DEFAULT_PORTS[peer.scheme]), timeout)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -793,7 +787,7 @@ class _Connection:
             "Accept": "*/*",
             "Accept-Encoding": "identity",
             **request.headers,
-            **(self._proxy.headers() if self._proxy else {}),
+            **_proxy_headers(self._proxy),
         }
         if request.method in ("POST", "PUT"):
             headers["Content-Length"] = str(len(request.body) + size + len(request.tail))
@@ -1206,9 +1200,9 @@ class _Transport:
 
     def _connect(self, request: _Request) -> _Connection:
         proxy = _proxy_for(request.origin)
-        if proxy and proxy.login:
-            credentials = proxy.headers()["Proxy-Authorization"].partition(" ")[2]
-            request.secrets += (credentials, proxy.login, proxy.login.partition(":")[2])
+        if proxy:
+            sent = _proxy_headers(proxy).get("Proxy-Authorization", "")
+            request.secrets += (sent.partition(" ")[2], unquote(proxy.password or ""))
         tls = None
         try:
             if request.origin.startswith("https:"):
@@ -1220,10 +1214,10 @@ class _Transport:
             return _Connection(request.origin, request.timeout, tls, proxy)
         except ImportError as error:
             raise GatewayError("https needs Python's ssl module, which is missing here.") from error
-        except (*_WIRE_FAULTS, UnicodeError) as error:
+        except (*_WIRE_FAULTS, ValueError) as error:  # a host or a port that there cannot be
             doing = f"no connection to {request.origin}"
             if proxy:
-                doing += f" through the proxy {proxy.address}"
+                doing += f" through the proxy {proxy.netloc.rpartition('@')[2]}"
             raise _wire_error(request, error, doing, connected=False)
 
 
