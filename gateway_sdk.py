@@ -868,6 +868,7 @@ class _Response(http.client.HTTPResponse):
         super().__init__(cast(Any, connection), method=request.method)
         self.request = request
         self.connection = connection
+        self.framed = False  # whether the body says where it ends; if not, a break looks like the end
         self.body = b""  # as far as `read_all` read it
         self._owned = {"connection": connection}
         self._pool = pool
@@ -883,17 +884,13 @@ class _Response(http.client.HTTPResponse):
                 if self.status >= 200:
                     break
                 vars(self)["headers"] = None
+            self.framed = self.chunked or self.length is not None
             if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
                 raise http.client.HTTPException("an answer without an end")
         except _WIRE_FAULTS as error:
             raise _wire_error(self.request, broken or error, "sending broke off" if broken else "no answer")
         if broken:
             self.will_close = True
-
-    @property
-    def framed(self) -> bool:
-        """Whether the body says where it ends; if not, a break looks like the end."""
-        return self.chunked or self.length is not None
 
     def chunks(self) -> Iterator[bytes]:
         """The body as it arrives. At its end the connection goes back to the pool.
@@ -1004,11 +1001,10 @@ def _read_detail(response: _Response) -> Any:
 
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
-    if isinstance(detail, list):  # of FastAPI
-        try:
+    if isinstance(detail, list):
+        lines = [str(entry) for entry in detail]
+        with suppress(TypeError, KeyError):  # it is not FastAPI's list
             lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in detail]
-        except (TypeError, KeyError):
-            lines = [str(entry) for entry in detail]
         return "\n  ".join(lines), {"errors": detail}
     if isinstance(detail, dict):
         message = detail.get("message") or detail.get("error") or json.dumps(detail)[:_MAX_SHOWN_CHARACTERS]
