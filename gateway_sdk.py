@@ -573,7 +573,7 @@ def _spellings(character: str) -> str:
     """A regular expression for a character of a secret: as it is, or as a URL, JSON or HTML writes it."""
     if character.isascii() and (character.isalnum() or character in "-._~"):
         return re.escape(character)
-    # A plus can be a space, and any entity of HTML this character: to hide a little too much does no harm.
+    # "+" means a space, and an HTML entity one certain character, but to hide a little too much does no harm.
     spellings = [character, quote(character, safe=""), json.dumps(character)[1:-1], f"\\{character}", "+"]
     return f"(?i:{'|'.join(map(re.escape, spellings))}|&#?[a-z0-9]+;)"
 
@@ -593,7 +593,7 @@ class _Request:
     on_progress: _Progress | None = None  # of `file`
     idempotent: bool = False  # sending it twice does no more than sending it once
     to_gateway: bool = True  # False: to a storage, which must not see the credential
-    subject: dict[str, str] | None = None  # fields of what a 404 says is not there; None: it is about something else
+    subject: dict[str, str] | None = None  # the prefab that a 404 is about, if known; None: it is about no prefab
     secrets: tuple[str, ...] = ()  # texts that no message may show
     answers_secret: bool = False  # the body of the answer must not be shown either
 
@@ -608,6 +608,7 @@ class _Request:
 
     def redact(self, text: str) -> str:
         """`text` without the credential, secrets and the queries of URLs."""
+        # What follows a question mark without a blank is taken for the query of a URL.
         text = re.sub(r"(?<=[^\s<])\?[\w%][^\s\"'<>]*", "?***", text)
         credentials = {self.headers.get(name, "").rpartition("Bearer ")[2] for name in _CREDENTIAL_KINDS}
         for word in sorted(credentials.union(self.secrets) - {""}, key=len, reverse=True):
@@ -758,7 +759,7 @@ class _Connection:
             return False
         self.sock.setblocking(False)
         try:
-            return self._reader.read(1) is None  # bytes are left over, and no bytes are the end
+            return self._reader.read(1) is None  # a byte would be left over from an answer, b"" would be the end
         except OSError as error:
             return type(error).__name__ == "SSLWantReadError"  # TLS says so that there is nothing to read
 
@@ -1197,8 +1198,8 @@ class _Transport:
     def _connect(self, request: _Request) -> _Connection:
         proxy = _proxy_for(request.origin)
         if proxy:
-            sent = _proxy_headers(proxy).get("Proxy-Authorization", "")
-            request.secrets += (sent.partition(" ")[2], unquote(proxy.password or ""))
+            authorization = _proxy_headers(proxy).get("Proxy-Authorization", "")
+            request.secrets += (authorization.partition(" ")[2], unquote(proxy.password or ""))
         tls = None
         try:
             if request.origin.startswith("https:"):
