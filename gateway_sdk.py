@@ -578,6 +578,13 @@ def _spellings(character: str) -> str:
     return f"(?i:{'|'.join(map(re.escape, spellings))}|&#?[a-z0-9]+;)"
 
 
+def _mask_query(word: re.Match[str]) -> str:
+    """A word without the query of the URL in it, which may be presigned."""
+    before, http, url = word[0].partition("http")
+    address, _, query = url.partition("?")
+    return f"{before}{http}{address}?***" if query else word[0]
+
+
 @dataclass
 class _Request:
     """All that is sent, and how it may be treated. As text it shows no query and no header."""
@@ -608,8 +615,7 @@ class _Request:
 
     def redact(self, text: str) -> str:
         """`text` without the credential, secrets and the queries of URLs."""
-        # What follows a question mark without a blank is taken for the query of a URL.
-        text = re.sub(r"(?<=[^\s<])\?[\w%][^\s\"'<>]*", "?***", text)
+        text = re.sub(r"[^\s\"'<>]+", _mask_query, text)
         credentials = {self.headers.get(name, "").rpartition("Bearer ")[2] for name in _CREDENTIAL_KINDS}
         for word in sorted(credentials.union(self.secrets) - {""}, key=len, reverse=True):
             # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
@@ -1064,7 +1070,8 @@ def _status_error(response: _Response) -> GatewayError:
     elif request.to_gateway and no_such_path:
         remedy = "This gateway has no such endpoint. Is base_url right? Does it take this kind of credential?"
     elif status < 400:
-        message = f"a redirect to {response.headers.get('Location', 'nowhere')}, which is not followed."
+        address = response.headers.get("Location", "nowhere").partition("?")[0]
+        message = f"a redirect to {address}, which is not followed."
         remedy = "Is base_url right?" if request.to_gateway else ""
     message = request.redact(f"{request} answered {status}: {message or response.reason}")
     lines = [message, remedy, str(fields.get("instructions") or "")]
