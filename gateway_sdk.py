@@ -1207,15 +1207,13 @@ class _Transport:
         if proxy:
             authorization = _proxy_headers(proxy).get("Proxy-Authorization", "")
             request.secrets += (authorization.partition(" ")[2], unquote(proxy.password or ""))
-        tls = None
+        https = request.origin.startswith("https:")
         try:
-            if request.origin.startswith("https:"):
-                if not self._tls:
-                    import ssl  # there are Pythons without it; they can do http
+            if https and not self._tls:
+                import ssl  # there are Pythons without it; they can do http
 
-                    self._tls = ssl.create_default_context()  # dear: once a client
-                tls = self._tls
-            return _Connection(request.origin, request.timeout, tls, proxy)
+                self._tls = ssl.create_default_context()  # dear: once a client
+            return _Connection(request.origin, request.timeout, self._tls if https else None, proxy)
         except ImportError as error:
             raise GatewayError("https needs Python's ssl module, which is missing here.") from error
         except (*_WIRE_FAULTS, ValueError) as error:  # a host or a port that there cannot be
