@@ -1230,6 +1230,7 @@ def test_https_goes_through_a_tunnel(
 @pytest.mark.parametrize(
     ("proxy", "said"),
     [("socks5://user:hush@proxy.example:1080", "(?i)http_proxy"),
+     ("http://user:hush/hush@proxy.example:1080", "(?i)http_proxy.*percent-encoded"),
      ("http://user:hush%2Dhush@127.0.0.1:{repeating}", "who is"),
      ("http://user:hush@127.0.0.1:{refusing}", "gateway.invalid through the proxy 127.0.0.1:{refusing}")],
 )  # fmt: skip
