@@ -855,8 +855,9 @@ class _Pool:
 
     def _evict(self) -> None:
         for idle in list(self._idle.values()):
+            # Another thread may take the last one at any moment: hence not idle[0].
             while len(idle) > self._limit or any(oldest.is_stale() for oldest in idle[:1]):
-                with suppress(IndexError):  # another thread took the last one
+                with suppress(IndexError):
                     idle.pop(0).close()
 
 
