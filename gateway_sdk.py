@@ -1576,6 +1576,10 @@ class _Batch:
                 index, result = self._arrived.get()
                 results[index] = result
                 on_result(index, result)
+        except KeyboardInterrupt:
+            while not self._arrived.empty():  # what has arrived was paid for
+                on_result(*self._arrived.get())
+            raise
         finally:
             self._waiting.clear()  # at once and in one step, whatever interrupts what follows
             self._cancel_futures()
