@@ -644,16 +644,18 @@ def _wire_error(request: _Request, error: BaseException, doing: str, *, connecte
     error_class, reason = ServiceUnavailableError, str(error) or type(error).__name__
     backoff_seconds: float | None = _BACKOFF_BASE_SECONDS if connected else _CONNECT_BACKOFF_BASE_SECONDS
     may_have_run = connected and not request.idempotent
-    advice = "" if connected else _tls_advice(error)
+    timed_out = isinstance(error, (socket.timeout, TimeoutError))
+    refusal = "" if connected else _tls_advice(error)
+    advice = refusal
     if may_have_run:
         advice = "It may have run all the same, so it was not sent again."
-    if advice:  # to send it again would do harm, or no good
-        backoff_seconds = None
-    elif not connected and request.to_gateway:
+    elif not connected and not refusal and request.to_gateway:
         advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
-    if isinstance(error, (socket.timeout, TimeoutError)):
-        error_class, reason, backoff_seconds = GatewayTimeoutError, f"nothing for {request.timeout} s", None
+    if timed_out:
+        error_class, reason = GatewayTimeoutError, f"nothing for {request.timeout} s"
         advice += "\nA larger timeout= waits longer."
+    if may_have_run or timed_out or refusal:
+        backoff_seconds = None
     message = request.redact(f"{request}: {doing}: {reason}\n{advice}".strip())
     wire_error = error_class._create(message, {}, may_have_run=may_have_run, _backoff_seconds=backoff_seconds)
     # `http.client` quotes a bad status line or chunk size; if a secret is in it, the cause must not be shown.
