@@ -38,6 +38,7 @@ import pickle
 import queue
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -5051,6 +5052,7 @@ def cli(gateway: LocalGateway, monkeypatch: Any, capsys: Any, tmp_path: Path) ->
     Given `replies`, it runs against a `Script` of these.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GATEWAY_BASE_URL", gateway.base_url)
     monkeypatch.setenv("X_INTERNAL_TOKEN", gateway.internal_token)
     for name in ("a.txt", "b.txt"):
         Path(name).write_text(f"this is\n{name}\n")
@@ -5058,13 +5060,13 @@ def cli(gateway: LocalGateway, monkeypatch: Any, capsys: Any, tmp_path: Path) ->
     def run(*arguments: Any, stdin: Any = b"", replies: Any = None) -> Ended:
         content = stdin if isinstance(stdin, bytes) else stdin.encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "latin-1"))
-        with contextlib.ExitStack() as stack:
-            server = stack.enter_context(Script(*replies)) if replies else None
-            monkeypatch.setenv("GATEWAY_BASE_URL", server.url if server else gateway.base_url)
-            try:
-                status = gateway_sdk.main(list(arguments))
-            except SystemExit as stop:
-                status = stop.code
+        if replies:
+            with Script(*replies) as server:
+                return run("--base-url", server.url, *arguments, stdin=stdin)
+        try:
+            status = gateway_sdk.main(list(arguments))
+        except SystemExit as stop:
+            status = stop.code
         return Ended(status, *capsys.readouterr())
 
     return run
@@ -5737,16 +5739,15 @@ def blocks_of(name: str) -> list[tuple[str, str, int]]:
     return [block for block in blocks if block[0] != "text"]
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_every_block_of_the_readme_works(name: str, cli: Any, shell: Any, capsys: Any, caplog: Any) -> None:
+def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, caplog: Any) -> None:
     caplog.set_level(logging.NOTSET, "gateway_sdk")  # which is undone at the end, whatever a block sets
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for language, code, line in blocks_of(name):
+    for language, code, line in blocks_of("README.md"):
         if language == "python":
-            exec(compile("\n" * line + code, name, "exec"), namespace)
+            exec(compile("\n" * line + code, "README.md", "exec"), namespace)
             continue
         ended = shell(code, ROOT) if re.search("python3? examples/", code) else shell(code)
-        assert (ended.status, ended.out != "") == (0, True), f"{name}:{line}: {ended.err}"
+        assert (ended.status, ended.out != "") == (0, True), f"line {line}: {ended.err}"
     namespace["client"].close()
     out, err = capsys.readouterr()
     assert "'words': 2" in out
@@ -5754,18 +5755,11 @@ def test_every_block_of_the_readme_works(name: str, cli: Any, shell: Any, capsys
     assert (namespace["batch"].all_success(), namespace["result"].is_success()) == (True, True)
 
 
-class _WithoutTexts(ast.NodeTransformer):
-    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
-        return ast.Constant("" if isinstance(node.value, str) else node.value)
+def test_the_readmes_have_the_same_code_apart_from_comments() -> None:
+    def without_comments(language: str, code: str, _: int) -> str:
+        return ast.dump(ast.parse(code)) if language == "python" else re.sub(r"(?<!\S)#.*", "", code)
 
-
-def test_the_readmes_have_the_same_code_apart_from_comments_and_texts() -> None:
-    def bare(language: str, code: str, _: int) -> str:
-        if language == "python":
-            return ast.dump(_WithoutTexts().visit(ast.parse(code)))
-        return re.sub(r"""'[^']*'|"[^"]*"|(?<!\S)#.*""", "", code)
-
-    english, chinese = ([bare(*block) for block in blocks_of(name)] for name in READMES)
+    english, chinese = ([without_comments(*block) for block in blocks_of(name)] for name in READMES)
     assert english == chinese
 
 
@@ -5826,15 +5820,9 @@ PRINTED = "1\nTrue\n"
 def test_it_runs_in_any_way_and_needs_nothing_of_the_environment(gateway: LocalGateway, lone: Path, way: str) -> None:
     needed = {"GATEWAY_BASE_URL", "X_INTERNAL_TOKEN", "SYSTEMROOT"}  # no HOME, no PATH
     little = {name: value for name, value in environment_for(gateway).items() if name in needed}
-    command = [sys.executable, "-B", *way.replace("FILE", lone.name).split()]
-
-    def end(*arguments: str) -> Ended:
-        done = subprocess.run([*command, *arguments], cwd=str(lone.parent), env=little, capture_output=True,
-                              text=True, encoding="utf-8", timeout=60, check=False)
-        return Ended(done.returncode, done.stdout, done.stderr)
-
-    assert end(*ECHO, "-d", '{"value": 1}').value == 1
-    assert "no-such" in end("spec", "no-such").error()
+    command = [sys.executable, "-B", *way.replace("FILE", lone.name).split(), *ECHO, "-d", '{"value": 1}']
+    done = subprocess.run(command, cwd=str(lone.parent), env=little, capture_output=True, encoding="utf-8", timeout=60)
+    assert Ended(done.returncode, done.stdout, done.stderr).value == 1
 
 
 @pytest.mark.parametrize(("name", "place"), [
@@ -5954,34 +5942,30 @@ EXPECTED_LINES = {
 }
 
 
-def run_example(name: str, gateway: LocalGateway | None, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs an example from another folder, as a user would; the folder must stay empty."""
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    if gateway and name == "third_party":  # this one is not an agent
-        environment.update({"GATEWAY_BASE_URL": gateway.base_url, "AGENT_BUILDER_API_KEY": gateway.api_key})
-    elif gateway:
-        environment = environment_for(gateway, PYTHONIOENCODING="utf-8")
-    command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{name}.py")]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="utf-8",
-                          timeout=60, check=False)
-    assert list(folder.iterdir()) == []
-    return done
+def environment_of_example(name: str, gateway: LocalGateway) -> dict[str, str]:
+    if name == "third_party":  # this one is not an agent
+        return {"GATEWAY_BASE_URL": gateway.base_url, "AGENT_BUILDER_API_KEY": gateway.api_key}
+    return {"GATEWAY_BASE_URL": gateway.base_url, "X_INTERNAL_TOKEN": gateway.internal_token}
 
 
-# Those of the last line start a gateway of their own, each for another credential; the others do it like the first.
 @pytest.mark.parametrize(("example", "runs_already"), [
     *((name, True) for name in EXPECTED_LINES if name != "distributed_batch"),
     pytest.param("distributed_batch", True, marks=cpython_only),  # PyPy 7.3.11 has a process pool that cannot start
-    ("basic_usage", False), ("file_operations", False), ("third_party", False),
+    ("file_operations", False), ("third_party", False),  # with a gateway of their own, each for another credential
 ])
 def test_an_example_shows_what_it_promises(
         example: str, runs_already: bool, gateway: LocalGateway, tmp_path: Path) -> None:
     with client_of(gateway) as client, contextlib.suppress(GatewayError):
         client.delete_secret("vault", "SIGNING_KEY")  # which another test may have left
     requests, executed = len(gateway.requests), len(gateway.executed)
-    done = run_example(example, gateway if runs_already else None, tmp_path)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    if runs_already:
+        environment.update(environment_of_example(example, gateway))
+    command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{example}.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" or example == "distributed_batch"  # Dask has warnings of its own
+    assert list(tmp_path.iterdir()) == []
     for line in EXPECTED_LINES[example]:
         assert re.search(f"(?m)^{line}$", done.stdout.replace("\r", "\n")), (line, done.stdout)
     assert (len(gateway.requests) > requests) == runs_already
@@ -5991,14 +5975,18 @@ def test_an_example_shows_what_it_promises(
         assert secret not in done.stdout
 
 
-@pytest.mark.parametrize("example", [
-    *list(EXPECTED_LINES)[:-1], pytest.param("distributed_batch", marks=cpython_only)])
-def test_an_example_fails_loudly(example: str, tmp_path: Path) -> None:
-    with LocalGateway() as gateway:
-        gateway.quota = 0
-        done = run_example(example, gateway, tmp_path)
-    assert done.returncode != 0
-    assert "quota" in done.stderr
+@pytest.mark.parametrize("example", EXPECTED_LINES)
+def test_an_example_fails_loudly(example: str, gateway: LocalGateway, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setattr(gateway, "quota", 0)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.chdir(tmp_path)
+    for name, value in environment_of_example(example, gateway).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((GatewayError, SystemExit), match="quota"), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        if example == "distributed_batch":  # a pool of processes takes its time, and fails no louder
+            importlib.import_module(example).count_words(GatewayClient.from_env(), pool, "a thread")
+        else:
+            runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
 
 
 # --- The agent with FastAPI -----------------------------------------------------------------------
@@ -6168,24 +6156,16 @@ def len_of(text: str) -> int:
     return len(text)
 
 
-def refuse_secret(secrets: dict[str, str], text: str) -> None:
-    raise AssertionError("it must not run")
-
-
-def raise_error(text: str) -> None:
-    raise RuntimeError("out of order")
-
-
 @needs_fastapi
 @pytest.mark.parametrize(("function", "token", "path", "status", "error"), [
     (len_of, "", "/statistics", 401, None),
     (len_of, "stranger", "/statistics", 401, "AuthenticationError"),
     (len_of, "stranger", "/words", 401, "AuthenticationError"),
     (len_of, "an API key's", "/inspect", 403, "AgentContextRequiredError"),
-    (refuse_secret, None, "/statistics", 409, "MissingSecretError"),
+    (lambda secrets, text: None, None, "/statistics", 409, "MissingSecretError"),
     (lambda text, more: None, None, "/statistics", 422, "ValidationError"),
     ("over the quota", None, "/statistics", 429, "QuotaExceededError"),
-    (raise_error, None, "/statistics", 503, "ServiceUnavailableError"),
+    (lambda text: 1 / 0, None, "/statistics", 503, "ServiceUnavailableError"),
     (None, None, "/statistics", 502, "PrefabNotFoundError"),
 ])
 def test_the_agent_answers_errors_with_a_fitting_status(
@@ -6194,8 +6174,9 @@ def test_the_agent_answers_errors_with_a_fitting_status(
     if function == "over the quota":
         monkeypatch.setattr(agent.gateway, "quota", 0)
         function = len_of
+    secrets = ["KEY"] if error == "MissingSecretError" else []
     functions = {"statistics": function, "words": function} if function else {"other": len_of}
-    agent.gateway.add_prefab("text-tools", "1.1.0", functions, secrets=["KEY"] if function is refuse_secret else [])
+    agent.gateway.add_prefab("text-tools", "1.1.0", functions, secrets=secrets)
     if token == "an API key's":
         exchanging = GatewayClient.from_api_key(agent.gateway.api_key, agent.gateway.base_url)
         token = exchanging._transport.credential["X-Internal-Token"]
@@ -6213,13 +6194,15 @@ def test_the_agent_tells_a_timeout_from_other_faults() -> None:
 
 @needs_fastapi
 def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
-    with Script(HangUp(chunked(event("content", "half"), end=False))) as server:
-        server.internal_token = TOKEN  # type: ignore[attr-defined]
-        with Agent(server) as agent, agent.post("/words", {"text": "a"}) as response:
-            assert read_event(response)["data"] == "half"
-            broken = read_event(response)
-            assert (broken["type"], broken["data"]["type"]) == ("error", "ServiceUnavailableError")
-            assert response.read() == b""
+    import fastapi_agent
+
+    async def read(stream: EventStream) -> list[Any]:
+        return [json.loads(text[6:]) async for text in fastapi_agent.server_sent_events(stream)]
+
+    with Script(HangUp(HEAD + chunk(event("content", "half")))) as server, client_of(server) as client:
+        half, broken = asyncio.run(read(run(client, stream=True)))
+    assert half["data"] == "half"
+    assert (broken["type"], broken["data"]["type"]) == ("error", "ServiceUnavailableError")
 
 
 @needs_fastapi
