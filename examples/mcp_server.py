@@ -21,18 +21,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
 import shlex
-import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,23 +41,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where gateway_sd
 import local_gateway
 
 import gateway_sdk
-from gateway_sdk import (
-    CallStatus,
-    EventStream,
-    GatewayClient,
-    GatewayError,
-    MissingSecretError,
-    PrefabResult,
-    StreamEventType,
-    ValidationError,
-)
+from gateway_sdk import EventStream, GatewayClient, GatewayError, MissingSecretError, PrefabResult, ValidationError
 
 CALL_SECONDS = 600.0  # functions take minutes, and an agent that has enough of one can cancel it
 SPECS_AT_ONCE = 8
 MAX_DESCRIPTION_CHARACTERS = 1024  # the limit of some APIs of language models
 MAX_DEPTH = 100  # of what is sent: `mcp` fails where objects are nested about twice as deep
+FILE_HINT = "A file is a local path, which is uploaded first, or an s3:// URL."
 
 Json = dict[str, Any]
+Report = Callable[[str], Awaitable[None]]  # takes the text of an event
 
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -94,10 +87,10 @@ def error_message(error: Exception) -> str:
     return str(sendable(message))
 
 
-# --- Schemas --------------------------------------------------------------------------------------
+# --- Tools ----------------------------------------------------------------------------------------
 
 # What manifests call the types, and what JSON Schema calls them.
-JSON_TYPES: Mapping[str, str] = {
+JSON_TYPES = {
     **{name: name for name in ("string", "integer", "number", "boolean", "array", "object", "null")},
     "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object",
     "InputFile": "string", "OutputFile": "string",
@@ -122,7 +115,7 @@ def schema_of(entry: Json) -> Json:
     return schema
 
 
-def object_schema(fields: Mapping[str, Json], *, default_required: bool) -> Json:
+def object_schema(fields: dict[str, Json], *, default_required: bool) -> Json:
     """The JSON Schema of an object with these fields, each of which may say whether it is `required`."""
     schema: Json = {"type": "object", "properties": {name: schema_of(field) for name, field in fields.items()}}
     required = []
@@ -140,9 +133,6 @@ def is_file(entry: Json, kind: str) -> bool:
     return kind in (entry.get("type"), (entry.get("items") or {}).get("type"))
 
 
-# --- Tools ----------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Tool:
     """A function of a prefab, as a language model sees it and as it is called."""
@@ -155,7 +145,6 @@ class Tool:
     function: str
     streaming: bool
     file_parameters: list[str]  # whose value is the URL of a file, or an array of them
-    output_fields: list[str]  # of the function's result, which are URLs of files
     file_arguments: dict[str, str] = dataclasses.field(default_factory=dict)  # to the name in the call's `files`
     any_files: str = ""  # the argument for files by name, where only the description speaks of files
 
@@ -166,8 +155,8 @@ def tool_name(prefab_id: str, function: str, version: str = "") -> str:
     What does not fit into `prefab__function` is cut and has a digest, but no `__`, at its end.
     """
     plain = f"{prefab_id}__{function}"
-    fits = re.fullmatch("[A-Za-z0-9_-]{1,64}", plain) and plain.split("__") == [prefab_id, function]
-    if fits and not version:
+    is_unique = plain.split("__") == [prefab_id, function] and not version
+    if is_unique and re.fullmatch("[A-Za-z0-9_-]{1,64}", plain):
         return plain
     digest = hashlib.sha256(json.dumps([prefab_id, function, version]).encode()).hexdigest()[:10]
     words = re.sub("[^A-Za-z0-9-]+", "_", f"{prefab_id}_{version}_{function}").strip("_")
@@ -175,31 +164,27 @@ def tool_name(prefab_id: str, function: str, version: str = "") -> str:
 
 
 def make_tool(spec: Json, function: Json, *, pinned: bool) -> Tool:
+    """The tool for a function of a spec. `pinned`: its version is a part of its name."""
     prefab_id, version, name = spec["id"], spec["version"], function["name"]
     about = f"{function.get('description') or name}\n\nPrefab {prefab_id} {version}. {spec.get('description') or ''}"
     parameters = {entry["name"]: entry for entry in function.get("parameters") or ()}
-    returned = (function.get("returns") or {}).get("properties") or {}
-    schema = {**object_schema(parameters, default_required=True), "additionalProperties": False}
     tool = Tool(
-        tool_name(prefab_id, name, version if pinned else ""), about.strip()[:MAX_DESCRIPTION_CHARACTERS], schema,
+        tool_name(prefab_id, name, version if pinned else ""), about.strip()[:MAX_DESCRIPTION_CHARACTERS],
+        {**object_schema(parameters, default_required=True), "additionalProperties": False},
         prefab_id, version, name, streaming=bool(function.get("streaming")),
         file_parameters=[key for key, entry in parameters.items() if is_file(entry, "InputFile")],
-        output_fields=[key for key, entry in returned.items() if is_file(entry, "OutputFile")],
     )
-    for key in tool.file_parameters:
-        add_hint(schema["properties"][key])
-    add_files(tool, function.get("files"))
+    add_file_arguments(tool, function.get("files"))
     return tool
 
 
-def add_files(tool: Tool, files: Mapping[str, Json] | None) -> None:
-    """Adds an argument for each of the spec's input files."""
+def add_file_arguments(tool: Tool, files: dict[str, Json] | None) -> None:
+    """Adds an argument for each input file of the spec, and says of all that take files what a file is."""
     properties = tool.schema["properties"]
     for key, entry in (files or {}).items():
         if not is_file(entry, "OutputFile"):
             argument = f"{key}_files" if key in properties else key
             properties[argument] = schema_of({**entry, "type": "array", "items": {"type": "InputFile"}})
-            add_hint(properties[argument])
             tool.file_arguments[argument] = key
             if entry.get("required"):
                 tool.schema.setdefault("required", []).append(argument)
@@ -208,12 +193,9 @@ def add_files(tool: Tool, files: Mapping[str, Json] | None) -> None:
         lists = {"type": "array", "items": {"type": "string"}}
         properties[tool.any_files] = {"type": "object", "additionalProperties": lists,
                                       "description": "Input files by name, if the function takes any."}
-        add_hint(properties[tool.any_files])
-
-
-def add_hint(schema: Json) -> None:
-    hint = "A file is a local path, which is uploaded first, or an s3:// URL."
-    schema["description"] = f"{schema.get('description') or ''} {hint}".strip()
+    for argument in filter(None, [*tool.file_parameters, *tool.file_arguments, tool.any_files]):
+        description = properties[argument].get("description", "")
+        properties[argument]["description"] = f"{description} {FILE_HINT}".strip()
 
 
 async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -227,7 +209,7 @@ async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it is waited for
             outcome.set_exception(error)
 
-    threading.Thread(target=run, name=f"mcp_server {function.__name__}", daemon=True).start()
+    threading.Thread(target=run, name="mcp_server", daemon=True).start()
     return await asyncio.wrap_future(outcome)
 
 
@@ -257,40 +239,36 @@ async def load_tools(client: GatewayClient, wanted: Sequence[str]) -> dict[str, 
     return {tool.name: tool for tools in loaded for tool in tools}
 
 
-# --- Results --------------------------------------------------------------------------------------
-
-
-def as_block(value: Any) -> Json:
-    return {"type": "text", "text": as_text(value)}
+# --- Calls ----------------------------------------------------------------------------------------
 
 
 def make_answer(value: Any, files: Sequence[Json] = (), problem: str = "") -> Json:
     """What MCP gives as the result of a call: text blocks, structured content, and links to files."""
+    texts = [problem] if problem else []
     structured = value if isinstance(value, dict) else {"result": value}
-    content = [as_block(value)]
-    if problem:
-        content = [as_block(problem), as_block(value)] if value else [as_block(problem)]
+    if value or not problem:
+        texts.append(as_text(value))
     if files:
+        texts.append(as_text({"output_files": files}))
         structured = {**structured, "output_files": files}
-        content.append(as_block({"output_files": files}))
-        content += [as_link(file) for file in files if "uri" in file]
+    content: list[Json] = [{"type": "text", "text": text} for text in texts]
+    for file in files:
+        if "uri" in file:
+            about = f"Output file {file['name']}: {file['s3_url']}"
+            name = file["s3_url"].rpartition("/")[2]
+            content.append({"type": "resource_link", "name": name, "uri": file["uri"], "description": about})
     answer = {"content": content, "isError": bool(problem)}
     if (value or not problem) and not is_deep(structured):  # the text has it anyway
         answer["structuredContent"] = structured
     return dict(sendable(answer))
 
 
-def as_link(file: Json) -> Json:
-    return {"type": "resource_link", "name": file["s3_url"].rpartition("/")[2], "uri": file["uri"],
-            "description": f"Output file {file['name']}: {file['s3_url']}"}
-
-
 def problem_of(result: PrefabResult) -> str:
     """Why a call failed, or why its function says that it did; nothing if all went well."""
-    value = result.get_function_result()
     if not result.is_success():
         error = result.error or {}
         return as_text(error.get("message") or error or f"The call ended as {result.status}.")
+    value = result.get_function_result()
     if not isinstance(value, dict) or value.get("success") is not False:
         return ""
     message = as_text(value.get("error") or value.get("message") or "The function reports a failure.")
@@ -304,123 +282,85 @@ def new_path(folder: Path, s3_url: str) -> Path:
     path, number = folder / name, 1
     while True:
         try:
-            path.touch(exist_ok=False)
+            path.touch(exist_ok=False)  # and not `exists()`: another call may save such a file at the same time
+            return path
         except FileExistsError:
             number += 1
             path = folder / f"{number}-{name}"
-        else:
-            return path
 
 
-# --- Calls ----------------------------------------------------------------------------------------
-
-Report = Callable[[int, str], Awaitable[None]]  # number and text of an event
-
-
-class UnknownToolError(Exception):
-    """There is no such tool."""
-
-
-class Prefabs:
-    """The tools of a gateway, and their calls: all that is not MCP."""
-
-    def __init__(self, client: GatewayClient, wanted: Sequence[str] = (), folder: str | None = None,
-                 timeout: float = CALL_SECONDS) -> None:
-        self._client = client
-        self._wanted = wanted
-        self._folder = Path(folder).resolve() if folder else None
-        self._timeout = timeout
-        self._tools: dict[str, Tool] = {}
-
-    async def list_tools(self) -> list[Tool]:
-        """The tools as they are now."""
-        self._tools = await load_tools(self._client, self._wanted)
-        return list(self._tools.values())
-
-    async def call_tool(self, name: str, arguments: Json, report: Report) -> Json:
-        """The answer of a tool. The events of a stream are reported as they come."""
-        if name not in self._tools:
-            await self.list_tools()
-        if name not in self._tools:
-            raise UnknownToolError(f"Unknown tool: {name}")
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[str | None] = asyncio.Queue()
-        call = Call(self._client, self._tools[name], self._folder, self._timeout,
-                    on_event=lambda text: loop.call_soon_threadsafe(events.put_nowait, text))
-        task = asyncio.ensure_future(in_thread(call.run, arguments))
-        task.add_done_callback(lambda _: events.put_nowait(None))
-        number = 0
+async def read_stream(stream: EventStream, report: Report) -> PrefabResult:
+    """The result of a stream's events, each of which is reported as it comes."""
+    contents: list[Any] = []
+    error: Json | None = None
+    last: Json = {}
+    with stream:  # also if the client cancels the call: closing the stream ends the wait for its next event
         try:
-            while (text := await events.get()) is not None:
-                number += 1
-                await report(number, sendable(text))
-            return dict(task.result())
-        finally:  # also if the client cancels the call or goes away
-            call.cancel()
-            task.cancel()
+            while event := await in_thread(next, stream, None):
+                if event.type in ("content", "progress"):
+                    await report(sendable(as_text(event.data)))
+                if event.type == "content":
+                    contents.append(event.data)
+                elif event.type == "error":
+                    error = event.data if isinstance(event.data, dict) else {"message": event.data}
+                elif event.type == "done" and isinstance(event.data, dict):
+                    last = event.data
+        except GatewayError as broken:
+            error = {"message": broken.message}
+    files = last.pop("files", None)
+    value: Any = contents or last
+    if all(isinstance(content, str) for content in contents) and not (last and not contents):
+        value = "".join(contents)
+    status = "FAILED" if error else "SUCCESS"
+    return PrefabResult(status, {"status": status, "output": value, "files": files}, error)
 
 
 @dataclasses.dataclass
-class Call:
-    """One call: runs in a thread, and may be cancelled by another."""
+class Prefabs:
+    """The tools of a gateway, and their calls: all that is not MCP."""
 
     client: GatewayClient
-    tool: Tool
-    folder: Path | None  # for output files
-    timeout: float
-    on_event: Callable[[str], object]
-    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
-    stream: EventStream | None = None
-    cancelled: bool = False
+    wanted: Sequence[str] = ()  # all if there are none
+    folder: Path | None = None  # for output files
+    timeout: float = CALL_SECONDS
+    tools: dict[str, Tool] = dataclasses.field(default_factory=dict)
 
-    def cancel(self) -> None:
-        """Closes the stream; nothing more is sent. No harm to a call that has ended."""
-        with self.lock:
-            self.cancelled = True
-            if self.stream:
-                self.stream.close()
+    async def list_tools(self) -> list[Tool]:
+        """The tools as they are now."""
+        self.tools = await load_tools(self.client, self.wanted)
+        return list(self.tools.values())
 
-    def run(self, arguments: Json) -> Json:
-        """The answer. Never raises: whatever goes wrong is the answer."""
+    async def call_tool(self, name: str, arguments: Json, report: Report) -> Json:
+        """The answer of a tool. Whatever goes wrong is an answer too."""
         try:
-            self._check(arguments)
-            result = self._send(arguments)
-            value, problem = result.get_function_result(), problem_of(result)
-            files = [self._get_file(name, url) for name, url in self._output_urls(result)]
-            return make_answer(value, files, problem)
+            if name not in self.tools:
+                await self.list_tools()
+            if name not in self.tools:
+                raise ValidationError(f"Unknown tool: {name}")
+            tool = self.tools[name]
+            parameters, files = await in_thread(self._upload, tool, arguments)
+            run = partial(self.client.run, stream=tool.streaming, timeout=self.timeout)
+            result = await in_thread(run, tool.prefab_id, tool.version, tool.function, parameters, files)
+            if tool.streaming:
+                result = await read_stream(result, report)
+            return dict(await in_thread(self._answer, result))
         except Exception as error:  # noqa: BLE001 - it must not cost the other calls
             return make_answer(None, problem=error_message(error))
 
-    def _check(self, arguments: Json) -> None:
-        name, schema = self.tool.name, self.tool.schema
-        missing = [key for key in schema.get("required", ()) if key not in arguments]
-        unknown = [key for key in arguments if key not in schema["properties"]]
-        if missing:
-            raise ValidationError(f"{name} needs the argument {', '.join(missing)}.")
-        if unknown:
-            taken = ", ".join(schema["properties"]) or "none"
-            raise ValidationError(f"{name} has no argument {', '.join(unknown)}. It takes: {taken}.")
-
-    def _send(self, arguments: Json) -> PrefabResult:
-        parameters, files = self._upload(arguments)
-        if self.cancelled:
-            raise GatewayError("Cancelled before it was sent.")
-        call = (self.tool.prefab_id, self.tool.version, self.tool.function, parameters, files)
-        if self.tool.streaming:
-            return self._read(self.client.run(*call, stream=True, timeout=self.timeout))
-        return self.client.run(*call, timeout=self.timeout)
-
-    def _upload(self, arguments: Json) -> tuple[Json, dict[str, list[str]]]:
-        """The parameters and files of the call: local files are uploaded first."""
+    def _upload(self, tool: Tool, arguments: Json) -> tuple[Json, dict[str, list[str]]]:
+        """The parameters and files of a call: local files are uploaded first."""
         parameters: Json = {}
         files: dict[str, list[str]] = {}
         for name, value in arguments.items():
-            if name in self.tool.file_arguments:
-                files[self.tool.file_arguments[name]] = self._urls(name, value)
-            elif name in self.tool.file_parameters:
+            if name not in tool.schema["properties"]:
+                taken = ", ".join(tool.schema["properties"]) or "none"
+                raise ValidationError(f"{tool.name} has no argument {name}. It takes: {taken}.")
+            if name in tool.file_arguments:
+                files[tool.file_arguments[name]] = self._urls(name, value)
+            elif name in tool.file_parameters:
                 urls = self._urls(name, value)
                 parameters[name] = urls[0] if isinstance(value, str) else urls
-            elif name != self.tool.any_files:
+            elif name != tool.any_files:
                 parameters[name] = value
             elif isinstance(value, dict):
                 files.update({key: self._urls(key, paths) for key, paths in value.items()})
@@ -436,43 +376,9 @@ class Call:
         return [path if path.startswith("s3://") else self.client.upload_input_file(Path(path).expanduser())
                 for path in paths]
 
-    def _read(self, stream: EventStream) -> PrefabResult:
-        """The result of a stream's events, each of which is reported as it comes."""
-        contents: list[Any] = []
-        error: Json | None = None
-        last: Any = None
-        with self.lock:
-            self.stream = stream
-            if self.cancelled:
-                stream.close()
-        try:
-            with stream:
-                for event in stream:
-                    if event.type in (StreamEventType.CONTENT, StreamEventType.PROGRESS):
-                        self.on_event(as_text(event.data))
-                    if event.type == StreamEventType.CONTENT:
-                        contents.append(event.data)
-                    elif event.type == StreamEventType.ERROR:
-                        error = event.data if isinstance(event.data, dict) else {"message": event.data}
-                    elif event.type == StreamEventType.DONE:
-                        last = event.data
-        except GatewayError as broken:
-            error = {"message": broken.message}
-        files = last.pop("files", None) if isinstance(last, dict) else None
-        value: Any = "".join(contents) if all(isinstance(content, str) for content in contents) else contents
-        if not contents and isinstance(last, dict):
-            value = last
-        status = CallStatus.SUCCESS if error is None else CallStatus.FAILED
-        return PrefabResult(status, {"status": str(status), "output": value, "files": files}, error)
-
-    def _output_urls(self, result: PrefabResult) -> list[tuple[str, str]]:
-        """Names and `s3://` URLs of the output files. Older gateways put them into the function's result."""
-        found = [(name, url) for name, urls in result.get_files().items() for url in urls]
-        value = result.get_function_result()
-        if isinstance(value, dict):
-            found += [(name, value[name]) for name in self.tool.output_fields
-                      if str(value.get(name)).startswith("s3://")]
-        return found
+    def _answer(self, result: PrefabResult) -> Json:
+        files = [self._get_file(name, url) for name, urls in result.get_files().items() for url in urls]
+        return make_answer(result.get_function_result(), files, problem_of(result))
 
     def _get_file(self, name: str, s3_url: str) -> Json:
         """A file's URI: a link, or that of its copy. If there is none, the error: the result was paid for."""
@@ -495,70 +401,56 @@ class Call:
 
 
 def make_server(prefabs: Prefabs) -> Any:
-    """A server of mcp 1 or mcp 2. What their handlers are given and give differs; what they do is the same."""
+    """A server of mcp 1 or mcp 2."""
     from mcp import types
     from mcp.server.lowlevel import Server
 
-    async def list_tools() -> Any:
+    async def list_tools(*_: Any) -> Any:
         try:
             tools = await prefabs.list_tools()
-        except (GatewayError, OSError) as error:
+        except GatewayError as error:
             return types.ErrorData(code=types.INTERNAL_ERROR, message=error_message(error))
         shown = [{"name": tool.name, "description": tool.description, "inputSchema": tool.schema} for tool in tools]
         return types.ListToolsResult.model_validate({"tools": shown})
 
-    async def call_tool(params: Any, report: Report) -> Any:
-        try:
-            answer = await prefabs.call_tool(params.name, params.arguments or {}, report)
-        except UnknownToolError as error:
-            return types.ErrorData(code=types.INVALID_PARAMS, message=str(error))
-        except (GatewayError, OSError) as error:
-            answer = make_answer(None, problem=error_message(error))
+    async def call_tool(context: Any, params: Any) -> Any:
+        numbers = itertools.count(1)
+
+        async def report(text: str) -> None:
+            progress = (next(numbers), None, text)
+            if is_mcp_2:
+                await context.session.report_progress(*progress)
+            elif context.meta and context.meta.progressToken is not None:
+                await context.session.send_progress_notification(context.meta.progressToken, *progress)
+
+        answer = await prefabs.call_tool(params.name, params.arguments or {}, report)
         return types.CallToolResult.model_validate(answer)
 
-    # mcp 2
+    def for_mcp_1(handler: Callable[..., Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+        async def handle(request: Any) -> Any:
+            result: Any = await handler(server.request_context, request.params)
+            wrap: Any = types.ServerResult
+            return result if isinstance(result, types.ErrorData) else wrap(result)
 
-    async def call_tool_2(context: Any, params: Any) -> Any:
-        return await call_tool(params, lambda n, text: context.session.report_progress(n, None, text))
-
-    # mcp 1
-
-    async def call_tool_1(request: Any) -> Any:
-        context = server.request_context
-        token = context.meta.progressToken if context.meta else None
-
-        async def report(number: int, text: str) -> None:
-            if token is not None:
-                await context.session.send_progress_notification(token, number, None, text)
-
-        return wrapped(await call_tool(request.params, report))
-
-    async def list_tools_1(_: Any) -> Any:
-        return wrapped(await list_tools())
-
-    def wrapped(result: Any) -> Any:
-        wrap: Any = types.ServerResult
-        return result if isinstance(result, types.ErrorData) else wrap(result)
+        return handle
 
     server: Any = Server("gateway", version=gateway_sdk.__version__)
-    if hasattr(server, "add_request_handler"):
-        server.add_request_handler("tools/list", types.PaginatedRequestParams, lambda *_: list_tools())
-        server.add_request_handler("tools/call", types.CallToolRequestParams, call_tool_2)
+    is_mcp_2 = hasattr(server, "add_request_handler")
+    if is_mcp_2:
+        server.add_request_handler("tools/list", types.PaginatedRequestParams, list_tools)
+        server.add_request_handler("tools/call", types.CallToolRequestParams, call_tool)
     else:
-        server.request_handlers.update({types.ListToolsRequest: list_tools_1, types.CallToolRequest: call_tool_1})
+        server.request_handlers[types.ListToolsRequest] = for_mcp_1(list_tools)
+        server.request_handlers[types.CallToolRequest] = for_mcp_1(call_tool)
     return server
 
 
 async def serve(prefabs: Prefabs, stdin: TextIO, stdout: TextIO) -> None:
-    """Serves one client until it closes our stdin, or until a signal cancels this task."""
+    """Serves one client until it closes our stdin."""
     import anyio
     from mcp.server.stdio import stdio_server
 
     server = make_server(prefabs)
-    this_task: Any = asyncio.current_task()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # on Windows
-            asyncio.get_running_loop().add_signal_handler(number, this_task.cancel)
     lines: Any = lines_of(stdin)
     with stdout:
         async with stdio_server(lines, anyio.wrap_file(stdout)) as (read_stream, write_stream):
@@ -566,19 +458,10 @@ async def serve(prefabs: Prefabs, stdin: TextIO, stdout: TextIO) -> None:
 
 
 async def lines_of(stdin: TextIO) -> AsyncIterator[str]:
-    """The lines of stdin, read by a daemon: a thread that waits for a line must not keep the process from ending."""
-    loop = asyncio.get_running_loop()
-    lines: asyncio.Queue[str] = asyncio.Queue()
-
-    def read() -> None:
-        with stdin, contextlib.suppress(RuntimeError):  # the loop is closed
-            for line in stdin:
-                loop.call_soon_threadsafe(lines.put_nowait, line)
-            loop.call_soon_threadsafe(lines.put_nowait, "")
-
-    threading.Thread(target=read, name="mcp_server stdin", daemon=True).start()
-    while line := await lines.get():
+    """The lines of stdin, read by daemons: a thread that waits for a line must not keep the process from ending."""
+    while line := await in_thread(stdin.readline):
         yield line
+    stdin.close()
 
 
 def take_stdio() -> tuple[TextIO, TextIO]:
@@ -604,20 +487,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.list and not importlib.util.find_spec("mcp"):
         note("serving needs the package mcp: pip install mcp (CPython 3.10 or newer)")
         return 1
+    folder = Path(options.save).resolve() if options.save else None
     try:
         with local_gateway.environment("agent"), GatewayClient.from_env() as client:
-            prefabs = Prefabs(client, options.prefab, options.save, options.timeout)
+            prefabs = Prefabs(client, options.prefab, folder, options.timeout)
             if options.list:
                 functions = [{"name": tool.name, "description": tool.description, "parameters": tool.schema}
                              for tool in asyncio.run(prefabs.list_tools())]
-                tools = [{"type": "function", "function": function} for function in functions]
-                print(json.dumps(tools, indent=2))
+                print(json.dumps([{"type": "function", "function": function} for function in functions], indent=2))
             else:
                 asyncio.run(serve(prefabs, *take_stdio()))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the client is gone
-        return 0
     except (GatewayError, OSError) as error:
         note(error_message(error))
         return 1
