@@ -5169,19 +5169,19 @@ def signature(key: str) -> str:
 # What is shown, and how
 
 
-@pytest.mark.parametrize(("line", "replies", "hint"), [
+@pytest.mark.parametrize(("line", "reply", "hint"), [
     ("run vault 1.0.0 sign -p text=t", None, "gateway-sdk secret set vault SIGNING_KEY"),
     ("run no-such 1 f", None, "gateway-sdk list"),
-    ("spec no-such", None, "no-such"),
-    ("ls", [answer({"detail": {"error_code": "MISSING_AGENT_CONTEXT"}}, 400)], "gateway-sdk upload --input"),
+    ("run text-tools 1.1.0 no-such", None, "gateway-sdk spec"),
+    ("ls", answer({"detail": {"error_code": "MISSING_AGENT_CONTEXT"}}, 400), "gateway-sdk upload --input"),
     ("download r.txt", None, "s3"),
-    ("run a 1 f --timeout 0.05", [Pause()], "--timeout"),
+    ("run a 1 f --timeout 0.05", Pause(), "--timeout"),
     ("list --base-url x", None, "--base-url"),
     ("list --base-url token-of-mine", None, "X_INTERNAL_TOKEN"),
-    ("list", [answer({"detail": "Not Found"}, 404)], "--base-url"),
+    ("list", answer({"detail": "Not Found"}, 404), "--base-url"),
 ])
-def test_hints_are_commands_and_options(cli: Any, line: str, replies: Any, hint: str) -> None:
-    ended = cli(*line.split(), replies=replies)
+def test_hints_are_commands_and_options(cli: Any, line: str, reply: Any, hint: str) -> None:
+    ended = cli(*line.split(), replies=[reply] if reply else ())
     assert hint in ended.err
     assert not re.search(r"client\.|[a-z_]+=|_file\(|base_url", ended.err), ended.err
 
@@ -5265,12 +5265,6 @@ def test_control_characters_of_a_gateway_do_not_reach_the_terminal(cli: Any, lin
 def test_a_pipe_gets_the_contents_of_a_stream_as_they_are(cli: Any) -> None:
     reply = chunked(event("content", f"a\tb\r\n{NASTY}"), event("done"))
     assert cli("run", "a", "1", "f", "--stream", replies=[reply]).out == f"a\tb\r\n{NASTY}\n"
-
-
-def test_several_messages_are_one_line(cli: Any) -> None:
-    problems = [{"loc": ["body", "calls", number], "msg": f"bad {number}", "type": "x"} for number in range(2)]
-    told = cli(*ECHO, replies=[answer({"detail": problems}, 422)]).error()
-    assert "422: body.calls.0: bad 0; body.calls.1: bad 1" in told
 
 
 @pytest.mark.parametrize("worst", [
@@ -5473,24 +5467,19 @@ def test_a_batch_prints_a_line_per_call_in_their_order(cli: Any, form: str, befo
         assert [(line["index"], line["output"]["output"]) for line in ended.lines] == [*enumerate(texts)]
 
 
-def test_a_batch_keeps_the_order_when_the_first_call_takes_longest(cli: Any) -> None:
-    given, released = "".join(call_line(value=number) for number in range(3)), threading.Event()
+def test_a_batch_keeps_the_order_when_the_first_call_takes_longest(cli: Any, gateway: LocalGateway) -> None:
+    third_began = threading.Event()
 
-    class Late(Script):
-        """Answers the first call last, and the others with their own value."""
+    def wait_if_first(number: int) -> int:
+        if number == 0:
+            assert third_began.wait(WAIT_SECONDS)  # then the second is done
+        elif number == 2:
+            third_began.set()
+        return number
 
-        def _play(self, sock: Any, given: Answer) -> bool:
-            value = self.received[-1].json["calls"][0]["inputs"]["parameters"]["value"]
-            if value == 0:
-                released.wait(WAIT_SECONDS)
-            elif value == 2:
-                released.set()
-            sock.sendall(ran(value))
-            return True
-
-    with Late() as server:
-        ended = cli("batch", "-", "--workers", "2", "--base-url", server.url, stdin=given)
-    assert [line["output"]["output"] for line in ended.lines] == [0, 1, 2]
+    gateway.add_prefab("late", "1.0.0", {"f": wait_if_first})
+    calls = "".join(call_line("f", "late", "1.0.0", number=number) for number in range(3))
+    assert [line["index"] for line in cli("batch", "-", "--workers", "2", stdin=calls).lines] == [0, 1, 2]
 
 
 def test_a_failed_call_of_a_batch_fails_the_command_and_costs_no_other_result(cli: Any) -> None:
@@ -5654,7 +5643,7 @@ def test_the_debug_log_goes_to_stderr_without_credentials_and_control_characters
 @pytest.mark.parametrize(("line", "reason"), [
     ("list --base-url http://127.0.0.1:{port}", "no connection to http://127.0.0.1:{port}"), ("upload no", "no"),
     ("run no-such 1 f", "no-such"), ("run a 1 f -f files=no.txt", "no.txt"), ("run a 1 f -d @no.json", "no.json"),
-    ("spec text-tools 9.9.9", "text-tools"), ("batch no.jsonl", "no.jsonl"),
+    ("spec no-such", "no-such"), ("spec text-tools 9.9.9", "text-tools"), ("batch no.jsonl", "no.jsonl"),
     ("url s3://local/agent-outputs/nobody/nothing/f", "/internal/files/download"),
     ("download s3://local/agent-outputs/nobody/nothing/f f", "/internal/files/download"),
 ])
@@ -5664,9 +5653,15 @@ def test_what_fails_is_one_line_on_stderr(cli: Any, line: str, reason: str) -> N
     assert reason.format(port=port) in cli(*line.format(port=port).split()).error()
 
 
-@pytest.mark.parametrize("body", [b"[", b"[1]", b"null", b'[{"id": 1}]', b"\xff", b"[" * 100_000])
-def test_an_odd_answer_is_not_wrong_usage(cli: Any, body: bytes) -> None:
-    cli("list", replies=[answer(body=body)]).error(1)
+PROBLEMS = [{"loc": ["body", "calls", number], "msg": f"bad {number}", "type": "x"} for number in range(2)]
+
+
+@pytest.mark.parametrize(("reply", "told"), [
+    (answer({"detail": PROBLEMS}, 422), "422: body.calls.0: bad 0; body.calls.1: bad 1\n"),
+    *((answer(body=body), "GET /v1/prefabs") for body in (b"[", b"null", b'[{"id": 1}]', b"\xff", b"[" * 100_000)),
+], ids=["several messages", "cut", "null", "no version", "not UTF-8", "deep"])
+def test_an_odd_answer_is_one_line_and_no_wrong_usage(cli: Any, reply: bytes, told: str) -> None:
+    assert told in cli("list", replies=[reply]).error(1)
 
 
 @posix
