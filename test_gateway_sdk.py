@@ -5172,7 +5172,7 @@ def signature(key: str) -> str:
 @pytest.mark.parametrize(("line", "reply", "hint"), [
     ("run vault 1.0.0 sign -p text=t", None, "gateway-sdk secret set vault SIGNING_KEY"),
     ("run no-such 1 f", None, "gateway-sdk list"),
-    ("run text-tools 1.1.0 no-such", None, "gateway-sdk spec"),
+    ("run text-tools 1.1.0 no-such", None, "gateway-sdk spec PREFAB"),
     ("ls", answer({"detail": {"error_code": "MISSING_AGENT_CONTEXT"}}, 400), "gateway-sdk upload --input"),
     ("download r.txt", None, "s3"),
     ("run a 1 f --timeout 0.05", Pause(), "--timeout"),
@@ -5370,9 +5370,10 @@ def test_stdin_that_is_not_utf_8_is_wrong_usage(cli: Any, gateway: LocalGateway,
 
 
 def test_a_call_prints_its_result_as_one_document(cli: Any) -> None:
-    result = cli(*ECHO, "-p", "value=1").json
-    assert {"status", "output", "error", "job_id"} == set(result)
-    assert (result["status"], result["output"]["output"]) == ("SUCCESS", 1)
+    ended = cli(*ECHO, "-p", "value=中")
+    assert {"status", "output", "error", "job_id"} == set(ended.json)
+    assert (ended.json["status"], ended.value) == ("SUCCESS", "中")
+    assert "中" in ended.out
 
 
 def test_a_local_file_is_uploaded_as_an_input_before_the_call(cli: Any, gateway: LocalGateway) -> None:
@@ -5387,15 +5388,15 @@ def test_a_local_file_is_uploaded_as_an_input_before_the_call(cli: Any, gateway:
 
 def test_output_files_are_saved_by_name_and_numbered_and_cost_no_result(cli: Any, gateway: LocalGateway) -> None:
     def make(outputs: Path) -> None:
-        for folder, name in (("a", "same.txt"), ("b", "same.txt"), ("b", "other")):
+        for folder, name in (("a", "3-same.txt"), ("b", "same.txt"), ("c", "same.txt")):
             (outputs / folder).mkdir(exist_ok=True)
-            (outputs / folder / name).write_text(folder + name)
+            (outputs / folder / name).write_text(folder)
 
     gateway.add_prefab("twins", "1.0.0", {"make": make})
     result = cli("run", "twins", "1.0.0", "make", "--save", "new/folder").json
     saved = {path.name: path.read_text() for path in Path("new/folder").iterdir()}
-    assert sorted(saved.values()) == ["asame.txt", "bother", "bsame.txt"]
-    assert {"same.txt", "other"} < set(saved)
+    assert sorted(saved.values()) == ["a", "b", "c"]
+    assert {"same.txt", "3-same.txt"} < set(saved)
     assert sorted(map(Path, result["saved"])) == sorted(Path("new/folder").iterdir())
     failed = cli("run", "twins", "1.0.0", "make", "--save", "a.txt")  # which is no folder
     assert failed.lines[0]["status"] == "SUCCESS"
@@ -5532,6 +5533,11 @@ def test_files_go_up_are_listed_and_come_down_again(cli: Any) -> None:
         assert (Path(got["path"]), got["size"], Path(made).read_text()) == (Path(made), 14, "this is\na.txt\n")
 
 
+@pytest.mark.parametrize(("url", "name"), [("s3://b/..", "_"), ("s3://b/a\\b:c\x1b", "a_b_c_"), ("s3://b/", "_")])
+def test_an_odd_name_does_not_lead_out_of_the_folder(cli: Any, url: str, name: str) -> None:
+    assert Path(cli("download", url, "made/", replies=[link(), answer(body=b"x")]).json["path"]) == Path("made", name)
+
+
 def test_temporary_files_are_a_sessions_and_go_with_it(cli: Any, gateway: LocalGateway) -> None:
     made = cli("upload", "--temp", "--ttl", "60", "--session", "one", "a.txt").json["s3_url"]
     other = cli("upload", "--temp", "a.txt").json["s3_url"]
@@ -5545,9 +5551,9 @@ def test_temporary_files_are_a_sessions_and_go_with_it(cli: Any, gateway: LocalG
 
 
 def test_a_secret_is_read_from_stdin_and_never_printed(cli: Any) -> None:
-    given = "\ufeff very privaté \r\n"  # only the mark and the end of the line are not the secret's
+    given = "\ufeff very\r\nprivaté \r\n"  # the mark and the last line's end are not the secret's
     assert "priva" not in str(cli("secret", "set", "vault", "SIGNING_KEY", stdin=given).json)
-    assert cli(*SIGN).value["signature"] == signature(" very privaté ")
+    assert cli(*SIGN).value["signature"] == signature(" very\nprivaté ")
     entry = {"prefab_id": "vault", "secret_name": "SIGNING_KEY"}
     assert [cli("secret", "list", *more).json for more in ([], ["vault"], ["other"])] == [[entry], [entry], []]
     assert cli("secret", "delete", "vault", "SIGNING_KEY").status == 0
@@ -5658,27 +5664,47 @@ PROBLEMS = [{"loc": ["body", "calls", number], "msg": f"bad {number}", "type": "
 
 @pytest.mark.parametrize(("reply", "told"), [
     (answer({"detail": PROBLEMS}, 422), "422: body.calls.0: bad 0; body.calls.1: bad 1\n"),
+    (answer({"detail": "first:\n second\n"}, 400), "first: second\n"),
     *((answer(body=body), "GET /v1/prefabs") for body in (b"[", b"null", b'[{"id": 1}]', b"\xff", b"[" * 100_000)),
-], ids=["several messages", "cut", "null", "no version", "not UTF-8", "deep"])
+], ids=["several messages", "several lines", "cut", "null", "no version", "not UTF-8", "deep"])
 def test_an_odd_answer_is_one_line_and_no_wrong_usage(cli: Any, reply: bytes, told: str) -> None:
     assert told in cli("list", replies=[reply]).error(1)
 
 
 @posix
 @pytest.mark.parametrize(("line", "replies", "kept"), [
-    ("run a 1 f", [Pause()], b""),
     ("batch calls.jsonl --workers 1", [ran("first"), Pause()], b"first"),
     ("run a 1 f --stream", [Pause(chunked(event("content", "first\n"), end=False))], b"first"),
-], ids=["run", "batch", "stream"])
+], ids=["batch", "stream"])
 def test_ctrl_c_exits_130_without_a_word_and_sends_nothing_more(
         lone: Path, line: str, replies: list[Answer], kept: bytes) -> None:
     with Script(*replies) as server, \
             started(lone, *line.split(), cwd=str(lone.parent), env=environment_for(server)) as process:
-        assert not kept or kept in process.stdout.readline()  # each as it came
+        assert kept in process.stdout.readline()  # each as it came
         server.wait_until(lambda: len(server.received) == len(replies))
         process.send_signal(signal.SIGINT)
         assert [shown.strip() for shown in process.communicate()] == [b"", b""]
         assert (process.returncode, len(server.received)) == (130, len(replies))
+
+
+@posix
+def test_an_interrupted_batch_prints_the_results_that_it_has(lone: Path, gateway: LocalGateway) -> None:
+    closing, terminal = threading.Event(), Terminal()
+
+    def wait_longer_if_first(number: int) -> int:
+        closing.wait(3 * WAIT_SECONDS if number == 0 else 0.2)  # until a bar is due
+        return number
+
+    gateway.add_prefab("patient", "1.0.0", {"f": wait_longer_if_first})
+    (lone.parent / "calls").write_text("".join(call_line("f", "patient", "1.0.0", number=n) for n in range(2)))
+    with started(lone, "batch", "calls", cwd=str(lone.parent), env=environment_for(gateway),
+                 stderr=terminal.end) as process:
+        terminal.wait_for(b"1 calls")
+        process.send_signal(signal.SIGINT)
+        (line,) = process.stdout.readlines()
+        assert (json.loads(line)["index"], process.wait(WAIT_SECONDS)) == (1, 130)
+    closing.set()
+    assert screen(terminal.rest()) == [""]
 
 
 @posix
