@@ -56,7 +56,7 @@ import unicodedata
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -6515,74 +6515,56 @@ def test_a_stream_gives_the_whole_at_its_end(events: list[bytes], text: str, pro
 # Over stdio, with the client of the package
 
 
-class ToolClient:
+@contextlib.asynccontextmanager
+async def open_session(gateway: LocalGateway, log: Any) -> AsyncIterator[Any]:
+    import mcp
+    from mcp.client.stdio import stdio_client
+
+    arguments = ["-X", "dev", str(EXAMPLES / "mcp_server.py")]
+    parameters = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment_for(gateway))
+    async with stdio_client(parameters, log) as streams, mcp.ClientSession(*streams) as session:
+        await session.initialize()
+        yield session
+
+
+class ToolClient(NamedTuple):
     """The package's own client of the server in a process of its own, for tests that are not asynchronous."""
 
-    def __init__(self, gateway: LocalGateway) -> None:
-        self._gateway = gateway
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), daemon=True)
-        self.session: Any = None
-        self.log = ""
-
-    def __enter__(self) -> ToolClient:
-        self._thread.start()
-        assert self._ready.wait(START_SECONDS)
-        assert self.session, self.log
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(START_SECONDS)
-
-    async def _live(self) -> None:
-        import mcp
-        from mcp.client.stdio import stdio_client
-
-        self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        arguments = ["-X", "dev", str(EXAMPLES / "mcp_server.py")]
-        environment = environment_for(self._gateway)
-        parameters = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment)
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
-            try:
-                async with stdio_client(parameters, log) as streams, mcp.ClientSession(*streams) as session:
-                    await session.initialize()
-                    self.session = session
-                    self._ready.set()
-                    await self._end.wait()
-            finally:
-                log.seek(0)
-                self.log = log.read()
-                self._ready.set()
-
-    def ask(self, coroutine: Any) -> Any:
-        """What the coroutine gives, run where the session lives."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(3 * WAIT_SECONDS)
+    portal: Any  # to where the session lives
+    session: Any
 
     def list(self) -> dict[str, Any]:
         """The tools by name, as they are on the wire."""
-        tools = self.ask(self.session.list_tools()).tools
+        tools = self.portal.call(self.session.list_tools).tools
         return {tool.name: tool.model_dump(by_alias=True, exclude_none=True) for tool in tools}
 
     def call(self, name: str, **arguments: Any) -> Any:
         """The result of a call, as it is on the wire."""
-        return self.ask(self.start(name, **arguments))
+        return self.start(name, **arguments).result(3 * WAIT_SECONDS)
 
-    async def start(self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any) -> Any:
+    def start(self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any) -> Any:
+        """Starts a call, whose result will be in a future."""
         async def report(progress: float, total: float | None, message: str | None) -> None:
             on_progress((progress, message))
 
-        result = await self.session.call_tool(name, arguments, progress_callback=report)
-        return result.model_dump(by_alias=True, mode="json", exclude_none=True)
+        async def call() -> Any:
+            result = await self.session.call_tool(name, arguments, progress_callback=report)
+            return result.model_dump(by_alias=True, mode="json", exclude_none=True)
+
+        return self.portal.start_task_soon(call)
 
 
 @pytest.fixture(scope="module")
 def tool_client(gateway: LocalGateway) -> Iterator[ToolClient]:
-    with ToolClient(gateway) as running:
-        yield running
-    assert gateway.internal_token not in running.log
-    for unwanted in ("Traceback", "Warning", "never retrieved"):
-        assert unwanted not in running.log, running.log
+    from anyio.from_thread import start_blocking_portal
+
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log, start_blocking_portal() as portal:
+        with portal.wrap_async_context_manager(open_session(gateway, log)) as session:
+            yield ToolClient(portal, session)
+        log.seek(0)
+        shown = log.read()
+    for unwanted in (gateway.internal_token, "Traceback", "Warning", "never retrieved"):
+        assert unwanted not in shown, shown
 
 
 @needs_mcp
@@ -6613,8 +6595,7 @@ def test_mcp_reports_contents_and_progress_at_once(tool_client: ToolClient, gate
         yield {"type": "progress", "data": {"done": 2}}
 
     gateway.add_prefab("gated", "1.0.0", {"words": words})
-    running = asyncio.run_coroutine_threadsafe(
-        tool_client.start("gated__words", progress.put, text="one two"), tool_client.loop)
+    running = tool_client.start("gated__words", progress.put, text="one two")
     for expected in ((1, "one"), (2, "two")):  # the next word is not made before this one was heard of here
         gated.gate.release()
         assert progress.get(timeout=WAIT_SECONDS) == expected
@@ -6689,34 +6670,16 @@ def test_mcp_runs_twenty_calls_at_once(tool_client: ToolClient, gateway: LocalGa
         together.wait(3 * WAIT_SECONDS)  # breaks unless all are here at once
         return number
 
-    async def start_all() -> list[Any]:
-        return await asyncio.gather(*(tool_client.start("party__meet", number=number) for number in range(20)))
-
     gateway.add_prefab("party", "1.0.0", {"meet": meet})
     assert "party__meet" in tool_client.list()  # or each of the twenty would look for it
-    results = tool_client.ask(start_all())
-    assert [result.get("structuredContent") for result in results] == [{"result": number} for number in range(20)]
+    calls = [tool_client.start("party__meet", number=number) for number in range(20)]
+    results = [call.result(3 * WAIT_SECONDS)["structuredContent"] for call in calls]
+    assert results == [{"result": number} for number in range(20)]
 
 
 @needs_mcp
 def test_mcp_cancels_a_call(tool_client: ToolClient, gateway: LocalGateway) -> None:
-    gated, session = Gated(), tool_client.session
-
-    async def cancel() -> None:
-        from mcp import types
-
-        reported = asyncio.Event()
-        call = asyncio.ensure_future(tool_client.start("endless__words", lambda _: reported.set(), text="word " * 9999))
-        await asyncio.wait_for(reported.wait(), WAIT_SECONDS)
-        if hasattr(session, "_request_id"):  # the client of mcp 1 does not say it by itself
-            params = {"requestId": session._request_id - 1}
-            cancelled = types.CancelledNotification(method="notifications/cancelled", params=params)
-            await session.send_notification(types.ClientNotification(cancelled))
-        else:
-            call.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await call
-        assert call.cancelled() or call.exception()
+    gated, session, reported = Gated(), tool_client.session, threading.Event()
 
     def send_a_word() -> bool:
         gated.gate.release()
@@ -6724,7 +6687,15 @@ def test_mcp_cancels_a_call(tool_client: ToolClient, gateway: LocalGateway) -> N
 
     gateway.add_prefab("endless", "1.0.0", {"words": gated.words})
     gated.gate.release()
-    tool_client.ask(cancel())
+    call = tool_client.start("endless__words", lambda _: reported.set(), text="word " * 9999)
+    assert reported.wait(WAIT_SECONDS)
+    if hasattr(session, "_request_id"):  # the client of mcp 1 does not say it by itself
+        from mcp import types
+
+        params = {"requestId": session._request_id - 1}
+        cancelled = types.CancelledNotification(method="notifications/cancelled", params=params)
+        tool_client.portal.call(session.send_notification, types.ClientNotification(cancelled))
+    call.cancel()
     wait_for(send_a_word)  # the gateway finds out by sending that nobody listens any more
     assert tool_client.call("text-tools__echo", value=1)["isError"] is False
 
