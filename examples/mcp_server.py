@@ -12,7 +12,7 @@ the newest deployed version of every prefab is a tool, unless `--prefab` names t
 `--list` prints what the parameter `tools` of the Chat Completions API takes, and with it most APIs
 of language models: `[{"type": "function", "function": {"name", "description", "parameters"}}]`.
 
-Each call runs in a thread of its own. Cancelling it closes its stream. A call that does not stream
+Calls run side by side, in threads. Cancelling one closes its stream. A call that does not stream
 cannot be taken back: its answer is dropped when it comes.
 """
 
@@ -294,7 +294,7 @@ async def read_stream(stream: EventStream, report: Report) -> PrefabResult:
     contents: list[Any] = []
     error: Json | None = None
     last: Json = {}
-    with stream:  # also if the client cancels the call: closing the stream ends the wait for its next event
+    with stream:  # if the client cancels the call, closing the stream ends the thread's wait for an event
         try:
             while event := await in_thread(next, stream, None):
                 if event.type in ("content", "progress"):
@@ -308,10 +308,12 @@ async def read_stream(stream: EventStream, report: Report) -> PrefabResult:
         except GatewayError as broken:
             error = {"message": broken.message}
     files = last.pop("files", None)
-    value: Any = contents or last
-    if all(isinstance(content, str) for content in contents) and not (last and not contents):
+    value: Any = contents
+    if last and not contents:
+        value = last
+    elif all(isinstance(content, str) for content in contents):
         value = "".join(contents)
-    status = "FAILED" if error else "SUCCESS"
+    status = "SUCCESS" if error is None else "FAILED"
     return PrefabResult(status, {"status": status, "output": value, "files": files}, error)
 
 
@@ -341,7 +343,7 @@ class Prefabs:
             parameters, files = await in_thread(self._upload, tool, arguments)
             run = partial(self.client.run, stream=tool.streaming, timeout=self.timeout)
             result = await in_thread(run, tool.prefab_id, tool.version, tool.function, parameters, files)
-            if tool.streaming:
+            if tool.streaming:  # a stream that nobody waits for any more closes itself
                 result = await read_stream(result, report)
             return dict(await in_thread(self._answer, result))
         except Exception as error:  # noqa: BLE001 - it must not cost the other calls
