@@ -6485,7 +6485,7 @@ def test_files_that_cannot_be_had_do_not_cost_the_result(
     (file,) = result["structuredContent"]["output_files"]
     assert ("agent" in file["error"], "uri" in file) == (True, False)
     assert (result["structuredContent"]["success"], result["isError"]) == (True, False)
-    assert not saved or list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [content_file]
 
 
 @pytest.mark.parametrize(("events", "text", "problem"), [

@@ -275,20 +275,6 @@ def problem_of(result: PrefabResult) -> str:
     return f"{message} ({value['error_code']})" if value.get("error_code") else message
 
 
-def new_path(folder: Path, s3_url: str) -> Path:
-    """An empty file of its own in the folder, named as the URL ends, and numbered where there is such a file."""
-    name = re.sub(r"^\.*$|[\0\\:]", "_", s3_url.rpartition("/")[2])
-    folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / name, 1
-    while True:
-        try:
-            path.touch(exist_ok=False)  # and not `exists()`: another call may save such a file at the same time
-            return path
-        except FileExistsError:
-            number += 1
-            path = folder / f"{number}-{name}"
-
-
 async def read_stream(stream: EventStream, report: Report) -> PrefabResult:
     """The result of a stream's events, each of which is reported as it comes."""
     contents: list[Any] = []
@@ -326,6 +312,7 @@ class Prefabs:
     folder: Path | None = None  # for output files
     timeout: float = CALL_SECONDS
     tools: dict[str, Tool] = dataclasses.field(default_factory=dict)
+    saving: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     async def list_tools(self) -> list[Tool]:
         """The tools as they are now."""
@@ -388,15 +375,21 @@ class Prefabs:
         try:
             if not self.folder:
                 return {**file, "uri": self.client.get_presigned_url(s3_url)}
-            path = new_path(self.folder, s3_url)
-            try:
-                self.client.download_file(s3_url, path)
-            except BaseException:
-                path.unlink()
-                raise
+            path = self._save(self.folder, s3_url)
             return {**file, "uri": path.as_uri(), "path": str(path)}
         except (GatewayError, OSError) as error:
             return {**file, "error": error_message(error)}
+
+    def _save(self, folder: Path, s3_url: str) -> Path:
+        """Downloads a file under the name that its URL ends with, numbered where there is such a file."""
+        name = re.sub(r"^\.*$|[\0\\:]", "_", s3_url.rpartition("/")[2])
+        path, number = folder / name, 1
+        with self.saving:  # one after another, so that no file takes another's place
+            while path.exists():
+                number += 1
+                path = folder / f"{number}-{name}"
+            self.client.download_file(s3_url, path)
+        return path
 
 
 # --- MCP ------------------------------------------------------------------------------------------
