@@ -5338,7 +5338,7 @@ def test_all_parameters_come_from_a_text_a_file_or_stdin_and_single_ones_win(cli
         "", "no-such-command", "run", "run a 1", "spec", "spec ..", "batch", "batch - --workers 0",
         "batch - --workers x", "upload", "upload .", "upload a.txt --temp --ttl 0", "upload a.txt --input --temp",
         "upload a.txt --session s", "upload a.txt --ttl 5", "download", "download https://example.com/f",
-        "url report.pdf", "cleanup", "secret", "secret show", "secret set vault", "secret delete vault",
+        "url report.pdf", "cleanup", "secret", "secret show", "secret delete vault",
         "secret set vault NAME value", "list --timeout 0", "list --timeout soon", "list --base-url ftp://x",
         "list --token t", "list --api-key k", "list --jwt-token j", "list --internal-token i", "spec \udcff",
         "ls --temp --session \udcff", "cleanup \udcff", "run a 1 f -p value=\udcff", "secret set vault \udcff",
@@ -5346,6 +5346,7 @@ def test_all_parameters_come_from_a_text_a_file_or_stdin_and_single_ones_win(cli
     )),
     ("run a 1 f -f x=a.txt -p novalue", "-p NAME=VALUE is needed, not 'novalue'"),
     ("run a 1 f -f x=a.txt -f novalue", "-f NAME=PATH is needed, not 'novalue'"),
+    ("secret set vault", "secret set needs a prefab and a name"),
     ("run a 1 f -d [1]", "-d must be a JSON object"),
     ("run a 1 f -d 1", "-d must be a JSON object"),
     *((f"run a 1 f -d {data}", "-d is not JSON")
@@ -6724,11 +6725,14 @@ class NoisyServer:
         environment = {**environment_for(gateway), "PYTHONPATH": str(EXAMPLES)}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process = subprocess.Popen([sys.executable, "-c", NOISY], env=environment, encoding="utf-8", **pipes)
+        self._watchdog = threading.Timer(2 * START_SECONDS, self.process.kill)
+        self._watchdog.start()
 
     def __enter__(self) -> NoisyServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._watchdog.cancel()
         with self.process:
             self.process.kill()
 
