@@ -5195,11 +5195,12 @@ def test_the_bar_takes_one_line_of_the_terminal(cli: Any, name: str, columns: in
     ended, shown = on_terminal(lambda: cli("upload", "--input", name), "stderr", columns=columns)
     assert ended.json
     assert shown.count("\n") == 1 and shown.endswith("\r\n")
-    drawn = [line for line in re.split("[\r\n]+", shown) if line]  # more than once where it takes its time
+    drawn = [line for line in re.split("[\r\n]+", shown) if line.strip()]  # more than once where it takes its time
     for line in drawn:
-        assert len(cells_of(line)) in (columns - 1, columns - 2)
+        assert len(cells_of(line)) < columns
         assert line.isprintable() or "\u0301" in line
     assert "100,000 B" in drawn[-1]
+    assert len(name) < 10 or "\u0301" in name or len(cells_of(drawn[-1])) >= columns - 2  # as much as has room
 
 
 @posix
@@ -5502,11 +5503,10 @@ def test_an_empty_batch_is_done(cli: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "told"), [
-    *((call_line() + line, "ine or element 2") for line in (
-        "not json", "[1]", '"text"', '{"prefab_id": "a"}', '\n{"unknown": 1}'.lstrip(), "{")),
+    *((call_line() + line, "with index 1") for line in ("[1]", '"text"', '{"prefab_id": "a"}', '\n{"unknown": 1}')),
+    (call_line() + "not json", "Line 2"), (call_line() + "\n{", "Line 3"), (call_line(value=float("nan")), "Line 1"),
     (call_line() + '{"prefab_id": 1, "version": "1", "function_name": "f"}', "prefab_id"),
-    (call_line() + '\n{"unknown": 1}', "element 3"), (call_line(value=float("nan")), "element 1"),
-    ("[1]", "lement 1"), ('[{"unknown": 1}]', "unknown"), ("[", "not JSON"), ('[{"a": NaN}]', "not JSON"),
+    ("[1]", "index 0"), ('[{"unknown": 1}]', "unknown"), ("[", "not JSON"), ('[{"a": NaN}]', "not JSON"),
     ("[" * 100_000, "not JSON"),
 ], ids=lambda text: text[-30:])
 def test_a_bad_call_of_a_batch_is_named_and_nothing_is_sent(cli: Any, gateway: Any, text: str, told: str) -> None:
