@@ -1578,13 +1578,14 @@ class _Batch:
                 index, result = self._arrived.get()
                 results[index] = result
                 on_result(index, result)
-        except KeyboardInterrupt:
-            while not self._arrived.empty():  # what has arrived was paid for
-                on_result(*self._arrived.get())
-            raise
-        finally:
+        except BaseException as error:
             self._waiting.clear()  # at once and in one step, whatever interrupts what follows
+            arrived = [self._arrived.get() for _ in range(self._arrived.qsize())]
             self._cancel_futures()
+            if isinstance(error, KeyboardInterrupt):
+                for index, result in arrived:  # they were paid for
+                    on_result(index, result)
+            raise
         errors = [result.exception for result in results.values()]
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused

@@ -2074,6 +2074,27 @@ def test_an_executor_that_does_not_run_its_calls_fails_them_and_not_the_batch(
         assert type(result.exception) is ServiceUnavailableError and said in str(result.error)
 
 
+def test_what_arrived_before_an_interruption_is_reported_and_the_rest_cancelled(client: GatewayClient) -> None:
+    futures: list[concurrent.futures.Future[Any]] = []
+    reported: list[int] = []
+
+    class RunsThree(concurrent.futures.Executor):
+        def submit(self, function: Any, *arguments: Any, **_: Any) -> Any:
+            futures.append(concurrent.futures.Future())
+            if len(futures) <= 3:
+                futures[-1].set_result(function(*arguments))
+            return futures[-1]
+
+    def on_result(index: int, result: PrefabResult) -> None:
+        reported.append(index)
+        if index == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.run_batch([call()] * 5, executor=RunsThree(), on_result=on_result)
+    assert reported == [0, 1, 2] and [future.cancelled() for future in futures] == [False] * 3 + [True] * 2
+
+
 FORBIDDEN = answer({"error_code": "E", "message": "not yours"}, 403)  # which may concern one prefab
 # What is answered to the calls that are sent, one after another, and the exceptions of all results.
 REFUSALS: dict[str, tuple[list[Answer], list[Any]]] = {
