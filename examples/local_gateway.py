@@ -8,8 +8,9 @@ In code it is a context manager:
     with LocalGateway("path/to/my-prefab") as gateway:
         client = GatewayClient(gateway.base_url, internal_token=gateway.internal_token)
 
-From top to bottom: the storage, its endpoints, the directory of prefabs, the users' secrets, calls, the gateway,
-the command line. The HTTP server is in `local_server.py`, prefabs are in `local_prefabs.py`.
+From top to bottom: requests and answers, checks of what was sent, forms, the storage; then the endpoints, which are
+functions of the gateway and a request: presigned URLs, files, prefabs and secrets, calls; then the table of the
+routes and the gateway itself, the HTTP server, the command line. Prefabs are in `local_prefabs.py` beside this file.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import email
+import email.message
 import hashlib
 import hmac
+import json
 import logging
 import math
 import mimetypes
@@ -26,6 +30,9 @@ import os
 import re
 import shutil
 import signal
+import socket
+import socketserver
+import subprocess
 import sys
 import tempfile
 import threading
@@ -33,662 +40,781 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, urlencode
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import local_prefabs
-from local_prefabs import CallFailed, Functions, Job, Prefab, describe_error, safe_name
-from local_server import (
-    Answer,
-    Form,
-    Refusal,
-    Request,
-    Server,
-    check_kind,
-    invalid,
-    json_answer,
-    json_bytes,
-    read_field,
-    read_number,
-)
+from local_prefabs import BLOCK_BYTES, CallFailed, Functions, Job, Prefab, Run, describe_error, read_blocks, safe_name
 
-__all__ = ["CallFailed", "LocalGateway", "ReceivedRequest", "environment", "main"]
+__all__ = ["CallFailed", "LocalGateway", "environment", "main"]
 
 IDLE_SECONDS = 5.0  # as the deployed server: it hangs up on an idle connection, unannounced
-USER, AGENT = "local-user", "local-agent"
-S3_ROOT = "s3://local/"
-CREDENTIAL_HEADERS = ("x-internal-token", "x-api-key", "authorization")
+TRANSFER_SECONDS = 60.0  # the longest wait for bytes in the middle of a request or an answer
+STOP_SECONDS = 0.02  # between two looks of the server whether it is to stop
+CLOSE_SECONDS = 3.0  # for calls under way to end when the server closes
 
 logger = logging.getLogger("local_gateway")
 
+# --- Requests and answers -------------------------------------------------------------
 
-# --- Storage --------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Caller:
-    user_id: str
-    agent_id: str | None = None
-
-    def folder(self, area: str, session_id: str = "") -> str:
-        """Where this caller's agent has its files in `area` of the storage."""
-        if self.agent_id is None:
-            message = "This operation needs an agent context: use a token given to an agent"
-            raise Refusal(400, {"error_code": "MISSING_AGENT_CONTEXT", "message": message})
-        if not session_id:
-            return f"{area}/{self.user_id}/{self.agent_id}"
-        if session_id != safe_name(session_id):
-            raise Refusal(422, "Invalid session_id")
-        return f"{area}/{self.user_id}/{self.agent_id}/{session_id}"
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
+class Request:
+    method: str
+    path: str  # with the query, as it came
+    headers: Mapping[str, str]  # names in lower case
+    body: Iterator[bytes]  # block by block, to be read once
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self.path.partition("?")[2], keep_blank_values=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes | Generator[bytes, None, None] = b""  # of a generator: in chunks if there is no `content-length`
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The value as JSON, with null for NaN and the infinities as the Gateway does it."""
+    try:
+        text = encode_json(value)
+    except ValueError:  # NaN is rare: the detour is made only when there is one
+        text = encode_json(json.loads(json.dumps(value), parse_constant=lambda _: None))
+    return text.encode("utf-8", "replace")
+
+
+def json_answer(value: Any, status: int = 200) -> Answer:
+    return Answer(status, json_bytes(value), {"content-type": "application/json"})
+
+
+class Refusal(Exception):
+    """Ends the handling of a request with this answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        self.answer = answer
+
+
+def refusal(status: int, detail: Any) -> Refusal:
+    """An error as the Gateway words it."""
+    return Refusal(json_answer({"detail": detail}, status))
+
+
+def invalid(loc: Sequence[str | int], message: str, kind: str) -> Refusal:
+    """A 422 with the list form of `detail`."""
+    return refusal(422, [{"type": kind, "loc": list(loc), "msg": message, "input": None}])
+
+
+def storage_refusal(status: int, code: str, message: str, **headers: str) -> Refusal:
+    """An error as the storage words it, in XML."""
+    text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message></Error>'
+    return Refusal(Answer(status, text.encode(), {"content-type": "application/xml", **headers}))
+
+
+# --- Checks of what was sent ----------------------------------------------------------
+
+# What bodies look like: a type, or a list of the kind of its items, or an object of the kinds of its fields, in which
+# "?" marks a field that may be missing, and "*" stands for any name.
+UPLOAD_URL_BODY = {"filename": str}
+SECRET_BODY = {"prefab_id": str, "secret_name": str, "secret_value": str}
+CALL = {
+    "prefab_id": str, "version": str, "function_name": str,
+    "inputs": {"parameters?": dict, "files?": {"*": [str]}},
+}
+RUN_BODY = {"calls": [CALL]}
+KIND_NAMES: Mapping[type, str] = {str: "string", list: "list", dict: "dictionary"}
+
+
+def check(value: Any, kind: Any, *loc: str | int) -> None:
+    """Refuse what is not of the kind; `loc` says where it was."""
+    expected: Any = kind if isinstance(kind, type) else type(kind)
+    if not isinstance(value, expected):
+        raise invalid(loc, f"Input should be a valid {KIND_NAMES[expected]}", f"{expected.__name__}_type")
+    if isinstance(kind, list):
+        for index, item in enumerate(value):
+            check(item, kind[0], *loc, index)
+    if isinstance(kind, dict):
+        for field, kind_of_field in kind.items():
+            for name in value if field == "*" else [field.rstrip("?")]:
+                if name in value:
+                    check(value[name], kind_of_field, *loc, name)
+                elif not field.endswith("?"):
+                    raise invalid([*loc, name], "Field required", "missing")
+
+
+def read_json(request: Request, kind: Mapping[str, Any]) -> Any:
+    """The body, which must be JSON of this kind."""
+    try:
+        value = json.loads(b"".join(request.body).decode())
+    except UnicodeDecodeError as error:
+        raise refusal(400, "There was an error parsing the body") from error
+    except ValueError as error:
+        raise invalid(["body"], "JSON decode error", "json_invalid") from error
+    check(value, kind, "body")
+    return value
+
+
+def read_number(fields: Mapping[str, str], name: str, default: int, largest: int) -> int:
+    """An integer between 1 and `largest`, from a query or a form."""
+    text = fields.get(name, str(default))
+    if re.fullmatch(r"\d{1,10}", text) and 1 <= int(text) <= largest:
+        return int(text)
+    raise invalid([name], f"Input should be an integer between 1 and {largest}", "int_range")
+
+
+# --- Forms ----------------------------------------------------------------------------
+
+
+class Form:
+    """A `multipart/form-data` body (RFC 7578), read up to the content of its file.
+
+    The standard library's reader, `email`, would hold the whole file in memory.
+    """
+
+    def __init__(self, request: Request) -> None:
+        head = email.message.Message()
+        head["content-type"] = request.headers.get("content-type", "")
+        self._delimiter = f"\r\n--{head.get_boundary()}".encode("latin-1")
+        self._blocks = request.body
+        self._window = b"\r\n"  # makes the first delimiter look like all the others
+        self.fields: dict[str, str] = {}  # those before the file
+        name = ""
+        while name != "file":
+            self.fields[name] = self._read_until(self._delimiter)
+            if self._read_until(b"\r\n") == "--":
+                raise invalid(["body", "file"], "Field required", "missing")
+            part = email.message_from_string(self._read_until(b"\r\n\r\n"))
+            name = str(part.get_param("name", "", "content-disposition"))
+        self.filename = part.get_filename("")
+
+    def content(self) -> Iterator[bytes]:
+        """The file's content, to be read once."""
+        return self._until(self._delimiter)
+
+    def _read_until(self, delimiter: bytes) -> str:
+        return b"".join(self._until(delimiter)).decode("utf-8", "replace")
+
+    def _until(self, delimiter: bytes) -> Iterator[bytes]:
+        """What comes before `delimiter`, in pieces; the delimiter itself is dropped."""
+        kept = len(delimiter) - 1  # so many bytes may be the beginning of a delimiter cut in two
+        while (end := self._window.find(delimiter)) < 0:
+            certain = max(0, len(self._window) - kept)
+            yield self._window[:certain]
+            block = next(self._blocks, None)
+            if block is None:
+                raise refusal(400, "There was an error parsing the body")
+            self._window = self._window[certain:] + block
+        piece, self._window = self._window[:end], self._window[end + len(delimiter) :]
+        yield piece
+
+
+# --- The storage ----------------------------------------------------------------------
+
+S3_ROOT = "s3://local/"
+INPUTS = "agent-inputs/local-user"  # the folders of the storage
+OUTPUTS = "agent-outputs/local-user/local-agent"
+WORKSPACE = "agent-workspace/local-user/local-agent"
+
+
+class StoredFile(NamedTuple):
     key: str
     path: Path  # alone in its folder, whose name is unique
-    expires_at: float = math.inf
+    expires_at: float
+
+    @property
+    def s3_url(self) -> str:
+        return S3_ROOT + self.key
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
 
     @property
     def etag(self) -> str:
         return f'"{self.path.parent.name}"'
 
-    def entry(self) -> dict[str, Any]:
-        """How listings show it."""
-        state = self.path.stat()
-        modified = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(state.st_mtime))
-        return {"key": self.key, "size": state.st_size, "last_modified": modified, "s3_url": S3_ROOT + self.key}
+
+def new_key(folder: str, name: str) -> str:
+    """A key of its own for every upload, in the order of time as listings are."""
+    return f"{folder}/{time.time_ns():016x}{uuid.uuid4().hex[:8]}/{safe_name(name)}"
 
 
-class _Store:
+class Storage:
     """Files in a folder, under the keys that they would have in S3, and signed URLs to them."""
 
     def __init__(self, folder: Path, base_url: str) -> None:
         self._folder, self._base_url = folder, base_url
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, StoredFile] = {}
         self._signing_key = os.urandom(32)
-
-    def new_key(self, folder: str, name: str) -> str:
-        """A key of its own for every upload, in the order of time as listings are."""
-        return f"{folder}/{time.time_ns():016x}{uuid.uuid4().hex[:8]}/{safe_name(name)}"
 
     def new_folder(self) -> Path:
         """The path of a folder that is not made yet."""
         return self._folder / uuid.uuid4().hex
 
-    def write(self, key: str, blocks: Iterable[bytes], expires_at: float = math.inf) -> _File:
+    def write(self, key: str, blocks: Iterable[bytes], expires_at: float = math.inf) -> StoredFile:
         """Keep what comes; if that breaks off, nothing is left."""
-        new, old = _File(key, self.new_folder() / key.rpartition("/")[2], expires_at), self._files.get(key)
-        new.path.parent.mkdir()
+        stored = StoredFile(key, self.new_folder() / key.rpartition("/")[2], expires_at)
+        stored.path.parent.mkdir()
         try:
-            with new.path.open("wb") as file:
+            with stored.path.open("wb") as file:
                 file.writelines(blocks)
         except BaseException:
-            shutil.rmtree(new.path.parent)
+            shutil.rmtree(stored.path.parent)
             raise
-        self._files[key] = new
-        if old:
-            shutil.rmtree(old.path.parent, ignore_errors=True)
-        return new
+        self._files[key] = stored
+        return stored
 
-    def find(self, key: str) -> _File | None:
-        """The file of a key, unless it has expired."""
-        file = self._files.get(key)
-        if file and time.time() >= file.expires_at:
-            self.delete(file)
+    def find(self, s3_url: str) -> StoredFile | None:
+        """The file of an S3 URL, unless it has expired."""
+        stored = self._files.get(s3_url[len(S3_ROOT) :]) if s3_url.startswith(S3_ROOT) else None
+        if stored and time.time() >= stored.expires_at:
+            self.delete(stored)
             return None
-        return file
+        return stored
 
-    def find_url(self, s3_url: str, caller: _Caller) -> _File | None:
-        """The file of an s3 URL. Somebody else's is as good as none."""
-        before, _, key = s3_url.partition(S3_ROOT)
-        if before or key.split("/")[1:2] != [caller.user_id]:
-            return None
-        return self.find(key)
-
-    def listing(self, folder: str) -> list[_File]:
+    def list(self, folder: str) -> list[StoredFile]:
         """The files below a folder, in the order of their keys."""
-        keys = sorted(key for key in list(self._files) if key.startswith(f"{folder}/"))
-        return [file for file in map(self.find, keys) if file]
+        keys = sorted(key for key in self._files.copy() if key.startswith(f"{folder}/"))
+        return [stored for stored in (self.find(S3_ROOT + key) for key in keys) if stored]
 
-    def delete(self, file: _File) -> None:
+    def delete(self, stored: StoredFile) -> None:
         """Delete a file; it may be gone already."""
-        if self._files.pop(file.key, None):
-            shutil.rmtree(file.path.parent, ignore_errors=True)
+        self._files.pop(stored.key, None)
+        shutil.rmtree(stored.path.parent, ignore_errors=True)
 
-    def presigned(self, method: str, key: str, expires_in: int, content_type: str = "") -> str:
+    def presign(self, method: str, key: str, expires_in: int, content_type: str = "") -> str:
         """A URL that allows this one method on this one key for `expires_in` seconds."""
         expires = f"{time.time() + expires_in:.3f}"
-        query = urlencode({"Expires": expires, "Signature": self.signature(method, key, expires, content_type)})
+        query = urlencode({"Expires": expires, "Signature": self.sign(method, key, expires, content_type)})
         return f"{self._base_url}/storage/{quote(key)}?{query}"
 
-    def signature(self, *parts: str) -> str:
+    def sign(self, *parts: str) -> str:
         """What only the storage can make of method, key, time of expiry and content type."""
         message = "\n".join(parts).encode("utf-8", "surrogateescape")
         return hmac.new(self._signing_key, message, hashlib.sha256).hexdigest()
 
 
-# --- The endpoints of the storage -----------------------------------------------------
+# --- Endpoints: presigned URLs --------------------------------------------------------
+
+CREDENTIAL_HEADERS = ("x-internal-token", "x-api-key", "authorization")
 
 
-def _storage_error(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """An error in the storage's own language, which is XML."""
-    declaration = '<?xml version="1.0" encoding="UTF-8"?>'
-    text = f"{declaration}\n<Error><Code>{code}</Code><Message>{message}</Message></Error>"
-    return Answer(status, text.encode(), {"content-type": "application/xml", **(headers or {})})
+def check_signature(gateway: LocalGateway, request: Request, key: str, content_type: str = "") -> None:
+    if any(header in request.headers for header in CREDENTIAL_HEADERS):
+        raise storage_refusal(400, "InvalidArgument", "Only one auth mechanism allowed")
+    query = request.query
+    expected = gateway.storage.sign(request.method, key, query.get("Expires", ""), content_type)
+    if not hmac.compare_digest(expected.encode(), query.get("Signature", "").encode()):
+        message = "The request signature does not match the method, key or headers"
+        raise storage_refusal(403, "SignatureDoesNotMatch", message)
+    if time.time() > float(query["Expires"]):
+        raise storage_refusal(403, "AccessDenied", "Request has expired")
 
 
-class _FileEndpoints:
-    """The storage as its presigned URLs show it, and the Gateway's own endpoints for files."""
+def put_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
+    check_signature(gateway, request, key, request.headers.get("content-type", ""))
+    stored = gateway.storage.write(key, request.body)
+    return Answer(200, headers={"etag": stored.etag})
 
-    def __init__(self, store: _Store) -> None:
-        self._store = store
 
-    def storage(self, request: Request) -> Answer:
-        """Answer a request that came by a presigned URL."""
-        if any(header in request.headers for header in CREDENTIAL_HEADERS):
-            return _storage_error(400, "InvalidArgument", "Only one auth mechanism allowed")
-        key, put = request.path[len("/storage/") :], request.method == "PUT"
-        expires = request.query.get("Expires", "")
-        content_type = request.headers.get("content-type", "") if put else ""
-        expected = self._store.signature(request.method, key, expires, content_type)
-        if not hmac.compare_digest(expected.encode(), request.query.get("Signature", "").encode()):
-            message = "The request signature does not match the method, key or headers"
-            return _storage_error(403, "SignatureDoesNotMatch", message)
-        if time.time() > float(expires):
-            return _storage_error(403, "AccessDenied", "Request has expired")
-        if not put:
-            return self._get(key, request.headers)
-        if "content-length" not in request.headers:
-            return _storage_error(411, "MissingContentLength", "Content-Length is missing")
-        return Answer(200, b"", {"etag": self._store.write(key, request.blocks()).etag})
-
-    def _get(self, key: str, headers: Mapping[str, str]) -> Answer:
-        file = self._store.find(key)
-        if file is None:
-            return _storage_error(404, "NoSuchKey", "The specified key does not exist")
-        shown = {"etag": file.etag, "accept-ranges": "bytes"}
-        shown["content-type"] = mimetypes.guess_type(key)[0] or "binary/octet-stream"
-        size = file.path.stat().st_size
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", ""))
-        backwards = asked and asked[2] and int(asked[2]) < int(asked[1])
-        if not asked or backwards or headers.get("if-range", file.etag) != file.etag:
-            return Answer(200, headers=shown, file=file.path.open("rb"), part=range(size))
-        part = range(size)[int(asked[1]) : int(asked[2] or size) + 1]
+def get_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
+    """Answer with a file, or with the part that is asked for."""
+    check_signature(gateway, request, key)
+    stored = gateway.storage.find(S3_ROOT + key)
+    if stored is None:
+        raise storage_refusal(404, "NoSuchKey", "The specified key does not exist")
+    status, size, part = 200, stored.size, range(stored.size)
+    headers = {"etag": stored.etag, "accept-ranges": "bytes"}
+    headers["content-type"] = mimetypes.guess_type(key)[0] or "binary/octet-stream"
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+    if asked and request.headers.get("if-range", stored.etag) == stored.etag:
+        status, part = 206, part[int(asked[1]) : int(asked[2] or size) + 1]
         if not part:
             message = "The requested range is not satisfiable"
-            return _storage_error(416, "InvalidRange", message, {"content-range": f"bytes */{size}"})
-        shown["content-range"] = f"bytes {part[0]}-{part[-1]}/{size}"
-        return Answer(206, headers=shown, file=file.path.open("rb"), part=part)
-
-    def generate_upload_url(self, request: Request, caller: _Caller) -> Answer:
-        body = request.json()
-        filename = read_field(body, "filename", str, "body")
-        content_type = check_kind(body.get("content_type") or "", str, "body", "content_type")
-        key = self._store.new_key(f"agent-inputs/{caller.user_id}", filename)
-        upload_url = self._store.presigned("PUT", key, 3600, content_type)
-        return json_answer({"upload_url": upload_url, "s3_url": S3_ROOT + key})
-
-    def upload(self, request: Request, caller: _Caller) -> Answer:
-        folder = caller.folder("agent-outputs")
-        return self._upload(folder, Form(request))
-
-    def upload_temp(self, request: Request, caller: _Caller) -> Answer:
-        caller.folder("agent-workspace")  # its refusal comes first
-        form = Form(request)
-        ttl = read_number(form.fields, "body", "ttl", 86400, 10**9)
-        folder = caller.folder("agent-workspace", form.fields.get("session_id") or "default")
-        return self._upload(folder, form, time.time() + ttl)
-
-    def _upload(self, folder: str, form: Form, expires_at: float = math.inf) -> Answer:
-        file = self._store.write(self._store.new_key(folder, form.filename), form.content(), expires_at)
-        size = file.path.stat().st_size
-        return json_answer({"success": True, "filename": form.filename, "s3_url": S3_ROOT + file.key, "size": size})
-
-    def download(self, request: Request, caller: _Caller) -> Answer:
-        caller.folder("agent-outputs")  # its refusal comes first
-        s3_url = read_field(request.query, "s3_url", str, "query")
-        mode = request.query.get("mode", "presigned")
-        if mode != "presigned":
-            raise invalid(["query", "mode"], "Input should be 'presigned'", "literal_error", mode)
-        expires_in = read_number(request.query, "query", "expires_in", 3600, 7 * 24 * 3600)
-        file = self._store.find_url(s3_url, caller)
-        if file is None:
-            raise Refusal(404, f"File not found: {s3_url}")
-        return json_answer({"presigned_url": self._store.presigned("GET", file.key, expires_in)})
-
-    def list(self, request: Request, caller: _Caller) -> Answer:
-        return self._page(request, caller.folder("agent-outputs"))
-
-    def list_temp(self, request: Request, caller: _Caller) -> Answer:
-        return self._page(request, caller.folder("agent-workspace", request.query.get("session_id", "")))
-
-    def _page(self, request: Request, folder: str) -> Answer:
-        limit = read_number(request.query, "query", "limit", 100, 1000)
-        last_key = request.query.get("continuation_token", "")
-        files = [file for file in self._store.listing(folder) if file.key > last_key]
-        answer: dict[str, Any] = {"files": [file.entry() for file in files[:limit]]}
-        if len(files) > limit:
-            answer["next_token"] = files[limit - 1].key
-        return json_answer(answer)
-
-    def cleanup_temp(self, request: Request, caller: _Caller) -> Answer:
-        caller.folder("agent-workspace")  # its refusal comes first
-        session_id = read_field(request.query, "session_id", str, "query")
-        files = self._store.listing(caller.folder("agent-workspace", session_id))
-        for file in files:
-            self._store.delete(file)
-        return json_answer({"deleted_count": len(files)})
+            raise storage_refusal(416, "InvalidRange", message, **{"content-range": f"bytes */{size}"})
+        headers["content-range"] = f"bytes {part[0]}-{part[-1]}/{size}"
+    headers["content-length"] = str(len(part))
+    return Answer(status, read_blocks(stored.path, part), headers)
 
 
-# --- The directory of prefabs ---------------------------------------------------------
+# --- Endpoints: files -----------------------------------------------------------------
 
 
-class _Directory:
-    """The prefabs of a gateway by id and version, newest last."""
-
-    def __init__(self) -> None:
-        self._prefabs: dict[tuple[str, str], Prefab] = {}
-
-    def add(self, prefab: Prefab) -> None:
-        key = (prefab.spec["id"], prefab.spec["version"])
-        self._prefabs.pop(key, None)
-        self._prefabs[key] = prefab
-
-    def get(self, prefab_id: str, version: str) -> Prefab:
-        prefab = self._prefabs.get((prefab_id, version))
-        if prefab is None:
-            raise Refusal(404, f"Prefab {prefab_id}@{version} not found")
-        return prefab
-
-    def entries(self) -> list[dict[str, Any]]:
-        """The entries of all prefabs, newest first."""
-        return [prefab.entry for prefab in reversed(list(self._prefabs.values()))]
-
-    def list_prefabs(self, request: Request, _: _Caller) -> Answer:
-        status = request.query.get("status")
-        return json_answer([entry for entry in self.entries() if status in (None, entry["deployment_status"])])
-
-    def spec(self, _: Request, __: _Caller, prefab_id: str, version: str) -> Answer:
-        return json_answer(self.get(prefab_id, version).spec)
+def generate_upload_url(gateway: LocalGateway, request: Request) -> Answer:
+    body = read_json(request, UPLOAD_URL_BODY)
+    key = new_key(INPUTS, body["filename"])
+    upload_url = gateway.storage.presign("PUT", key, 3600, str(body.get("content_type") or ""))
+    return json_answer({"upload_url": upload_url, "s3_url": S3_ROOT + key})
 
 
-# --- The users' secrets ---------------------------------------------------------------
+def upload(gateway: LocalGateway, request: Request) -> Answer:
+    return keep(gateway, OUTPUTS, Form(request))
 
 
-class _Secrets:
-    def __init__(self) -> None:
-        self._values: dict[tuple[str, str, str], str] = {}  # of user, prefab and name
-
-    def of_prefab(self, caller: _Caller, prefab_id: str) -> dict[str, str]:
-        """The values of a user's secrets for a prefab by their names."""
-        values = sorted(self._values.copy().items())
-        return {name: value for (user, owner, name), value in values if (user, owner) == (caller.user_id, prefab_id)}
-
-    def set(self, request: Request, caller: _Caller) -> Answer:
-        body = request.json()
-        fields = ("prefab_id", "secret_name", "secret_value")
-        prefab_id, name, value = [read_field(body, field, str, "body") for field in fields]
-        self._values[caller.user_id, prefab_id, name] = value
-        return Answer(204)
-
-    def list(self, _: Request, caller: _Caller) -> Answer:
-        secrets = [{"prefab_id": prefab_id, "secret_name": name}
-                   for user, prefab_id, name in sorted(self._values.copy()) if user == caller.user_id]
-        return json_answer({"secrets": secrets})
-
-    def list_of_prefab(self, _: Request, caller: _Caller, prefab_id: str) -> Answer:
-        return json_answer({"prefab_id": prefab_id, "secret_names": [*self.of_prefab(caller, prefab_id)]})
-
-    def delete(self, _: Request, caller: _Caller, prefab_id: str, name: str) -> Answer:
-        if self._values.pop((caller.user_id, prefab_id, name), None) is None:
-            raise Refusal(404, f"Secret '{name}' for prefab '{prefab_id}' not found")
-        return Answer(204)
+def upload_temp(gateway: LocalGateway, request: Request) -> Answer:
+    form = Form(request)
+    ttl = read_number(form.fields, "ttl", 86400, 10**9)
+    return keep(gateway, f"{WORKSPACE}/{form.fields.get('session_id') or 'default'}", form, time.time() + ttl)
 
 
-# --- Calls ----------------------------------------------------------------------------
-
-_CALL_FIELDS = ("prefab_id", "version", "function_name")
-_EVENT_TYPES = ("start", "content", "progress", "done", "error")
-
-
-def _parse_calls(request: Request) -> list[dict[str, Any]]:
-    """The calls of a request, every field checked that is used below."""
-    calls: list[dict[str, Any]] = read_field(request.json(), "calls", list, "body")
-    for index, call in enumerate(calls):
-        loc = ("body", "calls", index)
-        check_kind(call, dict, *loc)
-        for name in _CALL_FIELDS:
-            read_field(call, name, str, *loc)
-        inputs = read_field(call, "inputs", dict, *loc)
-        check_kind(inputs.get("parameters", {}), dict, *loc, "inputs", "parameters")
-        for key, urls in check_kind(inputs.get("files", {}), dict, *loc, "inputs", "files").items():
-            for url in check_kind(urls, list, *loc, "inputs", "files", key):
-                check_kind(url, str, *loc, "inputs", "files", key)
-    return calls
+def keep(gateway: LocalGateway, folder: str, form: Form, expires_at: float = math.inf) -> Answer:
+    stored = gateway.storage.write(new_key(folder, form.filename), form.content(), expires_at)
+    return json_answer({"success": True, "s3_url": stored.s3_url, "filename": form.filename, "size": stored.size})
 
 
-class _Runner:
-    """Runs the calls of a gateway's clients."""
-
-    def __init__(self, gateway: LocalGateway, directory: _Directory, secrets: _Secrets) -> None:
-        self._gateway, self._directory, self._secrets = gateway, directory, secrets
-        self._used = 0  # of the quota
-        self._lock = threading.Lock()
-
-    def run(self, request: Request, caller: _Caller) -> Answer:
-        """Run the calls of one POST one after another; the first HTTP error ends it."""
-        calls = _parse_calls(request)
-        self._charge(len(calls))
-        job_id = str(uuid.uuid4())
-        results: list[dict[str, Any]] = []
-        for call in calls:
-            with contextlib.ExitStack() as cleanup, _faults_of(call):
-                try:
-                    job = self._make_job(call, caller, cleanup)
-                    outcome = job.run(job)
-                    if isinstance(outcome, Generator) and len(calls) == 1:
-                        events = self._events(job_id, job, caller, outcome, cleanup.pop_all())
-                        return Answer(200, headers={"content-type": "text/event-stream"}, chunks=events)
-                    value, files = local_prefabs.gather(outcome), self._output_files(job, caller)
-                    output = {"status": "SUCCESS", "output": value, "files": files}
-                    results.append({"status": "SUCCESS", "output": output, "error": None})
-                except CallFailed as failure:
-                    results.append({"status": "FAILED", "output": None, "error": describe_error(failure)})
-        done = all(result["status"] == "SUCCESS" for result in results)
-        status = "COMPLETED" if done else "PARTIAL_SUCCESS"
-        try:
-            return json_answer({"job_id": job_id, "status": status, "results": results})
-        except (TypeError, ValueError, RecursionError) as error:
-            raise Refusal(503, f"A prefab returned what JSON cannot carry: {error}") from error
-
-    def _charge(self, count: int) -> None:
-        quota = self._gateway.quota
-        with self._lock:
-            if quota is None or self._used + count <= quota:
-                self._used += count
-                return
-            raise Refusal(429, {"error_code": "QUOTA_EXCEEDED", "message": "The quota of calls is used up",
-                                 "limit": quota, "used": self._used, "quota_type": "calls"})
-
-    def _make_job(self, call: Mapping[str, Any], caller: _Caller, cleanup: contextlib.ExitStack) -> Job:
-        """Check a call against its prefab."""
-        prefab_id, version, name = [call[field] for field in _CALL_FIELDS]
-        prefab = self._directory.get(prefab_id, version)
-        if prefab.status != "deployed":
-            raise Refusal(404, f"Prefab {prefab_id}@{version} is not deployed")
-        if name not in prefab.functions:
-            raise Refusal(404, f"Function {name} not found in prefab {prefab_id}")
-        function, inputs = prefab.functions[name], call["inputs"]
-        try:
-            parameters = local_prefabs.fill_parameters(function, inputs.get("parameters", {}))
-        except ValueError as error:
-            raise Refusal(422, str(error)) from error
-        files = {key: self._inputs(key, urls, caller) for key, urls in inputs.get("files", {}).items()}
-        secrets = self._secrets.of_prefab(caller, prefab_id)
-        for secret in function["secrets"]:
-            if secret["required"] and secret["name"] not in secrets:
-                raise _missing_secret(prefab_id, secret)
-        self._gateway.executed.append((prefab_id, version, name))
-        folder = self._gateway.store.new_folder()
-        return Job(prefab.runs[name], parameters, files, secrets, self._gateway.closing, folder, cleanup)
-
-    def _inputs(self, key: str, urls: Sequence[str], caller: _Caller) -> list[Path]:
-        if key != safe_name(key):
-            raise Refusal(422, f"Invalid name of input files: {key}")
-        files = [self._gateway.store.find_url(url, caller) for url in urls]
-        if None in files:
-            raise CallFailed(f"Input file not found: {urls[files.index(None)]}", "InputFileNotFound")
-        return [file.path for file in files if file]
-
-    def _output_files(self, job: Job, caller: _Caller) -> dict[str, list[str]]:
-        """Move what the function left in its outputs folder into the storage."""
-        files: dict[str, list[str]] = {}
-        if not job.folder.exists():  # as after most calls
-            return files
-        store = self._gateway.store
-        folder = f"agent-outputs/{caller.user_id}/{caller.agent_id or 'no-agent'}"
-        for path in sorted(job.outputs.rglob("*")):
-            if path.is_file() and not path.is_symlink():
-                parts = path.relative_to(job.outputs).parts
-                key = parts[0] if len(parts) > 1 else "output"
-                file = store.write(store.new_key(folder, path.name), local_prefabs.read_blocks(path))
-                files.setdefault(key, []).append(S3_ROOT + file.key)
-        return files
-
-    def _events(self, job_id: str, job: Job, caller: _Caller, pieces: Generator[Any, None, None],
-                cleanup: contextlib.ExitStack) -> Generator[bytes, None, None]:
-        """The event stream of a function; ends it when the client is gone."""
-        with cleanup, contextlib.closing(pieces):
-            yield _event_bytes("start", {"job_id": job_id})
-            try:
-                for piece in pieces:
-                    if isinstance(piece, dict) and piece.get("type") in _EVENT_TYPES:
-                        yield b"data: " + json_bytes(piece) + b"\n\n"
-                    else:
-                        yield _event_bytes("content", piece)
-                yield _event_bytes("done", {"job_id": job_id, "files": self._output_files(job, caller)})
-            except Exception as error:  # whatever the function raises ends its stream
-                logger.info("a stream ended with %r", error, exc_info=True)
-                yield _event_bytes("error", describe_error(error))
+def presign_download(gateway: LocalGateway, request: Request) -> Answer:
+    query = request.query
+    check(query, {"s3_url": str}, "query")
+    stored = gateway.storage.find(query["s3_url"])
+    if stored is None:
+        raise refusal(404, f"File not found: {query['s3_url']}")
+    expires_in = read_number(query, "expires_in", 3600, 7 * 24 * 3600)
+    return json_answer({"presigned_url": gateway.storage.presign("GET", stored.key, expires_in)})
 
 
-def _event_bytes(type: str, data: Any) -> bytes:
-    return b"data: " + json_bytes({"type": type, "data": data}) + b"\n\n"
+def list_files(gateway: LocalGateway, request: Request) -> Answer:
+    return list_folder(gateway, OUTPUTS, request.query)
 
 
-def _missing_secret(prefab_id: str, secret: Mapping[str, Any]) -> Refusal:
-    message = f"Secret '{secret['name']}' for prefab '{prefab_id}' is not configured"
-    return Refusal(400, {"error_code": "MISSING_SECRET", "message": message, "prefab_id": prefab_id,
-                          "secret_name": secret["name"], "instructions": secret["instructions"]})
+def list_temp(gateway: LocalGateway, request: Request) -> Answer:
+    session_id = request.query.get("session_id")
+    return list_folder(gateway, f"{WORKSPACE}/{session_id}" if session_id else WORKSPACE, request.query)
 
 
-@contextlib.contextmanager
-def _faults_of(call: Mapping[str, Any]) -> Iterator[None]:
-    """Whatever else a prefab does wrong is a 503, as behind the deployed server."""
+def list_folder(gateway: LocalGateway, folder: str, query: Mapping[str, str]) -> Answer:
+    limit, last_key = read_number(query, "limit", 100, 1000), query.get("continuation_token", "")
+    files = [stored for stored in gateway.storage.list(folder) if stored.key > last_key]
+    answer: dict[str, Any] = {"files": [list_entry(stored) for stored in files[:limit]]}
+    if len(files) > limit:
+        answer["next_token"] = files[limit - 1].key
+    return json_answer(answer)
+
+
+def list_entry(stored: StoredFile) -> dict[str, Any]:
+    modified = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(stored.path.stat().st_mtime))
+    return {"key": stored.key, "size": stored.size, "last_modified": modified, "s3_url": stored.s3_url}
+
+
+def cleanup_temp(gateway: LocalGateway, request: Request) -> Answer:
+    query = request.query
+    check(query, {"session_id": str}, "query")
+    files = gateway.storage.list(f"{WORKSPACE}/{query['session_id']}")
+    for stored in files:
+        gateway.storage.delete(stored)
+    return json_answer({"deleted_count": len(files)})
+
+
+# --- Endpoints: prefabs, secrets, tokens ----------------------------------------------
+
+
+def list_prefabs(gateway: LocalGateway, request: Request) -> Answer:
+    status = request.query.get("status")
+    return json_answer([entry for entry in gateway.prefabs() if status in (None, entry["deployment_status"])])
+
+
+def find_prefab(gateway: LocalGateway, prefab_id: str, version: str) -> Prefab:
+    prefab = gateway.directory.get((prefab_id, version))
+    if prefab is None:
+        raise refusal(404, f"Prefab {prefab_id}@{version} not found")
+    return prefab
+
+
+def get_spec(gateway: LocalGateway, _: Request, prefab_id: str, version: str) -> Answer:
+    return json_answer(find_prefab(gateway, prefab_id, version).spec)
+
+
+def set_secret(gateway: LocalGateway, request: Request) -> Answer:
+    body = read_json(request, SECRET_BODY)
+    gateway.secrets[body["prefab_id"], body["secret_name"]] = body["secret_value"]
+    return Answer(204)
+
+
+def list_secrets(gateway: LocalGateway, _: Request) -> Answer:
+    names = sorted(gateway.secrets.copy())
+    return json_answer({"secrets": [{"prefab_id": prefab_id, "secret_name": name} for prefab_id, name in names]})
+
+
+def list_secrets_of_prefab(gateway: LocalGateway, _: Request, prefab_id: str) -> Answer:
+    return json_answer({"prefab_id": prefab_id, "secret_names": sorted(secrets_of_prefab(gateway, prefab_id))})
+
+
+def secrets_of_prefab(gateway: LocalGateway, prefab_id: str) -> dict[str, str]:
+    """The values of a prefab's secrets by their names."""
+    return {name: value for (owner, name), value in gateway.secrets.copy().items() if owner == prefab_id}
+
+
+def delete_secret(gateway: LocalGateway, _: Request, prefab_id: str, name: str) -> Answer:
+    if gateway.secrets.pop((prefab_id, name), None) is None:
+        raise refusal(404, f"Secret '{name}' for prefab '{prefab_id}' not found")
+    return Answer(204)
+
+
+def exchange(gateway: LocalGateway, _: Request) -> Answer:
+    """Give a token for the API key that the request came with."""
+    token = f"user-{uuid.uuid4().hex}"
+    gateway.callers["x-internal-token", token] = "user"
+    return json_answer({"internal_token": token})
+
+
+# --- Endpoints: calls -----------------------------------------------------------------
+
+EVENT_TYPES = ("start", "content", "progress", "done", "error")
+
+
+def run(gateway: LocalGateway, request: Request) -> Answer:
+    calls = read_json(request, RUN_BODY)["calls"]
+    quota, used = gateway.quota, len(gateway.executed)
+    if quota is not None and used + len(calls) > quota:
+        message = "The quota of calls is used up"
+        raise refusal(429, {"error_code": "QUOTA_EXCEEDED", "message": message,
+                            "limit": quota, "used": used, "quota_type": "calls"})
     try:
-        yield
+        return run_calls(gateway, calls)
     except Refusal:
         raise
-    except Exception as error:
-        prefab, told = f"{call['prefab_id']}@{call['version']}", describe_error(error)
-        logger.info("%s failed", prefab, exc_info=True)
-        raise Refusal(503, f"Prefab {prefab} failed: {told['type']}: {told['message']}") from error
+    except Exception as error:  # whatever else a prefab does wrong, as behind the deployed server
+        logger.info("a prefab failed", exc_info=True)
+        raise refusal(503, f"The prefab failed: {type(error).__name__}: {error}") from error
+
+
+def run_calls(gateway: LocalGateway, calls: Sequence[Mapping[str, Any]]) -> Answer:
+    """Run the calls of one POST one after another. A call that is alone may stream."""
+    job_id = str(uuid.uuid4())
+    results: list[dict[str, Any]] = []
+    for call in calls:
+        try:
+            start, job = prepare(gateway, call)
+            outcome = start(job)
+            if isinstance(outcome, Generator) and len(calls) == 1:
+                return Answer(200, events(gateway, job_id, job, outcome), {"content-type": "text/event-stream"})
+            value = list(outcome) if isinstance(outcome, Generator) else outcome
+            output = {"status": "SUCCESS", "output": value, "files": keep_outputs(gateway, job)}
+            results.append({"status": "SUCCESS", "output": output, "error": None})
+        except CallFailed as failure:
+            results.append({"status": "FAILED", "output": None, "error": describe_error(failure)})
+    done = all(result["status"] == "SUCCESS" for result in results)
+    return json_answer({"job_id": job_id, "status": "COMPLETED" if done else "PARTIAL_SUCCESS", "results": results})
+
+
+def prepare(gateway: LocalGateway, call: Mapping[str, Any]) -> tuple[Run, Job]:
+    """Check a call against its prefab."""
+    prefab_id, version, name, inputs = call["prefab_id"], call["version"], call["function_name"], call["inputs"]
+    prefab = find_prefab(gateway, prefab_id, version)
+    function = prefab.functions.get(name)
+    if function is None or prefab.entry["deployment_status"] != "deployed":
+        raise refusal(404, f"Function {name} not found in prefab {prefab_id}")
+    try:
+        parameters = local_prefabs.fill_parameters(function, inputs.get("parameters", {}))
+    except ValueError as error:
+        raise refusal(422, str(error)) from error
+    files = {key: [find_input(gateway, url) for url in urls] for key, urls in inputs.get("files", {}).items()}
+    secrets = secrets_of_prefab(gateway, prefab_id)
+    for secret in function["secrets"]:
+        if secret["required"] and secret["name"] not in secrets:
+            message = f"Secret '{secret['name']}' for prefab '{prefab_id}' is not configured"
+            raise refusal(400, {"error_code": "MISSING_SECRET", "message": message, "prefab_id": prefab_id,
+                                "secret_name": secret["name"], "instructions": secret["instructions"]})
+    gateway.executed.append((prefab_id, version, name))
+    return prefab.runs[name], Job(parameters, files, secrets, gateway.storage.new_folder(), gateway.processes)
+
+
+def find_input(gateway: LocalGateway, s3_url: str) -> Path:
+    stored = gateway.storage.find(s3_url)
+    if stored is None:
+        raise CallFailed(f"Input file not found: {s3_url}", "InputFileNotFound")
+    return stored.path
+
+
+def keep_outputs(gateway: LocalGateway, job: Job) -> dict[str, list[str]]:
+    """Move what the function left in its outputs folder into the storage."""
+    files: dict[str, list[str]] = {}
+    if not job.folder.exists():  # as after most calls
+        return files
+    for path in sorted(job.outputs.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            parts = path.relative_to(job.outputs).parts
+            stored = gateway.storage.write(new_key(OUTPUTS, path.name), read_blocks(path))
+            files.setdefault(parts[0] if len(parts) > 1 else "output", []).append(stored.s3_url)
+    shutil.rmtree(job.folder)
+    return files
+
+
+def events(gateway: LocalGateway, job_id: str, job: Job,
+           pieces: Generator[Any, None, None]) -> Generator[bytes, None, None]:
+    """The event stream of a function; ends it when the client is gone."""
+    with contextlib.closing(pieces):
+        yield event("start", {"job_id": job_id})
+        try:
+            for piece in pieces:
+                is_event = isinstance(piece, dict) and piece.get("type") in EVENT_TYPES
+                yield event(piece["type"], piece.get("data")) if is_event else event("content", piece)
+            yield event("done", {"job_id": job_id, "files": keep_outputs(gateway, job)})
+        except Exception as error:  # whatever the function raises ends its stream
+            logger.info("a stream ended with %r", error, exc_info=True)
+            yield event("error", describe_error(error))
+
+
+def event(type: str, data: Any) -> bytes:
+    return b"data: " + json_bytes({"type": type, "data": data}) + b"\n\n"
 
 
 # --- The gateway ----------------------------------------------------------------------
 
-_EXCHANGE_PATH = "/v1/auth/convert_to_internal_token"
 
-
-@dataclasses.dataclass(frozen=True)
-class ReceivedRequest:
-    """A request as the gateway received it: what a test looks at."""
-
+class Route(NamedTuple):
     method: str
-    path: str  # with the query
-    headers: Mapping[str, str]  # names in lower case
-    body: bytes  # of JSON requests only
+    path: str  # a regular expression, whose groups the endpoint gets
+    admitted: Sequence[str]  # kinds of callers; without any, nobody is asked who he is
+    endpoint: Callable[..., Answer]
+
+
+AGENT = ("agent",)
+ANYONE = ("agent", "user", "key", "jwt", "nobody")  # nobody: without credentials, as by an allow-list
+ID = "([^/]+)"
+ROUTES = [
+    Route("POST", "/v1/internal/run", ("agent", "user", "nobody"), run),
+    Route("POST", "/v1/run", ("key", "jwt"), run),
+    Route("GET", "/v1/prefabs", ANYONE, list_prefabs),
+    Route("GET", f"/v1/prefabs/{ID}/{ID}/spec", ANYONE, get_spec),
+    Route("POST", "/v1/secrets", ANYONE, set_secret),
+    Route("GET", "/v1/secrets", ANYONE, list_secrets),
+    Route("GET", f"/v1/secrets/{ID}", ANYONE, list_secrets_of_prefab),
+    Route("DELETE", f"/v1/secrets/{ID}/{ID}", ANYONE, delete_secret),
+    Route("POST", "/v1/auth/convert_to_internal_token", ("key to exchange",), exchange),
+    Route("POST", "/internal/files/generate_upload_url", ANYONE, generate_upload_url),
+    Route("POST", "/internal/files/upload", AGENT, upload),
+    Route("POST", "/internal/files/upload_temp", AGENT, upload_temp),
+    Route("GET", "/internal/files/download", AGENT, presign_download),
+    Route("GET", "/internal/files/list", AGENT, list_files),
+    Route("GET", "/internal/files/list_temp", AGENT, list_temp),
+    Route("DELETE", "/internal/files/cleanup_temp", AGENT, cleanup_temp),
+    Route("PUT", "/storage/(.+)", (), put_object),
+    Route("GET", "/storage/(.+)", (), get_object),
+]
 
 
 class LocalGateway:
     """A Gateway on 127.0.0.1. A context manager: serves inside the `with`.
 
     Args:
-        prefab_folders: Folders of prefabs to serve besides those that come with it; a ValueError if
-            such a folder or its manifest is not what it should be.
+        prefab_folders: Folders of prefabs to serve besides those that come with it; an OSError or a
+            ValueError if such a folder or its manifest is not what it should be.
         port: 0 takes any free one; `base_url` tells which.
-        allow_list: Whether requests without credentials are admitted, as a user without an agent.
-        any_credential: Whether any credential is admitted, each as a user of its own. Any
-            `X-Internal-Token` is then that of an agent.
-        idle_timeout: Seconds after which an idle connection is closed, unannounced.
     """
 
-    def __init__(self, *prefab_folders: str | os.PathLike[str], port: int = 0, allow_list: bool = True,
-                 any_credential: bool = False, idle_timeout: float = IDLE_SECONDS) -> None:
-        self.base_url = ""  # known once it serves
+    def __init__(self, *prefab_folders: str | os.PathLike[str], port: int = 0) -> None:
         self.internal_token = f"agent-{uuid.uuid4().hex}"  # of an agent; the others are without one
         self.api_key = f"key-{uuid.uuid4().hex}"  # for `X-API-Key`, or to be exchanged for a token
         self.jwt_token = f"jwt-{uuid.uuid4().hex}"
-        self.allow_list, self.any_credential = allow_list, any_credential
+        self.callers = {  # their kinds by header and value
+            ("x-internal-token", self.internal_token): "agent",
+            ("x-api-key", self.api_key): "key",
+            ("authorization", f"Bearer {self.jwt_token}"): "jwt",
+            ("authorization", f"Bearer {self.api_key}"): "key to exchange",
+        }
         self.down = False  # set it, and every gateway request is answered 503
         self.quota: int | None = None  # calls allowed in total
-        self.requests: deque[ReceivedRequest] = deque(maxlen=10_000)  # the last ones
+        self.requests: deque[Request] = deque(maxlen=10_000)  # the last ones
         self.executed: list[tuple[str, str, str]] = []  # prefab id, version, function of each call
-        self.closing = threading.Event()  # given to functions that ask for it
-        self._port, self._idle_timeout = port, idle_timeout
-        self._resources = contextlib.ExitStack()
-        self._callers: dict[tuple[str, str], _Caller | None] = {  # None: expired
-            ("x-internal-token", self.internal_token): _Caller(USER, AGENT),
-            ("x-api-key", self.api_key): _Caller(USER),
-            ("authorization", f"Bearer {self.jwt_token}"): _Caller(USER),
-        }
-        self._directory, self._secrets = _Directory(), _Secrets()
-        self._processes: local_prefabs.Processes = set()
+        self.secrets: dict[tuple[str, str], str] = {}  # by prefab and name
+        self.directory: dict[tuple[str, str], Prefab] = {}  # by id and version, newest last
+        self.processes: set[subprocess.Popen[bytes]] = set()  # those of prefab folders
         local_prefabs.add_own_prefabs(self.add_prefab)
         for folder in prefab_folders:
-            self._directory.add(local_prefabs.load_prefab(Path(folder).resolve(), self._processes))
+            self._add(local_prefabs.load_prefab(Path(folder)))
+        self._server = Server(port, self.answer)
+        self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._folder = tempfile.TemporaryDirectory()
+        self.storage = Storage(Path(self._folder.name).resolve(), self.base_url)
 
-    def add_prefab(self, prefab_id: str, version: str, functions: Functions, *, name: str = "",
-                   description: str = "", tags: Iterable[str] = (),
+    def __enter__(self) -> LocalGateway:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes.copy():
+            process.terminate()
+        self._server.stop()
+        self._folder.cleanup()
+
+    def add_prefab(self, prefab_id: str, version: str, functions: Functions, *, description: str = "",
                    secrets: Iterable[str | Mapping[str, Any]] = (), status: str = "deployed") -> None:
         """Serve plain Python functions as a prefab; a generator function streams.
 
         A function that names one of these parameters gets it from the gateway: `inputs` (name to
         paths of the input files, to be read only), `outputs` (a folder; what is left there is given
-        back), `secrets` (name to value), `closing` (an event, set when the gateway closes).
+        back), `secrets` (name to value).
 
         Args:
             secrets: Names, or manifest entries with `name`, `description`, `instructions` and
                 `required`. Functions that take `secrets` are not run without the required ones.
             status: "deployed", or "failed": then it is listed but cannot be called.
         """
-        manifest = {"id": prefab_id, "version": version, "name": name, "description": description,
-                    "tags": list(tags), "secrets": list(secrets)}
-        self._directory.add(local_prefabs.prefab_of_functions(manifest, functions, status))
+        described = [{"name": secret} if isinstance(secret, str) else secret for secret in secrets]
+        manifest = {"id": prefab_id, "version": version, "description": description, "secrets": described}
+        self._add(local_prefabs.prefab_of_functions(manifest, functions, status))
+
+    def _add(self, prefab: Prefab) -> None:
+        key = (prefab.spec["id"], prefab.spec["version"])
+        self.directory.pop(key, None)
+        self.directory[key] = prefab
 
     def prefabs(self) -> list[dict[str, Any]]:
         """The directory's entries, newest first."""
-        return self._directory.entries()
+        return [prefab.entry for prefab in reversed(list(self.directory.values()))]
 
     def expire_tokens(self) -> None:
         """Refuse the tokens that were issued for API keys up to now."""
-        for header, value in list(self._callers):
-            if value.startswith("user-"):
-                self._callers[header, value] = None
+        self.callers = {credential: caller for credential, caller in self.callers.items() if caller != "user"}
 
-    def __enter__(self) -> LocalGateway:
-        with contextlib.ExitStack() as resources:
-            folder = resources.enter_context(tempfile.TemporaryDirectory())
-            server = Server(self._port, self._respond, self._idle_timeout)
-            self.base_url = f"http://127.0.0.1:{server.server_address[1]}"
-            self.store = _Store(Path(folder).resolve(), self.base_url)
-            self._files = _FileEndpoints(self.store)
-            self._routes = self._make_routes()
-            server.start()
-            resources.callback(server.close)
-            resources.callback(self._end_calls)
-            self._resources = resources.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._resources.close()
-
-    def _end_calls(self) -> None:
-        self.closing.set()
-        for process in list(self._processes):
-            process.terminate()
-
-    def _make_routes(self) -> list[tuple[str, re.Pattern[str], Callable[..., Answer]]]:
-        prefabs, secrets, files = self._directory, self._secrets, self._files
-        runner = _Runner(self, prefabs, secrets)
-        table: list[tuple[str, str, Callable[..., Answer]]] = [
-            ("POST", "/v1/internal/run", runner.run),
-            ("POST", "/v1/run", runner.run),
-            ("GET", "/v1/prefabs", prefabs.list_prefabs),
-            ("GET", "/v1/prefabs/{}/{}/spec", prefabs.spec),
-            ("POST", "/v1/secrets", secrets.set),
-            ("GET", "/v1/secrets", secrets.list),
-            ("GET", "/v1/secrets/{}", secrets.list_of_prefab),
-            ("DELETE", "/v1/secrets/{}/{}", secrets.delete),
-            ("POST", _EXCHANGE_PATH, self._exchange),
-            ("POST", "/internal/files/generate_upload_url", files.generate_upload_url),
-            ("POST", "/internal/files/upload", files.upload),
-            ("POST", "/internal/files/upload_temp", files.upload_temp),
-            ("GET", "/internal/files/download", files.download),
-            ("GET", "/internal/files/list", files.list),
-            ("GET", "/internal/files/list_temp", files.list_temp),
-            ("DELETE", "/internal/files/cleanup_temp", files.cleanup_temp),
-        ]
-        return [(method, re.compile(path.replace("{}", "([^/]+)")), handler) for method, path, handler in table]
-
-    def _respond(self, request: Request) -> Answer:
-        """The answer to any request."""
-        started = time.perf_counter()
+    def answer(self, request: Request) -> Answer:
+        """The answer to any request. Here errors become answers."""
+        self.requests.append(request)
         try:
-            answer = self._dispatch(request)
-        except Refusal as refusal:
-            answer = refusal.answer
+            return self._dispatch(request)
+        except Refusal as error:
+            return error.answer
         except OSError:  # in the middle of the body
             raise
         except Exception:
             logger.exception("%s %s", request.method, request.path)
-            answer = Answer(500, b"Internal Server Error", {"content-type": "text/plain; charset=utf-8"})
-        milliseconds = (time.perf_counter() - started) * 1000
-        logger.debug("%s %s %d %.1f ms", request.method, request.path, answer.status, milliseconds)
-        return answer
+            return Answer(500, b"Internal Server Error", {"content-type": "text/plain; charset=utf-8"})
 
     def _dispatch(self, request: Request) -> Answer:
-        if request.headers.get("content-type", "").startswith("application/json"):
-            request.content = b"".join(request.blocks())
-        self.requests.append(ReceivedRequest(request.method, request.target, request.headers, request.content))
-        if request.path.startswith("/storage/"):
-            return self._files.storage(request)
+        path = unquote(request.path.partition("?")[0])
+        for route in ROUTES:
+            match = re.fullmatch(route.path, path)
+            if match and route.method == request.method:
+                self._admit(request, route)
+                return route.endpoint(self, request, *match.groups())
+        raise refusal(404, "Not Found")
+
+    def _admit(self, request: Request, route: Route) -> None:
+        """Refuse a request whose sender this route does not admit."""
+        if not route.admitted:
+            return
         if self.down:
-            raise Refusal(503, "The gateway is down")
-        path_exists = False
-        for method, pattern, handler in self._routes:
-            match = pattern.fullmatch(request.path)
-            if match and method == request.method:
-                return handler(request, self._caller(request), *match.groups())
-            path_exists = path_exists or match is not None
-        if path_exists:
-            raise Refusal(405, "Method Not Allowed")
-        raise Refusal(404, "Not Found")
-
-    def _caller(self, request: Request) -> _Caller:
-        """Who sent the request, by a credential that this endpoint takes."""
-        headers, path = request.headers, request.path
-        if path == _EXCHANGE_PATH:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            if scheme.lower() == "bearer":
-                return self._known_caller("x-api-key", key)
-            raise Refusal(401, "Not authenticated")
-        taken = {"/v1/internal/run": CREDENTIAL_HEADERS[:1], "/v1/run": CREDENTIAL_HEADERS[1:]}
-        for header in taken.get(path, CREDENTIAL_HEADERS):
-            if header in headers:
-                return self._known_caller(header, headers[header])
-        if self.allow_list and path != "/v1/run" and not any(header in headers for header in CREDENTIAL_HEADERS):
-            return _Caller(USER)
-        raise Refusal(401, "Not authenticated")
-
-    def _known_caller(self, header: str, value: str) -> _Caller:
-        stranger = None
-        if self.any_credential and value:  # a user made up for a credential: the same one every time
-            user_id = f"user-{hashlib.sha256(value.encode('latin-1')).hexdigest()[:12]}"
-            stranger = _Caller(user_id, AGENT if header == "x-internal-token" else None)
-        caller = self._callers.get((header, value), stranger)
+            raise refusal(503, "The gateway is down")
+        credentials = [(header, request.headers[header]) for header in CREDENTIAL_HEADERS if header in request.headers]
+        caller = self.callers.get(credentials[0]) if credentials else "nobody"
         if caller is None:
-            raise Refusal(401, "Could not validate credentials")
-        return caller
+            raise refusal(401, "Could not validate credentials")
+        if caller not in route.admitted and route.admitted is AGENT:
+            message = "This operation needs an agent context: use a token given to an agent"
+            raise refusal(400, {"error_code": "MISSING_AGENT_CONTEXT", "message": message})
+        if caller not in route.admitted:
+            raise refusal(401, "Not authenticated")
 
-    def _exchange(self, _: Request, caller: _Caller) -> Answer:
-        token = f"user-{uuid.uuid4().hex}"
-        self._callers["x-internal-token", token] = caller
-        return json_answer({"internal_token": token})
+
+# --- The HTTP server ------------------------------------------------------------------
 
 
-_VARIABLES = ("GATEWAY_BASE_URL", "X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
+def read_body(reader: BufferedIOBase, length: int) -> Iterator[bytes]:
+    while length:
+        block = reader.read(min(BLOCK_BYTES, length))
+        if not block:
+            raise ConnectionResetError("the client hung up in the middle of a body")
+        length -= len(block)
+        yield block
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One client's connection: request after request until either side hangs up."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # with it, an answer waits 40 ms for the client's acknowledgement
+    timeout = IDLE_SECONDS
+    server: Server
+
+    def handle(self) -> None:
+        self.server.connections[threading.current_thread()] = self.connection
+        with contextlib.suppress(OSError):  # a broken connection simply ends
+            super().handle()
+        del self.server.connections[threading.current_thread()]
+
+    def answer_request(self) -> None:
+        """Answer a request whose head has been read."""
+        length = self.headers.get("content-length", "0")
+        if "transfer-encoding" in self.headers or not length.isdecimal():
+            self.send_error(411)  # like the storage; no client of the Gateway sends chunks
+            return
+        self.connection.settimeout(TRANSFER_SECONDS)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        request = Request(self.command, self.path, headers, read_body(self.rfile, int(length)))
+        answer = self.server.answer(request)
+        self._send(answer)
+        for _ in request.body:  # what was refused unread: on loopback that is soon over
+            pass
+        self.connection.settimeout(IDLE_SECONDS)
+        if answer.status == 500:  # as the deployed server, which does not announce it either
+            self.close_connection = True
+
+    do_GET = do_POST = do_PUT = do_DELETE = answer_request  # noqa: N815
+
+    def _send(self, answer: Answer) -> None:
+        logger.debug("%s %d", self.requestline, answer.status)
+        headers = dict(answer.headers)
+        if isinstance(answer.body, bytes) and answer.status != 204:
+            headers["content-length"] = str(len(answer.body))
+        chunked = answer.status != 204 and "content-length" not in headers
+        if chunked:
+            headers["transfer-encoding"] = "chunked"
+        lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join([*lines, "\r\n"]).encode("latin-1")
+        if isinstance(answer.body, bytes):  # in one write: the client's first read finds the whole answer
+            self.wfile.write(head + answer.body)
+            return
+        with contextlib.closing(answer.body):  # which ends it when the client is gone
+            for block in answer.body:  # begun before the first write: only then can closing it clean up
+                self.wfile.write(head + (b"%x\r\n%b\r\n" % (len(block), block) if chunked else block))
+                head = b""
+            self.wfile.write(head + (b"0\r\n\r\n" if chunked else b""))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """A thread accepts connections, and each connection has a thread of its own until `stop`."""
+
+    request_queue_size = 128
+    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
+    daemon_threads = True
+
+    def __init__(self, port: int, answer: Callable[[Request], Answer]) -> None:
+        self.answer = answer
+        self.connections: dict[threading.Thread, socket.socket] = {}
+        super().__init__(("127.0.0.1", port), Handler)
+
+    def start(self) -> None:
+        threading.Thread(target=self.serve_forever, args=[STOP_SECONDS], daemon=True).start()
+
+    def stop(self) -> None:
+        """Accept no more, break the connections, and wait for their threads."""
+        self.shutdown()
+        self.server_close()
+        connections = self.connections.copy()
+        for connection in connections.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in connections:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+# --- The command line -----------------------------------------------------------------
+
+VARIABLES = ("GATEWAY_BASE_URL", "X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
 
 
 @contextlib.contextmanager
@@ -699,30 +825,27 @@ def environment(credential: str = "agent") -> Iterator[LocalGateway | None]:
     local gateway serves inside the `with`, and the environment names it and its credential.
 
     Args:
-        credential: "agent" for an agent's token, "api_key", or "none" for the allow-list.
+        credential: "agent" for an agent's token, or "api_key".
     """
     if os.environ.get("GATEWAY_BASE_URL"):
         yield None
         return
     with LocalGateway() as gateway:
-        before = {name: os.environ.pop(name) for name in _VARIABLES if name in os.environ}
+        before = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
         os.environ["GATEWAY_BASE_URL"] = gateway.base_url
         if credential == "agent":
             os.environ["X_INTERNAL_TOKEN"] = gateway.internal_token
-        elif credential == "api_key":
+        else:
             os.environ["AGENT_BUILDER_API_KEY"] = gateway.api_key
         try:
             yield gateway
         finally:
-            for name in _VARIABLES:
+            for name in VARIABLES:
                 os.environ.pop(name, None)
             os.environ.update(before)
 
 
-# --- The command line -----------------------------------------------------------------
-
-
-def _announce(gateway: LocalGateway) -> None:
+def announce(gateway: LocalGateway) -> None:
     """Print what bash and zsh can run as it is to stdout, and all else to stderr."""
     print(f"export GATEWAY_BASE_URL={gateway.base_url}")
     print(f"export X_INTERNAL_TOKEN={gateway.internal_token}", flush=True)
@@ -741,22 +864,15 @@ def _announce(gateway: LocalGateway) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM; the exit status."""
     parser = argparse.ArgumentParser(description="Serve a Gateway on this machine.")
-    add = parser.add_argument
-    add("--port", type=int, default=8080, help="0 takes any free one (default: %(default)s)")
-    add("--prefab", action="append", default=[], metavar="DIR", help="a prefab folder to serve")
-    add("--any-credential", action="store_true", help="admit any credential")
-    add("--quota", type=int, metavar="N", help="answer calls after the first N with 429")
-    add("--down", action="store_true", help="answer everything with 503")
-    add("-v", "--verbose", action="store_true", help="log every request")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes any free one (default: %(default)s)")
+    parser.add_argument("--prefab", action="append", default=[], metavar="DIR", help="a prefab folder to serve")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     arguments = parser.parse_args(argv)
-    level = logging.DEBUG if arguments.verbose else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    options = {"port": arguments.port, "any_credential": arguments.any_credential}
     try:
-        with LocalGateway(*arguments.prefab, **options) as gateway:
-            gateway.quota, gateway.down = arguments.quota, arguments.down
-            _announce(gateway)
+        with LocalGateway(*arguments.prefab, port=arguments.port) as gateway:
+            announce(gateway)
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:  # the way to stop it
