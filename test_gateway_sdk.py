@@ -1488,7 +1488,7 @@ def test_an_expired_token_is_exchanged_again_once_however_many_threads_see_it() 
     ids=["GET", "stream", "batch", "upload"],
 )  # fmt: skip
 def test_every_kind_of_request_survives_the_end_of_its_token(act: Any) -> None:
-    with LocalGateway(any_credential=False) as gateway:
+    with LocalGateway() as gateway:
         client = GatewayClient.from_api_key(gateway.api_key, gateway.base_url)
         gateway.expire_tokens()
         with contextlib.suppress(AgentContextRequiredError, PrefabNotFoundError):
