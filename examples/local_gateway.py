@@ -8,9 +8,9 @@ In code it is a context manager:
     with LocalGateway("path/to/my-prefab") as gateway:
         client = GatewayClient(gateway.base_url, internal_token=gateway.internal_token)
 
-From top to bottom: requests and answers, checks of what was sent, forms, the storage; then the endpoints, which are
-functions of the gateway and a request: presigned URLs, files, prefabs and secrets, calls; then the table of the
-routes and the gateway itself, the HTTP server, the command line. Prefabs are in `local_prefabs.py` beside this file.
+From top to bottom: requests and answers, forms, the storage; the endpoints, which are functions of the gateway and a
+request; the table of their routes and the gateway itself; the HTTP server; the command line. How prefabs are run, and
+those that come with it, is in `local_prefabs.py`, which must lie beside this file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import email
 import email.message
 import hashlib
 import hmac
 import json
 import logging
 import math
-import mimetypes
 import os
 import re
 import shutil
@@ -40,7 +38,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from io import BufferedIOBase
 from pathlib import Path
@@ -52,16 +49,9 @@ from local_prefabs import BLOCK_BYTES, CallFailed, Functions, Job, Prefab, Run, 
 
 __all__ = ["CallFailed", "LocalGateway", "environment", "main"]
 
-IDLE_SECONDS = 5.0  # as the deployed server: it hangs up on an idle connection, unannounced
-TRANSFER_SECONDS = 60.0  # the longest wait for bytes in the middle of a request or an answer
-STOP_SECONDS = 0.02  # between two looks of the server whether it is to stop
-CLOSE_SECONDS = 3.0  # for calls under way to end when the server closes
-
 logger = logging.getLogger("local_gateway")
 
 # --- Requests and answers -------------------------------------------------------------
-
-encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +73,17 @@ class Answer:
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+class Refusal(Exception):
+    """Ends the handling of a request with this answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
+        self.answer = answer
+
+
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def json_bytes(value: Any) -> bytes:
     """The value as JSON, with null for NaN and the infinities as the Gateway does it."""
     try:
@@ -96,14 +97,6 @@ def json_answer(value: Any, status: int = 200) -> Answer:
     return Answer(status, json_bytes(value), {"content-type": "application/json"})
 
 
-class Refusal(Exception):
-    """Ends the handling of a request with this answer."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer)
-        self.answer = answer
-
-
 def refusal(status: int, detail: Any) -> Refusal:
     """An error as the Gateway words it."""
     return Refusal(json_answer({"detail": detail}, status))
@@ -114,23 +107,12 @@ def invalid(loc: Sequence[str | int], message: str, kind: str) -> Refusal:
     return refusal(422, [{"type": kind, "loc": list(loc), "msg": message, "input": None}])
 
 
-def storage_refusal(status: int, code: str, message: str, **headers: str) -> Refusal:
-    """An error as the storage words it, in XML."""
-    text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message></Error>'
-    return Refusal(Answer(status, text.encode(), {"content-type": "application/xml", **headers}))
-
-
-# --- Checks of what was sent ----------------------------------------------------------
-
-# What bodies look like: a type, or a list of the kind of its items, or an object of the kinds of its fields, in which
-# "?" marks a field that may be missing, and "*" stands for any name.
+# What bodies look like: a type; a list of the kind of its items; an object of the kinds of its fields, in which "?"
+# marks a field that may be missing, and "*" stands for any name.
 UPLOAD_URL_BODY = {"filename": str}
 SECRET_BODY = {"prefab_id": str, "secret_name": str, "secret_value": str}
-CALL = {
-    "prefab_id": str, "version": str, "function_name": str,
-    "inputs": {"parameters?": dict, "files?": {"*": [str]}},
-}
-RUN_BODY = {"calls": [CALL]}
+CALL_INPUTS = {"parameters?": dict, "files?": {"*": [str]}}
+RUN_BODY = {"calls": [{"prefab_id": str, "version": str, "function_name": str, "inputs": CALL_INPUTS}]}
 KIND_NAMES: Mapping[type, str] = {str: "string", list: "list", dict: "dictionary"}
 
 
@@ -220,49 +202,46 @@ class Form:
 # --- The storage ----------------------------------------------------------------------
 
 S3_ROOT = "s3://local/"
-INPUTS = "agent-inputs/local-user"  # the folders of the storage
+INPUTS = "agent-inputs/local-user"
 OUTPUTS = "agent-outputs/local-user/local-agent"
 WORKSPACE = "agent-workspace/local-user/local-agent"
 
 
 class StoredFile(NamedTuple):
-    key: str
+    s3_url: str
     path: Path  # alone in its folder, whose name is unique
     expires_at: float
-
-    @property
-    def s3_url(self) -> str:
-        return S3_ROOT + self.key
 
     @property
     def size(self) -> int:
         return self.path.stat().st_size
 
-    @property
-    def etag(self) -> str:
-        return f'"{self.path.parent.name}"'
-
-
-def new_key(folder: str, name: str) -> str:
-    """A key of its own for every upload, in the order of time as listings are."""
-    return f"{folder}/{time.time_ns():016x}{uuid.uuid4().hex[:8]}/{safe_name(name)}"
+    def entry(self) -> dict[str, Any]:
+        """How listings show it."""
+        modified = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(self.path.stat().st_mtime))
+        key = self.s3_url[len(S3_ROOT) :]
+        return {"key": key, "size": self.size, "last_modified": modified, "s3_url": self.s3_url}
 
 
 class Storage:
-    """Files in a folder, under the keys that they would have in S3, and signed URLs to them."""
+    """Files in a folder, under the URLs that they would have in S3, and signed URLs to them."""
 
     def __init__(self, folder: Path, base_url: str) -> None:
         self._folder, self._base_url = folder, base_url
         self._files: dict[str, StoredFile] = {}
         self._signing_key = os.urandom(32)
 
+    def new_url(self, folder: str, name: str) -> str:
+        """The S3 URL of a new file. Their order is that of time, as listings are."""
+        return f"{S3_ROOT}{folder}/{time.time_ns():016x}{uuid.uuid4().hex[:8]}/{safe_name(name)}"
+
     def new_folder(self) -> Path:
         """The path of a folder that is not made yet."""
         return self._folder / uuid.uuid4().hex
 
-    def write(self, key: str, blocks: Iterable[bytes], expires_at: float = math.inf) -> StoredFile:
+    def write(self, s3_url: str, blocks: Iterable[bytes], expires_at: float = math.inf) -> StoredFile:
         """Keep what comes; if that breaks off, nothing is left."""
-        stored = StoredFile(key, self.new_folder() / key.rpartition("/")[2], expires_at)
+        stored = StoredFile(s3_url, self.new_folder() / s3_url.rpartition("/")[2], expires_at)
         stored.path.parent.mkdir()
         try:
             with stored.path.open("wb") as file:
@@ -270,30 +249,27 @@ class Storage:
         except BaseException:
             shutil.rmtree(stored.path.parent)
             raise
-        self._files[key] = stored
+        self._files[s3_url] = stored
         return stored
 
     def find(self, s3_url: str) -> StoredFile | None:
         """The file of an S3 URL, unless it has expired."""
-        stored = self._files.get(s3_url[len(S3_ROOT) :]) if s3_url.startswith(S3_ROOT) else None
-        if stored and time.time() >= stored.expires_at:
-            self.delete(stored)
-            return None
-        return stored
+        stored = self._files.get(s3_url)
+        return stored if stored and time.time() < stored.expires_at else None
 
     def list(self, folder: str) -> list[StoredFile]:
-        """The files below a folder, in the order of their keys."""
-        keys = sorted(key for key in self._files.copy() if key.startswith(f"{folder}/"))
-        return [stored for stored in (self.find(S3_ROOT + key) for key in keys) if stored]
+        """The files below a folder, in the order of their URLs."""
+        urls = sorted(url for url in self._files.copy() if url.startswith(f"{S3_ROOT}{folder}/"))
+        return [stored for stored in map(self.find, urls) if stored]
 
     def delete(self, stored: StoredFile) -> None:
         """Delete a file; it may be gone already."""
-        self._files.pop(stored.key, None)
+        self._files.pop(stored.s3_url, None)
         shutil.rmtree(stored.path.parent, ignore_errors=True)
 
-    def presign(self, method: str, key: str, expires_in: int, content_type: str = "") -> str:
-        """A URL that allows this one method on this one key for `expires_in` seconds."""
-        expires = f"{time.time() + expires_in:.3f}"
+    def presign(self, method: str, s3_url: str, expires_in: int, content_type: str = "") -> str:
+        """A URL that allows this one method on this one file for `expires_in` seconds."""
+        key, expires = s3_url[len(S3_ROOT) :], f"{time.time() + expires_in:.3f}"
         query = urlencode({"Expires": expires, "Signature": self.sign(method, key, expires, content_type)})
         return f"{self._base_url}/storage/{quote(key)}?{query}"
 
@@ -308,22 +284,27 @@ class Storage:
 CREDENTIAL_HEADERS = ("x-internal-token", "x-api-key", "authorization")
 
 
+def storage_refusal(status: int, code: str, message: str, **headers: str) -> Refusal:
+    """An error as the storage words it, in XML."""
+    text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message></Error>'
+    return Refusal(Answer(status, text.encode(), {"content-type": "application/xml", **headers}))
+
+
 def check_signature(gateway: LocalGateway, request: Request, key: str, content_type: str = "") -> None:
+    query = request.query
     if any(header in request.headers for header in CREDENTIAL_HEADERS):
         raise storage_refusal(400, "InvalidArgument", "Only one auth mechanism allowed")
-    query = request.query
     expected = gateway.storage.sign(request.method, key, query.get("Expires", ""), content_type)
     if not hmac.compare_digest(expected.encode(), query.get("Signature", "").encode()):
-        message = "The request signature does not match the method, key or headers"
-        raise storage_refusal(403, "SignatureDoesNotMatch", message)
+        raise storage_refusal(403, "SignatureDoesNotMatch", "The signature does not match the method, key or headers")
     if time.time() > float(query["Expires"]):
         raise storage_refusal(403, "AccessDenied", "Request has expired")
 
 
 def put_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
     check_signature(gateway, request, key, request.headers.get("content-type", ""))
-    stored = gateway.storage.write(key, request.body)
-    return Answer(200, headers={"etag": stored.etag})
+    gateway.storage.write(S3_ROOT + key, request.body)
+    return Answer(200)
 
 
 def get_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
@@ -332,15 +313,14 @@ def get_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
     stored = gateway.storage.find(S3_ROOT + key)
     if stored is None:
         raise storage_refusal(404, "NoSuchKey", "The specified key does not exist")
-    status, size, part = 200, stored.size, range(stored.size)
-    headers = {"etag": stored.etag, "accept-ranges": "bytes"}
-    headers["content-type"] = mimetypes.guess_type(key)[0] or "binary/octet-stream"
+    status, size, etag = 200, stored.size, f'"{stored.path.parent.name}"'
+    part, headers = range(size), {"etag": etag, "accept-ranges": "bytes", "content-type": "binary/octet-stream"}
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-    if asked and request.headers.get("if-range", stored.etag) == stored.etag:
+    if asked and request.headers.get("if-range", etag) == etag:
         status, part = 206, part[int(asked[1]) : int(asked[2] or size) + 1]
         if not part:
-            message = "The requested range is not satisfiable"
-            raise storage_refusal(416, "InvalidRange", message, **{"content-range": f"bytes */{size}"})
+            unsatisfied = {"content-range": f"bytes */{size}"}
+            raise storage_refusal(416, "InvalidRange", "The requested range is not satisfiable", **unsatisfied)
         headers["content-range"] = f"bytes {part[0]}-{part[-1]}/{size}"
     headers["content-length"] = str(len(part))
     return Answer(status, read_blocks(stored.path, part), headers)
@@ -351,57 +331,39 @@ def get_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
 
 def generate_upload_url(gateway: LocalGateway, request: Request) -> Answer:
     body = read_json(request, UPLOAD_URL_BODY)
-    key = new_key(INPUTS, body["filename"])
-    upload_url = gateway.storage.presign("PUT", key, 3600, str(body.get("content_type") or ""))
-    return json_answer({"upload_url": upload_url, "s3_url": S3_ROOT + key})
+    s3_url = gateway.storage.new_url(INPUTS, body["filename"])
+    upload_url = gateway.storage.presign("PUT", s3_url, 3600, str(body.get("content_type") or ""))
+    return json_answer({"upload_url": upload_url, "s3_url": s3_url})
 
 
-def upload(gateway: LocalGateway, request: Request) -> Answer:
-    return keep(gateway, OUTPUTS, Form(request))
-
-
-def upload_temp(gateway: LocalGateway, request: Request) -> Answer:
+def upload(gateway: LocalGateway, request: Request, temporary: str | None) -> Answer:
     form = Form(request)
-    ttl = read_number(form.fields, "ttl", 86400, 10**9)
-    return keep(gateway, f"{WORKSPACE}/{form.fields.get('session_id') or 'default'}", form, time.time() + ttl)
-
-
-def keep(gateway: LocalGateway, folder: str, form: Form, expires_at: float = math.inf) -> Answer:
-    stored = gateway.storage.write(new_key(folder, form.filename), form.content(), expires_at)
+    folder, expires_at = OUTPUTS, math.inf
+    if temporary:
+        folder = f"{WORKSPACE}/{form.fields.get('session_id') or 'default'}"
+        expires_at = time.time() + read_number(form.fields, "ttl", 86400, 10**9)
+    stored = gateway.storage.write(gateway.storage.new_url(folder, form.filename), form.content(), expires_at)
     return json_answer({"success": True, "s3_url": stored.s3_url, "filename": form.filename, "size": stored.size})
 
 
 def presign_download(gateway: LocalGateway, request: Request) -> Answer:
     query = request.query
     check(query, {"s3_url": str}, "query")
-    stored = gateway.storage.find(query["s3_url"])
-    if stored is None:
-        raise refusal(404, f"File not found: {query['s3_url']}")
     expires_in = read_number(query, "expires_in", 3600, 7 * 24 * 3600)
-    return json_answer({"presigned_url": gateway.storage.presign("GET", stored.key, expires_in)})
+    if gateway.storage.find(query["s3_url"]) is None:
+        raise refusal(404, f"File not found: {query['s3_url']}")
+    return json_answer({"presigned_url": gateway.storage.presign("GET", query["s3_url"], expires_in)})
 
 
-def list_files(gateway: LocalGateway, request: Request) -> Answer:
-    return list_folder(gateway, OUTPUTS, request.query)
-
-
-def list_temp(gateway: LocalGateway, request: Request) -> Answer:
-    session_id = request.query.get("session_id")
-    return list_folder(gateway, f"{WORKSPACE}/{session_id}" if session_id else WORKSPACE, request.query)
-
-
-def list_folder(gateway: LocalGateway, folder: str, query: Mapping[str, str]) -> Answer:
-    limit, last_key = read_number(query, "limit", 100, 1000), query.get("continuation_token", "")
-    files = [stored for stored in gateway.storage.list(folder) if stored.key > last_key]
-    answer: dict[str, Any] = {"files": [list_entry(stored) for stored in files[:limit]]}
-    if len(files) > limit:
-        answer["next_token"] = files[limit - 1].key
-    return json_answer(answer)
-
-
-def list_entry(stored: StoredFile) -> dict[str, Any]:
-    modified = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(stored.path.stat().st_mtime))
-    return {"key": stored.key, "size": stored.size, "last_modified": modified, "s3_url": stored.s3_url}
+def list_files(gateway: LocalGateway, request: Request, temporary: str | None) -> Answer:
+    query = request.query
+    folder = WORKSPACE if temporary else OUTPUTS
+    if temporary and query.get("session_id"):
+        folder = f"{WORKSPACE}/{query['session_id']}"
+    files = [stored for stored in gateway.storage.list(folder) if stored.s3_url > query.get("continuation_token", "")]
+    limit = read_number(query, "limit", 100, 1000)
+    next_page = {"next_token": files[limit - 1].s3_url} if len(files) > limit else {}
+    return json_answer({"files": [stored.entry() for stored in files[:limit]], **next_page})
 
 
 def cleanup_temp(gateway: LocalGateway, request: Request) -> Answer:
@@ -421,15 +383,8 @@ def list_prefabs(gateway: LocalGateway, request: Request) -> Answer:
     return json_answer([entry for entry in gateway.prefabs() if status in (None, entry["deployment_status"])])
 
 
-def find_prefab(gateway: LocalGateway, prefab_id: str, version: str) -> Prefab:
-    prefab = gateway.directory.get((prefab_id, version))
-    if prefab is None:
-        raise refusal(404, f"Prefab {prefab_id}@{version} not found")
-    return prefab
-
-
 def get_spec(gateway: LocalGateway, _: Request, prefab_id: str, version: str) -> Answer:
-    return json_answer(find_prefab(gateway, prefab_id, version).spec)
+    return json_answer(gateway.find_prefab(prefab_id, version).spec)
 
 
 def set_secret(gateway: LocalGateway, request: Request) -> Answer:
@@ -444,12 +399,7 @@ def list_secrets(gateway: LocalGateway, _: Request) -> Answer:
 
 
 def list_secrets_of_prefab(gateway: LocalGateway, _: Request, prefab_id: str) -> Answer:
-    return json_answer({"prefab_id": prefab_id, "secret_names": sorted(secrets_of_prefab(gateway, prefab_id))})
-
-
-def secrets_of_prefab(gateway: LocalGateway, prefab_id: str) -> dict[str, str]:
-    """The values of a prefab's secrets by their names."""
-    return {name: value for (owner, name), value in gateway.secrets.copy().items() if owner == prefab_id}
+    return json_answer({"prefab_id": prefab_id, "secret_names": sorted(gateway.secrets_of(prefab_id))})
 
 
 def delete_secret(gateway: LocalGateway, _: Request, prefab_id: str, name: str) -> Answer:
@@ -458,8 +408,7 @@ def delete_secret(gateway: LocalGateway, _: Request, prefab_id: str, name: str) 
     return Answer(204)
 
 
-def exchange(gateway: LocalGateway, _: Request) -> Answer:
-    """Give a token for the API key that the request came with."""
+def exchange_key(gateway: LocalGateway, _: Request) -> Answer:
     token = f"user-{uuid.uuid4().hex}"
     gateway.callers["x-internal-token", token] = "user"
     return json_answer({"internal_token": token})
@@ -471,11 +420,11 @@ EVENT_TYPES = ("start", "content", "progress", "done", "error")
 
 
 def run(gateway: LocalGateway, request: Request) -> Answer:
+    """Run the calls of one POST one after another; the first HTTP error ends it."""
     calls = read_json(request, RUN_BODY)["calls"]
     quota, used = gateway.quota, len(gateway.executed)
     if quota is not None and used + len(calls) > quota:
-        message = "The quota of calls is used up"
-        raise refusal(429, {"error_code": "QUOTA_EXCEEDED", "message": message,
+        raise refusal(429, {"error_code": "QUOTA_EXCEEDED", "message": "The quota of calls is used up",
                             "limit": quota, "used": used, "quota_type": "calls"})
     try:
         return run_calls(gateway, calls)
@@ -487,15 +436,14 @@ def run(gateway: LocalGateway, request: Request) -> Answer:
 
 
 def run_calls(gateway: LocalGateway, calls: Sequence[Mapping[str, Any]]) -> Answer:
-    """Run the calls of one POST one after another. A call that is alone may stream."""
     job_id = str(uuid.uuid4())
     results: list[dict[str, Any]] = []
     for call in calls:
         try:
             start, job = prepare(gateway, call)
             outcome = start(job)
-            if isinstance(outcome, Generator) and len(calls) == 1:
-                return Answer(200, events(gateway, job_id, job, outcome), {"content-type": "text/event-stream"})
+            if isinstance(outcome, Generator) and len(calls) == 1:  # only a call that is alone can stream
+                return Answer(200, make_events(gateway, job, outcome), {"content-type": "text/event-stream"})
             value = list(outcome) if isinstance(outcome, Generator) else outcome
             output = {"status": "SUCCESS", "output": value, "files": keep_outputs(gateway, job)}
             results.append({"status": "SUCCESS", "output": output, "error": None})
@@ -508,7 +456,7 @@ def run_calls(gateway: LocalGateway, calls: Sequence[Mapping[str, Any]]) -> Answ
 def prepare(gateway: LocalGateway, call: Mapping[str, Any]) -> tuple[Run, Job]:
     """Check a call against its prefab."""
     prefab_id, version, name, inputs = call["prefab_id"], call["version"], call["function_name"], call["inputs"]
-    prefab = find_prefab(gateway, prefab_id, version)
+    prefab = gateway.find_prefab(prefab_id, version)
     function = prefab.functions.get(name)
     if function is None or prefab.entry["deployment_status"] != "deployed":
         raise refusal(404, f"Function {name} not found in prefab {prefab_id}")
@@ -516,8 +464,9 @@ def prepare(gateway: LocalGateway, call: Mapping[str, Any]) -> tuple[Run, Job]:
         parameters = local_prefabs.fill_parameters(function, inputs.get("parameters", {}))
     except ValueError as error:
         raise refusal(422, str(error)) from error
-    files = {key: [find_input(gateway, url) for url in urls] for key, urls in inputs.get("files", {}).items()}
-    secrets = secrets_of_prefab(gateway, prefab_id)
+    given = inputs.get("files", {})
+    files = {safe_name(key): [find_input(gateway, url) for url in urls] for key, urls in given.items()}
+    secrets = gateway.secrets_of(prefab_id)
     for secret in function["secrets"]:
         if secret["required"] and secret["name"] not in secrets:
             message = f"Secret '{secret['name']}' for prefab '{prefab_id}' is not configured"
@@ -539,18 +488,17 @@ def keep_outputs(gateway: LocalGateway, job: Job) -> dict[str, list[str]]:
     files: dict[str, list[str]] = {}
     if not job.folder.exists():  # as after most calls
         return files
-    for path in sorted(job.outputs.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            parts = path.relative_to(job.outputs).parts
-            stored = gateway.storage.write(new_key(OUTPUTS, path.name), read_blocks(path))
-            files.setdefault(parts[0] if len(parts) > 1 else "output", []).append(stored.s3_url)
+    for path in sorted(path for path in job.outputs.rglob("*") if path.is_file()):
+        key = path.relative_to(job.outputs).parts[0] if path.parent != job.outputs else "output"
+        stored = gateway.storage.write(gateway.storage.new_url(OUTPUTS, path.name), read_blocks(path))
+        files.setdefault(key, []).append(stored.s3_url)
     shutil.rmtree(job.folder)
     return files
 
 
-def events(gateway: LocalGateway, job_id: str, job: Job,
-           pieces: Generator[Any, None, None]) -> Generator[bytes, None, None]:
-    """The event stream of a function; ends it when the client is gone."""
+def make_events(gateway: LocalGateway, job: Job, pieces: Generator[Any, None, None]) -> Generator[bytes, None, None]:
+    """The event stream of a function, which ends when the client is gone."""
+    job_id = str(uuid.uuid4())
     with contextlib.closing(pieces):
         yield event("start", {"job_id": job_id})
         try:
@@ -573,13 +521,13 @@ def event(type: str, data: Any) -> bytes:
 class Route(NamedTuple):
     method: str
     path: str  # a regular expression, whose groups the endpoint gets
-    admitted: Sequence[str]  # kinds of callers; without any, nobody is asked who he is
+    admitted: Sequence[str]  # kinds of callers; if there is none, nobody is asked who he is
     endpoint: Callable[..., Answer]
 
 
 AGENT = ("agent",)
 ANYONE = ("agent", "user", "key", "jwt", "nobody")  # nobody: without credentials, as by an allow-list
-ID = "([^/]+)"
+ID, TEMPORARY = "([^/]+)", "(_temp)?"
 ROUTES = [
     Route("POST", "/v1/internal/run", ("agent", "user", "nobody"), run),
     Route("POST", "/v1/run", ("key", "jwt"), run),
@@ -589,13 +537,11 @@ ROUTES = [
     Route("GET", "/v1/secrets", ANYONE, list_secrets),
     Route("GET", f"/v1/secrets/{ID}", ANYONE, list_secrets_of_prefab),
     Route("DELETE", f"/v1/secrets/{ID}/{ID}", ANYONE, delete_secret),
-    Route("POST", "/v1/auth/convert_to_internal_token", ("key to exchange",), exchange),
+    Route("POST", "/v1/auth/convert_to_internal_token", ("key to exchange",), exchange_key),
     Route("POST", "/internal/files/generate_upload_url", ANYONE, generate_upload_url),
-    Route("POST", "/internal/files/upload", AGENT, upload),
-    Route("POST", "/internal/files/upload_temp", AGENT, upload_temp),
+    Route("POST", f"/internal/files/upload{TEMPORARY}", AGENT, upload),
     Route("GET", "/internal/files/download", AGENT, presign_download),
-    Route("GET", "/internal/files/list", AGENT, list_files),
-    Route("GET", "/internal/files/list_temp", AGENT, list_temp),
+    Route("GET", f"/internal/files/list{TEMPORARY}", AGENT, list_files),
     Route("DELETE", "/internal/files/cleanup_temp", AGENT, cleanup_temp),
     Route("PUT", "/storage/(.+)", (), put_object),
     Route("GET", "/storage/(.+)", (), get_object),
@@ -626,8 +572,8 @@ class LocalGateway:
         self.requests: deque[Request] = deque(maxlen=10_000)  # the last ones
         self.executed: list[tuple[str, str, str]] = []  # prefab id, version, function of each call
         self.secrets: dict[tuple[str, str], str] = {}  # by prefab and name
-        self.directory: dict[tuple[str, str], Prefab] = {}  # by id and version, newest last
         self.processes: set[subprocess.Popen[bytes]] = set()  # those of prefab folders
+        self._directory: dict[tuple[str, str], Prefab] = {}  # by id and version, newest last
         local_prefabs.add_own_prefabs(self.add_prefab)
         for folder in prefab_folders:
             self._add(local_prefabs.load_prefab(Path(folder)))
@@ -642,7 +588,7 @@ class LocalGateway:
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes.copy():
-            process.terminate()
+            process.kill()
         self._server.stop()
         self._folder.cleanup()
 
@@ -665,12 +611,22 @@ class LocalGateway:
 
     def _add(self, prefab: Prefab) -> None:
         key = (prefab.spec["id"], prefab.spec["version"])
-        self.directory.pop(key, None)
-        self.directory[key] = prefab
+        self._directory.pop(key, None)
+        self._directory[key] = prefab
 
     def prefabs(self) -> list[dict[str, Any]]:
         """The directory's entries, newest first."""
-        return [prefab.entry for prefab in reversed(list(self.directory.values()))]
+        return [prefab.entry for prefab in reversed(list(self._directory.values()))]
+
+    def find_prefab(self, prefab_id: str, version: str) -> Prefab:
+        prefab = self._directory.get((prefab_id, version))
+        if prefab is None:
+            raise refusal(404, f"Prefab {prefab_id}@{version} not found")
+        return prefab
+
+    def secrets_of(self, prefab_id: str) -> dict[str, str]:
+        """The values of a prefab's secrets by their names."""
+        return {name: value for (owner, name), value in self.secrets.copy().items() if owner == prefab_id}
 
     def expire_tokens(self) -> None:
         """Refuse the tokens that were issued for API keys up to now."""
@@ -679,24 +635,21 @@ class LocalGateway:
     def answer(self, request: Request) -> Answer:
         """The answer to any request. Here errors become answers."""
         self.requests.append(request)
+        path = unquote(request.path.partition("?")[0])
         try:
-            return self._dispatch(request)
+            for route in ROUTES:
+                match = re.fullmatch(route.path, path)
+                if match and route.method == request.method:
+                    self._admit(request, route)
+                    return route.endpoint(self, request, *match.groups())
+            raise refusal(404, "Not Found")
         except Refusal as error:
             return error.answer
-        except OSError:  # in the middle of the body
+        except OSError:  # the connection broke in the middle of the body
             raise
         except Exception:
-            logger.exception("%s %s", request.method, request.path)
+            logger.exception("%s %s", request.method, path)
             return Answer(500, b"Internal Server Error", {"content-type": "text/plain; charset=utf-8"})
-
-    def _dispatch(self, request: Request) -> Answer:
-        path = unquote(request.path.partition("?")[0])
-        for route in ROUTES:
-            match = re.fullmatch(route.path, path)
-            if match and route.method == request.method:
-                self._admit(request, route)
-                return route.endpoint(self, request, *match.groups())
-        raise refusal(404, "Not Found")
 
     def _admit(self, request: Request, route: Route) -> None:
         """Refuse a request whose sender this route does not admit."""
@@ -716,6 +669,10 @@ class LocalGateway:
 
 
 # --- The HTTP server ------------------------------------------------------------------
+
+IDLE_SECONDS = 5.0  # as the deployed server: it hangs up on an idle connection, unannounced
+TRANSFER_SECONDS = 60.0  # the longest wait for bytes in the middle of a request or an answer
+CLOSE_SECONDS = 3.0  # for calls under way to end when the server closes
 
 
 def read_body(reader: BufferedIOBase, length: int) -> Iterator[bytes]:
@@ -751,6 +708,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, self.path, headers, read_body(self.rfile, int(length)))
         answer = self.server.answer(request)
+        logger.debug("%s %d", self.requestline, answer.status)
         self._send(answer)
         for _ in request.body:  # what was refused unread: on loopback that is soon over
             pass
@@ -761,21 +719,20 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = answer_request  # noqa: N815
 
     def _send(self, answer: Answer) -> None:
-        logger.debug("%s %d", self.requestline, answer.status)
-        headers = dict(answer.headers)
-        if isinstance(answer.body, bytes) and answer.status != 204:
-            headers["content-length"] = str(len(answer.body))
-        chunked = answer.status != 204 and "content-length" not in headers
+        body, headers = answer.body, dict(answer.headers)
+        chunked = not isinstance(body, bytes) and "content-length" not in headers
         if chunked:
             headers["transfer-encoding"] = "chunked"
-        lines = [f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"]
+        elif isinstance(body, bytes) and answer.status != 204:
+            headers["content-length"] = str(len(body))
+        lines = [f"HTTP/1.1 {answer.status} {self.responses[answer.status][0]}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         head = "\r\n".join([*lines, "\r\n"]).encode("latin-1")
-        if isinstance(answer.body, bytes):  # in one write: the client's first read finds the whole answer
-            self.wfile.write(head + answer.body)
+        if isinstance(body, bytes):  # in one write: the client's first read finds the whole answer
+            self.wfile.write(head + body)
             return
-        with contextlib.closing(answer.body):  # which ends it when the client is gone
-            for block in answer.body:  # begun before the first write: only then can closing it clean up
+        with contextlib.closing(body):  # also when the client is gone
+            for block in body:  # begun before the first write: only then can closing it clean up
                 self.wfile.write(head + (b"%x\r\n%b\r\n" % (len(block), block) if chunked else block))
                 head = b""
             self.wfile.write(head + (b"0\r\n\r\n" if chunked else b""))
@@ -797,7 +754,7 @@ class Server(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", port), Handler)
 
     def start(self) -> None:
-        threading.Thread(target=self.serve_forever, args=[STOP_SECONDS], daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
 
     def stop(self) -> None:
         """Accept no more, break the connections, and wait for their threads."""
@@ -814,8 +771,6 @@ class Server(socketserver.ThreadingTCPServer):
 
 # --- The command line -----------------------------------------------------------------
 
-VARIABLES = ("GATEWAY_BASE_URL", "X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
-
 
 @contextlib.contextmanager
 def environment(credential: str = "agent") -> Iterator[LocalGateway | None]:
@@ -831,7 +786,9 @@ def environment(credential: str = "agent") -> Iterator[LocalGateway | None]:
         yield None
         return
     with LocalGateway() as gateway:
-        before = {name: os.environ.pop(name) for name in VARIABLES if name in os.environ}
+        before = dict(os.environ)
+        for name in ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN"):
+            os.environ.pop(name, None)
         os.environ["GATEWAY_BASE_URL"] = gateway.base_url
         if credential == "agent":
             os.environ["X_INTERNAL_TOKEN"] = gateway.internal_token
@@ -840,25 +797,8 @@ def environment(credential: str = "agent") -> Iterator[LocalGateway | None]:
         try:
             yield gateway
         finally:
-            for name in VARIABLES:
-                os.environ.pop(name, None)
+            os.environ.clear()
             os.environ.update(before)
-
-
-def announce(gateway: LocalGateway) -> None:
-    """Print what bash and zsh can run as it is to stdout, and all else to stderr."""
-    print(f"export GATEWAY_BASE_URL={gateway.base_url}")
-    print(f"export X_INTERNAL_TOKEN={gateway.internal_token}", flush=True)
-    lines = [
-        "", "The lines above are for bash and zsh, these for PowerShell:", "",
-        f'$env:GATEWAY_BASE_URL = "{gateway.base_url}"', f'$env:X_INTERNAL_TOKEN = "{gateway.internal_token}"', "",
-        "The token is an agent's, as agent files need it. A user without an agent has one of these instead:",
-        f"    AGENT_BUILDER_API_KEY={gateway.api_key}", f"    GATEWAY_JWT_TOKEN={gateway.jwt_token}", "Prefabs:",
-    ]
-    for prefab in gateway.prefabs():
-        functions = ", ".join(function["name"] for function in prefab["functions"])
-        lines.append(f"    {prefab['id']} {prefab['version']}: {functions}")
-    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -866,18 +806,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Serve a Gateway on this machine.")
     parser.add_argument("--port", type=int, default=8080, help="0 takes any free one (default: %(default)s)")
     parser.add_argument("--prefab", action="append", default=[], metavar="DIR", help="a prefab folder to serve")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with LocalGateway(*arguments.prefab, port=arguments.port) as gateway:
-            announce(gateway)
+            print(f"export GATEWAY_BASE_URL={gateway.base_url}")  # which a shell can run as it is
+            print(f"export X_INTERNAL_TOKEN={gateway.internal_token}", flush=True)
+            print("The token is an agent's. A user who is none has one of these instead:", file=sys.stderr)
+            print(f"AGENT_BUILDER_API_KEY={gateway.api_key} GATEWAY_JWT_TOKEN={gateway.jwt_token}", file=sys.stderr)
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:  # the way to stop it
         return 0
-    except (OSError, OverflowError, ValueError) as error:  # a taken port, a broken manifest
+    except (OSError, ValueError) as error:  # a taken port, a broken manifest
         print(f"local_gateway: {error} (--port 0 takes any free port)", file=sys.stderr)
         return 1
 

@@ -26,12 +26,12 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 BLOCK_BYTES = 256 * 1024  # of files: large enough for speed, small enough for the CPU's cache
-GRACE_SECONDS = 2.0  # for a prefab's process to end by itself
+EXIT_SECONDS = 2.0  # for the exit handlers of a prefab's process
 
 # --- Calls ----------------------------------------------------------------------------
 
@@ -75,8 +75,8 @@ Run = Callable[[Job], Any]  # how a function is called; if it gives a generator,
 
 
 def safe_name(name: str) -> str:
-    """The last part of a client's file name, fit for a folder; its end is what is kept."""
-    name = re.sub(r"[\x00-\x1f\x7f]", "_", name.replace("\\", "/").rpartition("/")[2])
+    """A client's name for a file as the name of a file here; of a long one the end is kept."""
+    name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)
     name = name.encode("utf-8", "replace")[-200:].decode("utf-8", "ignore")
     return name if name.strip(". ") else "file"
 
@@ -92,8 +92,9 @@ def read_blocks(path: Path, part: range | None = None) -> Generator[bytes, None,
 
 # --- Manifests ------------------------------------------------------------------------
 
-JSON_TYPES: Mapping[str, type] = {
-    "string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict,
+# What a parameter of a type may be; of other types there are values of every kind.
+JSON_TYPES: Mapping[str, Sequence[type]] = {
+    "string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict],
 }
 
 
@@ -132,8 +133,10 @@ def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> di
     for name, value in given.items():
         if name not in declared:
             raise ValueError(f"Unknown parameter: {name}")
-        if not fits(value, declared[name]):
-            raise ValueError(f"Parameter '{name}' must be of type {declared[name]['type']}")
+        parameter = declared[name]
+        fits = type(value) in JSON_TYPES.get(parameter["type"], [type(value)])
+        if not fits and (value is not None or parameter["required"]):
+            raise ValueError(f"Parameter '{name}' must be of type {parameter['type']}")
     for name, parameter in declared.items():
         if parameter["required"] and name not in given:
             raise ValueError(f"Missing required parameter: {name}")
@@ -141,20 +144,13 @@ def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> di
     return {**defaults, **given}
 
 
-def fits(value: Any, parameter: Mapping[str, Any]) -> bool:
-    expected = JSON_TYPES.get(parameter["type"], object)
-    if value is None and not parameter["required"]:
-        return True
-    if isinstance(value, bool):  # in Python it is an int
-        return expected in (bool, object)
-    return isinstance(value, (int, float) if expected is float else expected)
-
-
 # --- Python functions -----------------------------------------------------------------
 
 Functions = Mapping[str, Callable[..., Any]]
 RESERVED = ("inputs", "outputs", "secrets")  # parameters that the gateway fills in
-TYPE_NAMES = {python_type.__name__: name for name, python_type in JSON_TYPES.items()}
+TYPE_NAMES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object",
+}
 
 
 def prefab_of_functions(manifest: Mapping[str, Any], functions: Functions, status: str) -> Prefab:
@@ -194,13 +190,9 @@ def run_here(function: Callable[..., Any]) -> Run:
 
 def load_prefab(folder: Path) -> Prefab:
     """A prefab as its developer has it on disk; each call runs in a process of its own."""
-    path = folder.resolve() / "prefab-manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        runs = {entry["name"]: run_in_child(path.parent, entry["name"]) for entry in manifest["functions"]}
-        return Prefab(manifest, runs)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    folder = folder.resolve()
+    manifest = json.loads((folder / "prefab-manifest.json").read_text(encoding="utf-8"))
+    return Prefab(manifest, {entry["name"]: run_in_child(folder, entry["name"]) for entry in manifest["functions"]})
 
 
 def run_in_child(folder: Path, name: str) -> Run:
@@ -245,23 +237,19 @@ def ask_child(job: Job, order: list[Any]) -> Generator[Any, None, None]:
                 if kind == "error":
                     raise PrefabError(**value)
                 if kind == "end":
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(EXIT_SECONDS)
                     return
                 yield value
             raise PrefabError(f"its process ended with status {process.wait()}", "ProcessDied")
-        except BaseException:  # it failed, or nobody wants more
-            process.terminate()
-            raise
         finally:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
             process.kill()  # no harm to one that has ended
             job.processes.discard(process)
 
 
 def child_main() -> None:
     """Run one function for the gateway: the order on stdin, the outcome as lines on stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's; it ends its children
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # an exception: `finally` clauses are run
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's, which ends its children
     folder, function, parameters = json.load(sys.stdin)
     with os.fdopen(os.dup(1), "w", encoding="ascii") as pipe:
         os.dup2(2, 1)  # what the function prints must not get between the lines
