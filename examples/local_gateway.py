@@ -73,14 +73,6 @@ class Answer:
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-class Refusal(Exception):
-    """Ends the handling of a request with this answer."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer)
-        self.answer = answer
-
-
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
@@ -97,14 +89,26 @@ def json_answer(value: Any, status: int = 200) -> Answer:
     return Answer(status, json_bytes(value), {"content-type": "application/json"})
 
 
-def refusal(status: int, detail: Any) -> Refusal:
-    """An error as the Gateway words it."""
-    return Refusal(json_answer({"detail": detail}, status))
+class Refusal(Exception):
+    """Ends the handling of a request with an error, as the Gateway words it."""
+
+    def __init__(self, status: int, detail: Any) -> None:
+        super().__init__(status, detail)
+        self.answer = json_answer({"detail": detail}, status)
+
+
+class StorageRefusal(Refusal):
+    """The same as the storage words it, in XML."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, message)
+        text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message></Error>'
+        self.answer = Answer(status, text.encode(), {"content-type": "application/xml", **(headers or {})})
 
 
 def invalid(loc: Sequence[str | int], message: str, kind: str) -> Refusal:
     """A 422 with the list form of `detail`."""
-    return refusal(422, [{"type": kind, "loc": list(loc), "msg": message, "input": None}])
+    return Refusal(422, [{"type": kind, "loc": list(loc), "msg": message, "input": None}])
 
 
 # What bodies look like: a type; a list of the kind of its items; an object of the kinds of its fields, in which "?"
@@ -138,7 +142,7 @@ def read_json(request: Request, kind: Mapping[str, Any]) -> Any:
     try:
         value = json.loads(b"".join(request.body).decode())
     except UnicodeDecodeError as error:
-        raise refusal(400, "There was an error parsing the body") from error
+        raise Refusal(400, "There was an error parsing the body") from error
     except ValueError as error:
         raise invalid(["body"], "JSON decode error", "json_invalid") from error
     check(value, kind, "body")
@@ -177,10 +181,7 @@ class Form:
             part = email.message_from_string(self._read_until(b"\r\n\r\n"))
             name = str(part.get_param("name", "", "content-disposition"))
         self.filename = part.get_filename("")
-
-    def content(self) -> Iterator[bytes]:
-        """The file's content, to be read once."""
-        return self._until(self._delimiter)
+        self.content = self._until(self._delimiter)  # of the file, to be read once
 
     def _read_until(self, delimiter: bytes) -> str:
         return b"".join(self._until(delimiter)).decode("utf-8", "replace")
@@ -193,7 +194,7 @@ class Form:
             yield self._window[:certain]
             block = next(self._blocks, None)
             if block is None:
-                raise refusal(400, "There was an error parsing the body")
+                raise Refusal(400, "There was an error parsing the body")
             self._window = self._window[certain:] + block
         piece, self._window = self._window[:end], self._window[end + len(delimiter) :]
         yield piece
@@ -279,243 +280,17 @@ class Storage:
         return hmac.new(self._signing_key, message, hashlib.sha256).hexdigest()
 
 
-# --- Endpoints: presigned URLs --------------------------------------------------------
+# --- The gateway ----------------------------------------------------------------------
 
 CREDENTIAL_HEADERS = ("x-internal-token", "x-api-key", "authorization")
-
-
-def storage_refusal(status: int, code: str, message: str, **headers: str) -> Refusal:
-    """An error as the storage words it, in XML."""
-    text = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{message}</Message></Error>'
-    return Refusal(Answer(status, text.encode(), {"content-type": "application/xml", **headers}))
-
-
-def check_signature(gateway: LocalGateway, request: Request, key: str, content_type: str = "") -> None:
-    query = request.query
-    if any(header in request.headers for header in CREDENTIAL_HEADERS):
-        raise storage_refusal(400, "InvalidArgument", "Only one auth mechanism allowed")
-    expected = gateway.storage.sign(request.method, key, query.get("Expires", ""), content_type)
-    if not hmac.compare_digest(expected.encode(), query.get("Signature", "").encode()):
-        raise storage_refusal(403, "SignatureDoesNotMatch", "The signature does not match the method, key or headers")
-    if time.time() > float(query["Expires"]):
-        raise storage_refusal(403, "AccessDenied", "Request has expired")
-
-
-def put_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
-    check_signature(gateway, request, key, request.headers.get("content-type", ""))
-    gateway.storage.write(S3_ROOT + key, request.body)
-    return Answer(200)
-
-
-def get_object(gateway: LocalGateway, request: Request, key: str) -> Answer:
-    """Answer with a file, or with the part that is asked for."""
-    check_signature(gateway, request, key)
-    stored = gateway.storage.find(S3_ROOT + key)
-    if stored is None:
-        raise storage_refusal(404, "NoSuchKey", "The specified key does not exist")
-    status, size, etag = 200, stored.size, f'"{stored.path.parent.name}"'
-    part, headers = range(size), {"etag": etag, "accept-ranges": "bytes", "content-type": "binary/octet-stream"}
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-    if asked and request.headers.get("if-range", etag) == etag:
-        status, part = 206, part[int(asked[1]) : int(asked[2] or size) + 1]
-        if not part:
-            unsatisfied = {"content-range": f"bytes */{size}"}
-            raise storage_refusal(416, "InvalidRange", "The requested range is not satisfiable", **unsatisfied)
-        headers["content-range"] = f"bytes {part[0]}-{part[-1]}/{size}"
-    headers["content-length"] = str(len(part))
-    return Answer(status, read_blocks(stored.path, part), headers)
-
-
-# --- Endpoints: files -----------------------------------------------------------------
-
-
-def generate_upload_url(gateway: LocalGateway, request: Request) -> Answer:
-    body = read_json(request, UPLOAD_URL_BODY)
-    s3_url = gateway.storage.new_url(INPUTS, body["filename"])
-    upload_url = gateway.storage.presign("PUT", s3_url, 3600, str(body.get("content_type") or ""))
-    return json_answer({"upload_url": upload_url, "s3_url": s3_url})
-
-
-def upload(gateway: LocalGateway, request: Request, temporary: str | None) -> Answer:
-    form = Form(request)
-    folder, expires_at = OUTPUTS, math.inf
-    if temporary:
-        folder = f"{WORKSPACE}/{form.fields.get('session_id') or 'default'}"
-        expires_at = time.time() + read_number(form.fields, "ttl", 86400, 10**9)
-    stored = gateway.storage.write(gateway.storage.new_url(folder, form.filename), form.content(), expires_at)
-    return json_answer({"success": True, "s3_url": stored.s3_url, "filename": form.filename, "size": stored.size})
-
-
-def presign_download(gateway: LocalGateway, request: Request) -> Answer:
-    query = request.query
-    check(query, {"s3_url": str}, "query")
-    expires_in = read_number(query, "expires_in", 3600, 7 * 24 * 3600)
-    if gateway.storage.find(query["s3_url"]) is None:
-        raise refusal(404, f"File not found: {query['s3_url']}")
-    return json_answer({"presigned_url": gateway.storage.presign("GET", query["s3_url"], expires_in)})
-
-
-def list_files(gateway: LocalGateway, request: Request, temporary: str | None) -> Answer:
-    query = request.query
-    folder = WORKSPACE if temporary else OUTPUTS
-    if temporary and query.get("session_id"):
-        folder = f"{WORKSPACE}/{query['session_id']}"
-    files = [stored for stored in gateway.storage.list(folder) if stored.s3_url > query.get("continuation_token", "")]
-    limit = read_number(query, "limit", 100, 1000)
-    next_page = {"next_token": files[limit - 1].s3_url} if len(files) > limit else {}
-    return json_answer({"files": [stored.entry() for stored in files[:limit]], **next_page})
-
-
-def cleanup_temp(gateway: LocalGateway, request: Request) -> Answer:
-    query = request.query
-    check(query, {"session_id": str}, "query")
-    files = gateway.storage.list(f"{WORKSPACE}/{query['session_id']}")
-    for stored in files:
-        gateway.storage.delete(stored)
-    return json_answer({"deleted_count": len(files)})
-
-
-# --- Endpoints: prefabs, secrets, tokens ----------------------------------------------
-
-
-def list_prefabs(gateway: LocalGateway, request: Request) -> Answer:
-    status = request.query.get("status")
-    return json_answer([entry for entry in gateway.prefabs() if status in (None, entry["deployment_status"])])
-
-
-def get_spec(gateway: LocalGateway, _: Request, prefab_id: str, version: str) -> Answer:
-    return json_answer(gateway.find_prefab(prefab_id, version).spec)
-
-
-def set_secret(gateway: LocalGateway, request: Request) -> Answer:
-    body = read_json(request, SECRET_BODY)
-    gateway.secrets[body["prefab_id"], body["secret_name"]] = body["secret_value"]
-    return Answer(204)
-
-
-def list_secrets(gateway: LocalGateway, _: Request) -> Answer:
-    names = sorted(gateway.secrets.copy())
-    return json_answer({"secrets": [{"prefab_id": prefab_id, "secret_name": name} for prefab_id, name in names]})
-
-
-def list_secrets_of_prefab(gateway: LocalGateway, _: Request, prefab_id: str) -> Answer:
-    return json_answer({"prefab_id": prefab_id, "secret_names": sorted(gateway.secrets_of(prefab_id))})
-
-
-def delete_secret(gateway: LocalGateway, _: Request, prefab_id: str, name: str) -> Answer:
-    if gateway.secrets.pop((prefab_id, name), None) is None:
-        raise refusal(404, f"Secret '{name}' for prefab '{prefab_id}' not found")
-    return Answer(204)
-
-
-def exchange_key(gateway: LocalGateway, _: Request) -> Answer:
-    token = f"user-{uuid.uuid4().hex}"
-    gateway.callers["x-internal-token", token] = "user"
-    return json_answer({"internal_token": token})
-
-
-# --- Endpoints: calls -----------------------------------------------------------------
-
+AGENT = ("agent",)
+ANYONE = ("agent", "user", "key", "jwt", "nobody")  # nobody: without credentials, as by an allow-list
+ID, TEMPORARY = "([^/]+)", "(_temp)?"
 EVENT_TYPES = ("start", "content", "progress", "done", "error")
-
-
-def run(gateway: LocalGateway, request: Request) -> Answer:
-    """Run the calls of one POST one after another; the first HTTP error ends it."""
-    calls = read_json(request, RUN_BODY)["calls"]
-    quota, used = gateway.quota, len(gateway.executed)
-    if quota is not None and used + len(calls) > quota:
-        raise refusal(429, {"error_code": "QUOTA_EXCEEDED", "message": "The quota of calls is used up",
-                            "limit": quota, "used": used, "quota_type": "calls"})
-    try:
-        return run_calls(gateway, calls)
-    except Refusal:
-        raise
-    except Exception as error:  # whatever else a prefab does wrong, as behind the deployed server
-        logger.info("a prefab failed", exc_info=True)
-        raise refusal(503, f"The prefab failed: {type(error).__name__}: {error}") from error
-
-
-def run_calls(gateway: LocalGateway, calls: Sequence[Mapping[str, Any]]) -> Answer:
-    job_id = str(uuid.uuid4())
-    results: list[dict[str, Any]] = []
-    for call in calls:
-        try:
-            start, job = prepare(gateway, call)
-            outcome = start(job)
-            if isinstance(outcome, Generator) and len(calls) == 1:  # only a call that is alone can stream
-                return Answer(200, make_events(gateway, job, outcome), {"content-type": "text/event-stream"})
-            value = list(outcome) if isinstance(outcome, Generator) else outcome
-            output = {"status": "SUCCESS", "output": value, "files": keep_outputs(gateway, job)}
-            results.append({"status": "SUCCESS", "output": output, "error": None})
-        except CallFailed as failure:
-            results.append({"status": "FAILED", "output": None, "error": describe_error(failure)})
-    done = all(result["status"] == "SUCCESS" for result in results)
-    return json_answer({"job_id": job_id, "status": "COMPLETED" if done else "PARTIAL_SUCCESS", "results": results})
-
-
-def prepare(gateway: LocalGateway, call: Mapping[str, Any]) -> tuple[Run, Job]:
-    """Check a call against its prefab."""
-    prefab_id, version, name, inputs = call["prefab_id"], call["version"], call["function_name"], call["inputs"]
-    prefab = gateway.find_prefab(prefab_id, version)
-    function = prefab.functions.get(name)
-    if function is None or prefab.entry["deployment_status"] != "deployed":
-        raise refusal(404, f"Function {name} not found in prefab {prefab_id}")
-    try:
-        parameters = local_prefabs.fill_parameters(function, inputs.get("parameters", {}))
-    except ValueError as error:
-        raise refusal(422, str(error)) from error
-    given = inputs.get("files", {})
-    files = {safe_name(key): [find_input(gateway, url) for url in urls] for key, urls in given.items()}
-    secrets = gateway.secrets_of(prefab_id)
-    for secret in function["secrets"]:
-        if secret["required"] and secret["name"] not in secrets:
-            message = f"Secret '{secret['name']}' for prefab '{prefab_id}' is not configured"
-            raise refusal(400, {"error_code": "MISSING_SECRET", "message": message, "prefab_id": prefab_id,
-                                "secret_name": secret["name"], "instructions": secret["instructions"]})
-    gateway.executed.append((prefab_id, version, name))
-    return prefab.runs[name], Job(parameters, files, secrets, gateway.storage.new_folder(), gateway.processes)
-
-
-def find_input(gateway: LocalGateway, s3_url: str) -> Path:
-    stored = gateway.storage.find(s3_url)
-    if stored is None:
-        raise CallFailed(f"Input file not found: {s3_url}", "InputFileNotFound")
-    return stored.path
-
-
-def keep_outputs(gateway: LocalGateway, job: Job) -> dict[str, list[str]]:
-    """Move what the function left in its outputs folder into the storage."""
-    files: dict[str, list[str]] = {}
-    if not job.folder.exists():  # as after most calls
-        return files
-    for path in sorted(path for path in job.outputs.rglob("*") if path.is_file()):
-        key = path.relative_to(job.outputs).parts[0] if path.parent != job.outputs else "output"
-        stored = gateway.storage.write(gateway.storage.new_url(OUTPUTS, path.name), read_blocks(path))
-        files.setdefault(key, []).append(stored.s3_url)
-    shutil.rmtree(job.folder)
-    return files
-
-
-def make_events(gateway: LocalGateway, job: Job, pieces: Generator[Any, None, None]) -> Generator[bytes, None, None]:
-    """The event stream of a function, which ends when the client is gone."""
-    job_id = str(uuid.uuid4())
-    with contextlib.closing(pieces):
-        yield event("start", {"job_id": job_id})
-        try:
-            for piece in pieces:
-                is_event = isinstance(piece, dict) and piece.get("type") in EVENT_TYPES
-                yield event(piece["type"], piece.get("data")) if is_event else event("content", piece)
-            yield event("done", {"job_id": job_id, "files": keep_outputs(gateway, job)})
-        except Exception as error:  # whatever the function raises ends its stream
-            logger.info("a stream ended with %r", error, exc_info=True)
-            yield event("error", describe_error(error))
 
 
 def event(type: str, data: Any) -> bytes:
     return b"data: " + json_bytes({"type": type, "data": data}) + b"\n\n"
-
-
-# --- The gateway ----------------------------------------------------------------------
 
 
 class Route(NamedTuple):
@@ -523,29 +298,6 @@ class Route(NamedTuple):
     path: str  # a regular expression, whose groups the endpoint gets
     admitted: Sequence[str]  # kinds of callers; if there is none, nobody is asked who he is
     endpoint: Callable[..., Answer]
-
-
-AGENT = ("agent",)
-ANYONE = ("agent", "user", "key", "jwt", "nobody")  # nobody: without credentials, as by an allow-list
-ID, TEMPORARY = "([^/]+)", "(_temp)?"
-ROUTES = [
-    Route("POST", "/v1/internal/run", ("agent", "user", "nobody"), run),
-    Route("POST", "/v1/run", ("key", "jwt"), run),
-    Route("GET", "/v1/prefabs", ANYONE, list_prefabs),
-    Route("GET", f"/v1/prefabs/{ID}/{ID}/spec", ANYONE, get_spec),
-    Route("POST", "/v1/secrets", ANYONE, set_secret),
-    Route("GET", "/v1/secrets", ANYONE, list_secrets),
-    Route("GET", f"/v1/secrets/{ID}", ANYONE, list_secrets_of_prefab),
-    Route("DELETE", f"/v1/secrets/{ID}/{ID}", ANYONE, delete_secret),
-    Route("POST", "/v1/auth/convert_to_internal_token", ("key to exchange",), exchange_key),
-    Route("POST", "/internal/files/generate_upload_url", ANYONE, generate_upload_url),
-    Route("POST", f"/internal/files/upload{TEMPORARY}", AGENT, upload),
-    Route("GET", "/internal/files/download", AGENT, presign_download),
-    Route("GET", f"/internal/files/list{TEMPORARY}", AGENT, list_files),
-    Route("DELETE", "/internal/files/cleanup_temp", AGENT, cleanup_temp),
-    Route("PUT", "/storage/(.+)", (), put_object),
-    Route("GET", "/storage/(.+)", (), get_object),
-]
 
 
 class LocalGateway:
@@ -621,7 +373,7 @@ class LocalGateway:
     def find_prefab(self, prefab_id: str, version: str) -> Prefab:
         prefab = self._directory.get((prefab_id, version))
         if prefab is None:
-            raise refusal(404, f"Prefab {prefab_id}@{version} not found")
+            raise Refusal(404, f"Prefab {prefab_id}@{version} not found")
         return prefab
 
     def secrets_of(self, prefab_id: str) -> dict[str, str]:
@@ -642,7 +394,7 @@ class LocalGateway:
                 if match and route.method == request.method:
                     self._admit(request, route)
                     return route.endpoint(self, request, *match.groups())
-            raise refusal(404, "Not Found")
+            raise Refusal(404, "Not Found")
         except Refusal as error:
             return error.answer
         except OSError:  # the connection broke in the middle of the body
@@ -656,16 +408,233 @@ class LocalGateway:
         if not route.admitted:
             return
         if self.down:
-            raise refusal(503, "The gateway is down")
+            raise Refusal(503, "The gateway is down")
         credentials = [(header, request.headers[header]) for header in CREDENTIAL_HEADERS if header in request.headers]
         caller = self.callers.get(credentials[0]) if credentials else "nobody"
         if caller is None:
-            raise refusal(401, "Could not validate credentials")
+            raise Refusal(401, "Could not validate credentials")
         if caller not in route.admitted and route.admitted is AGENT:
             message = "This operation needs an agent context: use a token given to an agent"
-            raise refusal(400, {"error_code": "MISSING_AGENT_CONTEXT", "message": message})
+            raise Refusal(400, {"error_code": "MISSING_AGENT_CONTEXT", "message": message})
         if caller not in route.admitted:
-            raise refusal(401, "Not authenticated")
+            raise Refusal(401, "Not authenticated")
+
+    # Endpoints: presigned URLs
+
+    def _check_signature(self, request: Request, key: str, content_type: str = "") -> None:
+        query = request.query
+        if any(header in request.headers for header in CREDENTIAL_HEADERS):
+            raise StorageRefusal(400, "InvalidArgument", "Only one auth mechanism allowed")
+        expected = self.storage.sign(request.method, key, query.get("Expires", ""), content_type)
+        if not hmac.compare_digest(expected.encode(), query.get("Signature", "").encode()):
+            raise StorageRefusal(403, "SignatureDoesNotMatch", "The signature does not match the method, key or headers")
+        if time.time() > float(query["Expires"]):
+            raise StorageRefusal(403, "AccessDenied", "Request has expired")
+
+    def _put_object(self, request: Request, key: str) -> Answer:
+        self._check_signature(request, key, request.headers.get("content-type", ""))
+        self.storage.write(S3_ROOT + key, request.body)
+        return Answer(200)
+
+    def _get_object(self, request: Request, key: str) -> Answer:
+        """Answer with a file, or with the part that is asked for."""
+        self._check_signature(request, key)
+        stored = self.storage.find(S3_ROOT + key)
+        if stored is None:
+            raise StorageRefusal(404, "NoSuchKey", "The specified key does not exist")
+        status, size, etag = 200, stored.size, f'"{stored.path.parent.name}"'
+        part, headers = range(size), {"etag": etag, "accept-ranges": "bytes", "content-type": "binary/octet-stream"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+        if asked and request.headers.get("if-range", etag) == etag:
+            status, part = 206, part[int(asked[1]) : int(asked[2] or size) + 1]
+            if not part:
+                unsatisfied = {"content-range": f"bytes */{size}"}
+                raise StorageRefusal(416, "InvalidRange", "The requested range is not satisfiable", unsatisfied)
+            headers["content-range"] = f"bytes {part[0]}-{part[-1]}/{size}"
+        headers["content-length"] = str(len(part))
+        return Answer(status, read_blocks(stored.path, part), headers)
+
+    # Endpoints: files
+
+    def _generate_upload_url(self, request: Request) -> Answer:
+        body = read_json(request, UPLOAD_URL_BODY)
+        s3_url = self.storage.new_url(INPUTS, body["filename"])
+        upload_url = self.storage.presign("PUT", s3_url, 3600, str(body.get("content_type") or ""))
+        return json_answer({"upload_url": upload_url, "s3_url": s3_url})
+
+    def _upload(self, request: Request, temporary: str | None) -> Answer:
+        form = Form(request)
+        folder, expires_at = OUTPUTS, math.inf
+        if temporary:
+            folder = f"{WORKSPACE}/{form.fields.get('session_id') or 'default'}"
+            expires_at = time.time() + read_number(form.fields, "ttl", 86400, 10**9)
+        stored = self.storage.write(self.storage.new_url(folder, form.filename), form.content, expires_at)
+        return json_answer({"success": True, "s3_url": stored.s3_url, "filename": form.filename, "size": stored.size})
+
+    def _presign_download(self, request: Request) -> Answer:
+        query = request.query
+        check(query, {"s3_url": str}, "query")
+        expires_in = read_number(query, "expires_in", 3600, 7 * 24 * 3600)
+        if self.storage.find(query["s3_url"]) is None:
+            raise Refusal(404, f"File not found: {query['s3_url']}")
+        return json_answer({"presigned_url": self.storage.presign("GET", query["s3_url"], expires_in)})
+
+    def _list_files(self, request: Request, temporary: str | None) -> Answer:
+        query = request.query
+        folder = WORKSPACE if temporary else OUTPUTS
+        if temporary and query.get("session_id"):
+            folder = f"{WORKSPACE}/{query['session_id']}"
+        files = [stored for stored in self.storage.list(folder) if stored.s3_url > query.get("continuation_token", "")]
+        limit = read_number(query, "limit", 100, 1000)
+        next_page = {"next_token": files[limit - 1].s3_url} if len(files) > limit else {}
+        return json_answer({"files": [stored.entry() for stored in files[:limit]], **next_page})
+
+    def _cleanup_temp(self, request: Request) -> Answer:
+        query = request.query
+        check(query, {"session_id": str}, "query")
+        files = self.storage.list(f"{WORKSPACE}/{query['session_id']}")
+        for stored in files:
+            self.storage.delete(stored)
+        return json_answer({"deleted_count": len(files)})
+
+    # Endpoints: prefabs, secrets, tokens
+
+    def _list_prefabs(self, request: Request) -> Answer:
+        status = request.query.get("status")
+        return json_answer([entry for entry in self.prefabs() if status in (None, entry["deployment_status"])])
+
+    def _get_spec(self, _: Request, prefab_id: str, version: str) -> Answer:
+        return json_answer(self.find_prefab(prefab_id, version).spec)
+
+    def _set_secret(self, request: Request) -> Answer:
+        body = read_json(request, SECRET_BODY)
+        self.secrets[body["prefab_id"], body["secret_name"]] = body["secret_value"]
+        return Answer(204)
+
+    def _list_secrets(self, _: Request) -> Answer:
+        names = sorted(self.secrets.copy())
+        return json_answer({"secrets": [{"prefab_id": prefab_id, "secret_name": name} for prefab_id, name in names]})
+
+    def _list_secrets_of_prefab(self, _: Request, prefab_id: str) -> Answer:
+        return json_answer({"prefab_id": prefab_id, "secret_names": sorted(self.secrets_of(prefab_id))})
+
+    def _delete_secret(self, _: Request, prefab_id: str, name: str) -> Answer:
+        if self.secrets.pop((prefab_id, name), None) is None:
+            raise Refusal(404, f"Secret '{name}' for prefab '{prefab_id}' not found")
+        return Answer(204)
+
+    def _exchange_key(self, _: Request) -> Answer:
+        token = f"user-{uuid.uuid4().hex}"
+        self.callers["x-internal-token", token] = "user"
+        return json_answer({"internal_token": token})
+
+    # Endpoints: calls
+
+    def _run(self, request: Request) -> Answer:
+        """Run the calls of one POST one after another; the first HTTP error ends it."""
+        calls = read_json(request, RUN_BODY)["calls"]
+        quota, used = self.quota, len(self.executed)
+        if quota is not None and used + len(calls) > quota:
+            raise Refusal(429, {"error_code": "QUOTA_EXCEEDED", "message": "The quota of calls is used up",
+                                "limit": quota, "used": used, "quota_type": "calls"})
+        try:
+            return self._run_calls(calls)
+        except Refusal:
+            raise
+        except Exception as error:  # whatever else a prefab does wrong, as behind the deployed server
+            logger.info("a prefab failed", exc_info=True)
+            raise Refusal(503, f"The prefab failed: {type(error).__name__}: {error}") from error
+
+    def _run_calls(self, calls: Sequence[Mapping[str, Any]]) -> Answer:
+        job_id = str(uuid.uuid4())
+        results: list[dict[str, Any]] = []
+        for call in calls:
+            try:
+                start, job = self._prepare(call)
+                outcome = start(job)
+                if isinstance(outcome, Generator) and len(calls) == 1:  # only a call that is alone can stream
+                    return Answer(200, self._make_events(job, outcome), {"content-type": "text/event-stream"})
+                value = list(outcome) if isinstance(outcome, Generator) else outcome
+                output = {"status": "SUCCESS", "output": value, "files": self._keep_outputs(job)}
+                results.append({"status": "SUCCESS", "output": output, "error": None})
+            except CallFailed as failure:
+                results.append({"status": "FAILED", "output": None, "error": describe_error(failure)})
+        done = all(result["status"] == "SUCCESS" for result in results)
+        return json_answer({"job_id": job_id, "status": "COMPLETED" if done else "PARTIAL_SUCCESS", "results": results})
+
+    def _prepare(self, call: Mapping[str, Any]) -> tuple[Run, Job]:
+        """Check a call against its prefab."""
+        prefab_id, version, name, inputs = call["prefab_id"], call["version"], call["function_name"], call["inputs"]
+        prefab = self.find_prefab(prefab_id, version)
+        function = prefab.functions.get(name)
+        if function is None or prefab.entry["deployment_status"] != "deployed":
+            raise Refusal(404, f"Function {name} not found in prefab {prefab_id}")
+        try:
+            parameters = local_prefabs.fill_parameters(function, inputs.get("parameters", {}))
+        except ValueError as error:
+            raise Refusal(422, str(error)) from error
+        given = inputs.get("files", {})
+        files = {safe_name(key): [self._find_input(url) for url in urls] for key, urls in given.items()}
+        secrets = self.secrets_of(prefab_id)
+        for secret in function["secrets"]:
+            if secret["required"] and secret["name"] not in secrets:
+                message = f"Secret '{secret['name']}' for prefab '{prefab_id}' is not configured"
+                raise Refusal(400, {"error_code": "MISSING_SECRET", "message": message, "prefab_id": prefab_id,
+                                    "secret_name": secret["name"], "instructions": secret["instructions"]})
+        self.executed.append((prefab_id, version, name))
+        return prefab.runs[name], Job(parameters, files, secrets, self.storage.new_folder(), self.processes)
+
+    def _find_input(self, s3_url: str) -> Path:
+        stored = self.storage.find(s3_url)
+        if stored is None:
+            raise CallFailed(f"Input file not found: {s3_url}", "InputFileNotFound")
+        return stored.path
+
+    def _keep_outputs(self, job: Job) -> dict[str, list[str]]:
+        """Move what the function left in its outputs folder into the storage."""
+        files: dict[str, list[str]] = {}
+        if not job.folder.exists():  # as after most calls
+            return files
+        for path in sorted(path for path in job.outputs.rglob("*") if path.is_file()):
+            key = path.relative_to(job.outputs).parts[0] if path.parent != job.outputs else "output"
+            stored = self.storage.write(self.storage.new_url(OUTPUTS, path.name), read_blocks(path))
+            files.setdefault(key, []).append(stored.s3_url)
+        shutil.rmtree(job.folder)
+        return files
+
+    def _make_events(self, job: Job, pieces: Generator[Any, None, None]) -> Generator[bytes, None, None]:
+        """The event stream of a function, which ends when the client is gone."""
+        job_id = str(uuid.uuid4())
+        with contextlib.closing(pieces):
+            yield event("start", {"job_id": job_id})
+            try:
+                for piece in pieces:
+                    is_event = isinstance(piece, dict) and piece.get("type") in EVENT_TYPES
+                    yield event(piece["type"], piece.get("data")) if is_event else event("content", piece)
+                yield event("done", {"job_id": job_id, "files": self._keep_outputs(job)})
+            except Exception as error:  # whatever the function raises ends its stream
+                logger.info("a stream ended with %r", error, exc_info=True)
+                yield event("error", describe_error(error))
+
+
+ROUTES = [
+    Route("POST", "/v1/internal/run", ("agent", "user", "nobody"), LocalGateway._run),
+    Route("POST", "/v1/run", ("key", "jwt"), LocalGateway._run),
+    Route("GET", "/v1/prefabs", ANYONE, LocalGateway._list_prefabs),
+    Route("GET", f"/v1/prefabs/{ID}/{ID}/spec", ANYONE, LocalGateway._get_spec),
+    Route("POST", "/v1/secrets", ANYONE, LocalGateway._set_secret),
+    Route("GET", "/v1/secrets", ANYONE, LocalGateway._list_secrets),
+    Route("GET", f"/v1/secrets/{ID}", ANYONE, LocalGateway._list_secrets_of_prefab),
+    Route("DELETE", f"/v1/secrets/{ID}/{ID}", ANYONE, LocalGateway._delete_secret),
+    Route("POST", "/v1/auth/convert_to_internal_token", ("key to exchange",), LocalGateway._exchange_key),
+    Route("POST", "/internal/files/generate_upload_url", ANYONE, LocalGateway._generate_upload_url),
+    Route("POST", f"/internal/files/upload{TEMPORARY}", AGENT, LocalGateway._upload),
+    Route("GET", "/internal/files/download", AGENT, LocalGateway._presign_download),
+    Route("GET", f"/internal/files/list{TEMPORARY}", AGENT, LocalGateway._list_files),
+    Route("DELETE", "/internal/files/cleanup_temp", AGENT, LocalGateway._cleanup_temp),
+    Route("PUT", "/storage/(.+)", (), LocalGateway._put_object),
+    Route("GET", "/storage/(.+)", (), LocalGateway._get_object),
+]
 
 
 # --- The HTTP server ------------------------------------------------------------------
