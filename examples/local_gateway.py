@@ -8,19 +8,18 @@ In code it is a context manager:
     with LocalGateway("path/to/my-prefab") as gateway:
         client = GatewayClient(gateway.base_url, internal_token=gateway.internal_token)
 
-From top to bottom: requests and answers, forms, the storage; the endpoints, which are functions of the gateway and a
-request; the table of their routes and the gateway itself; the HTTP server; the command line. How prefabs are run, and
-those that come with it, is in `local_prefabs.py`, which must lie beside this file.
+This file needs no other. From top to bottom: requests and answers, forms, the storage; prefabs, those of folders, and
+those that come with it; the gateway with its endpoints and the table of their routes; the HTTP server; the command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import email.message
 import hashlib
 import hmac
+import inspect
 import json
 import logging
 import math
@@ -36,7 +35,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 from io import BufferedIOBase
@@ -44,18 +43,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-import local_prefabs
-from local_prefabs import BLOCK_BYTES, CallFailed, Functions, Job, Prefab, Run, describe_error, read_blocks, safe_name
-
 __all__ = ["CallFailed", "LocalGateway", "environment", "main"]
+
+BLOCK_BYTES = 256 * 1024  # of bodies and files: large enough for speed, small enough for the CPU's cache
+IDLE_SECONDS = 5.0  # as the deployed server: it hangs up on an idle connection, unannounced
+TRANSFER_SECONDS = 60.0  # the longest wait for bytes in the middle of a request or an answer
+STOP_SECONDS = 0.02  # between two looks of the server whether it is to stop
+CLOSE_SECONDS = 3.0  # for calls under way to end when the server closes
+EXIT_SECONDS = 2.0  # for the process of a prefab to end by itself
 
 logger = logging.getLogger("local_gateway")
 
 # --- Requests and answers -------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     method: str
     path: str  # with the query, as it came
     headers: Mapping[str, str]  # names in lower case
@@ -66,11 +68,10 @@ class Request:
         return dict(parse_qsl(self.path.partition("?")[2], keep_blank_values=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     status: int
     body: bytes | Generator[bytes, None, None] = b""  # of a generator: in chunks if there is no `content-length`
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    headers: Mapping[str, str] = {}
 
 
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -117,14 +118,13 @@ UPLOAD_URL_BODY = {"filename": str}
 SECRET_BODY = {"prefab_id": str, "secret_name": str, "secret_value": str}
 CALL_INPUTS = {"parameters?": dict, "files?": {"*": [str]}}
 RUN_BODY = {"calls": [{"prefab_id": str, "version": str, "function_name": str, "inputs": CALL_INPUTS}]}
-KIND_NAMES: Mapping[type, str] = {str: "string", list: "list", dict: "dictionary"}
 
 
 def check(value: Any, kind: Any, *loc: str | int) -> None:
     """Refuse what is not of the kind; `loc` says where it was."""
     expected: Any = kind if isinstance(kind, type) else type(kind)
     if not isinstance(value, expected):
-        raise invalid(loc, f"Input should be a valid {KIND_NAMES[expected]}", f"{expected.__name__}_type")
+        raise invalid(loc, f"Input should be a valid {expected.__name__}", f"{expected.__name__}_type")
     if isinstance(kind, list):
         for index, item in enumerate(value):
             check(item, kind[0], *loc, index)
@@ -208,6 +208,22 @@ OUTPUTS = "agent-outputs/local-user/local-agent"
 WORKSPACE = "agent-workspace/local-user/local-agent"
 
 
+def safe_name(name: str) -> str:
+    """A client's name for a file as the name of a file here; of a long one the end is kept."""
+    name = re.sub(r"[\x00-\x1f\x7f/\\]", "_", name)
+    name = name.encode("utf-8", "replace")[-200:].decode("utf-8", "ignore")
+    return name if name.strip(". ") else "file"
+
+
+def read_blocks(path: Path, part: range | None = None) -> Generator[bytes, None, None]:
+    """The content of a file of any size, or a part of it."""
+    part = range(path.stat().st_size) if part is None else part
+    with path.open("rb") as file:
+        file.seek(part.start)
+        for start in range(part.start, part.stop, BLOCK_BYTES):
+            yield file.read(min(BLOCK_BYTES, part.stop - start))
+
+
 class StoredFile(NamedTuple):
     s3_url: str
     path: Path  # alone in its folder, whose name is unique
@@ -280,6 +296,339 @@ class Storage:
         return hmac.new(self._signing_key, message, hashlib.sha256).hexdigest()
 
 
+# --- Prefabs --------------------------------------------------------------------------
+
+
+class PrefabError(Exception):
+    """What went wrong in a prefab's process, by the type of its error."""
+
+    def __init__(self, message: str, type: str = "") -> None:
+        super().__init__(message)
+        self.type = type
+
+
+class CallFailed(PrefabError):
+    """Raised by a prefab function to end its call as FAILED, with this message and type."""
+
+
+def describe_error(error: Exception) -> dict[str, str]:
+    """An error as results and event streams show it."""
+    return {"message": str(error), "type": getattr(error, "type", "") or type(error).__name__}
+
+
+class Job(NamedTuple):
+    """One call of a function, and what the function gets."""
+
+    parameters: dict[str, Any]
+    inputs: dict[str, list[Path]]
+    secrets: dict[str, str]
+    folder: Path  # made only where it is needed: most functions have no files
+    processes: set[subprocess.Popen[bytes]]  # those that the gateway ends when it closes
+
+    @property
+    def outputs(self) -> Path:
+        """The folder for output files."""
+        path = self.folder / "data" / "outputs"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+Run = Callable[[Job], Any]  # how a function is called; if it gives a generator, that is a stream
+
+
+# What a parameter of a type may be; of other types there are values of every kind.
+JSON_TYPES: Mapping[str, Sequence[type]] = {
+    "string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict],
+}
+
+
+class Prefab:
+    """A manifest, with all that it may leave out, and the functions that it describes."""
+
+    def __init__(self, manifest: Mapping[str, Any], runs: Mapping[str, Run], status: str = "deployed") -> None:
+        functions = [complete(function, manifest.get("secrets", ())) for function in manifest["functions"]]
+        secrets = {secret["name"]: secret for function in functions for secret in function["secrets"]}
+        now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+        self.functions = {function["name"]: function for function in functions}
+        self.runs = runs
+        self.spec = {
+            "id": manifest["id"], "version": manifest["version"], "name": manifest.get("name") or manifest["id"],
+            "description": manifest.get("description", ""), "functions": functions,
+        }
+        self.entry = {  # in the directory
+            **self.spec, "tags": manifest.get("tags", []), "deployment_status": status, "knative_service_url": None,
+            "deployed_at": now, "updated_at": now, "secrets": list(secrets.values()),
+            "requires_secrets": any(secret["required"] for secret in secrets.values()),
+        }
+
+
+def complete(function: Mapping[str, Any], shared: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """A function's entry in a manifest; without secrets of its own it needs the `shared` ones."""
+    parameters = [{"type": "any", "required": "default" not in parameter, **parameter}
+                  for parameter in function.get("parameters", ())]
+    secrets = [{"description": "", "instructions": "", "required": True, **secret}
+               for secret in function.get("secrets", shared)]
+    return {"description": "", "streaming": False, **function, "parameters": parameters, "secrets": secrets}
+
+
+def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a call, with the defaults of the others; a ValueError if they do not fit."""
+    declared = {parameter["name"]: parameter for parameter in function["parameters"]}
+    for name, value in given.items():
+        if name not in declared:
+            raise ValueError(f"Unknown parameter: {name}")
+        parameter = declared[name]
+        fits = type(value) in JSON_TYPES.get(parameter["type"], [type(value)])
+        if not fits and (value is not None or parameter["required"]):
+            raise ValueError(f"Parameter '{name}' must be of type {parameter['type']}")
+    for name, parameter in declared.items():
+        if parameter["required"] and name not in given:
+            raise ValueError(f"Missing required parameter: {name}")
+    defaults = {name: parameter["default"] for name, parameter in declared.items() if "default" in parameter}
+    return {**defaults, **given}
+
+
+# --- Python functions -----------------------------------------------------------------
+
+Functions = Mapping[str, Callable[..., Any]]
+RESERVED = ("inputs", "outputs", "secrets")  # parameters that the gateway fills in
+TYPE_NAMES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object",
+}
+
+
+def describe(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+    """The manifest's entry of a Python function, from its signature and docstring."""
+    signature = inspect.signature(function).parameters
+    parameters = []
+    for parameter in signature.values():
+        annotation = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+        described = {"name": parameter.name, "type": TYPE_NAMES.get(annotation.partition("[")[0], "any")}
+        if parameter.default is not parameter.empty:
+            described["default"] = parameter.default
+        if parameter.name not in RESERVED:
+            parameters.append(described)
+    entry = {"name": name, "description": (inspect.getdoc(function) or "").partition("\n")[0],
+             "parameters": parameters, "streaming": inspect.isgeneratorfunction(function)}
+    return entry if "secrets" in signature else {**entry, "secrets": []}
+
+
+def run_here(function: Callable[..., Any]) -> Run:
+    reserved = [name for name in RESERVED if name in inspect.signature(function).parameters]
+
+    def run(job: Job) -> Any:
+        return function(**job.parameters, **{name: getattr(job, name) for name in reserved})
+
+    return run
+
+
+# --- Prefab folders -------------------------------------------------------------------
+
+
+def load_prefab(folder: Path) -> Prefab:
+    """A prefab as its developer has it on disk; each call runs in a process of its own."""
+    folder = folder.resolve()
+    manifest = json.loads((folder / "prefab-manifest.json").read_text(encoding="utf-8"))
+    return Prefab(manifest, {entry["name"]: run_in_child(folder, entry["name"]) for entry in manifest["functions"]})
+
+
+def run_in_child(folder: Path, name: str) -> Run:
+    def run(job: Job) -> Any:
+        copy_inputs(job)
+        told = ask_child(folder, name, job)
+        if next(told) == "stream":
+            return told  # all else are its pieces
+        (value,) = told
+        return value
+
+    return run
+
+
+def copy_inputs(job: Job) -> None:
+    """Copy the input files: what a function does to them must not change the storage."""
+    folder = job.outputs.with_name("inputs")
+    folder.mkdir()
+    for key, paths in job.inputs.items():
+        (folder / key).mkdir()
+        for number, path in enumerate(paths, 1):
+            target = folder / key / path.name
+            if target.exists():  # two of one name
+                target = target.with_name(f"{number}-{path.name}")
+            shutil.copyfile(path, target)
+
+
+CHILD_PROGRAM = r"""
+import importlib, inspect, json, os, signal, sys, traceback
+
+def tell(kind, value=None):
+    pipe.write(json.dumps([kind, value]) + "\n")
+    pipe.flush()
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the gateway, which ends its children
+folder, name = sys.argv[1:]
+sys.path[0:1] = [os.path.join(folder, "src"), folder]
+with open("parameters.json") as parameters, os.fdopen(os.dup(1), "w") as pipe:
+    os.dup2(2, 1)  # what the function prints must not get between the lines
+    try:
+        outcome = getattr(importlib.import_module("main"), name)(**json.load(parameters))
+        streams = inspect.isgenerator(outcome)
+        tell("kind", "stream" if streams else "value")
+        for value in outcome if streams else [outcome]:
+            tell("given", value)
+        tell("end")
+    except Exception as error:
+        traceback.print_exc()
+        tell("error", {"message": str(error), "type": type(error).__name__})
+"""
+
+
+def ask_child(folder: Path, name: str, job: Job) -> Generator[Any, None, None]:
+    """Run a function in a process, which ends with this generator: "value" or "stream", then what it gives."""
+    command = [sys.executable, "-B", "-c", CHILD_PROGRAM, str(folder), name]
+    (job.folder / "parameters.json").write_text(json.dumps(job.parameters))
+    with subprocess.Popen(command, cwd=job.folder, env={**os.environ, **job.secrets},
+                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        job.processes.add(process)
+        try:
+            for line in process.stdout:
+                kind, value = json.loads(line)
+                if kind == "error":
+                    raise PrefabError(**value)
+                if kind == "end":
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(EXIT_SECONDS)  # for its exit handlers
+                    return
+                yield value
+            raise PrefabError(f"its process ended with status {process.wait()}", "ProcessDied")
+        finally:
+            process.kill()  # no harm to one that has ended
+            job.processes.discard(process)
+
+
+# --- The prefabs that come with the gateway -------------------------------------------
+
+Inputs = dict[str, list[Path]]  # names to files
+SIGNING_KEY = {
+    "name": "SIGNING_KEY",
+    "description": "The key of your signatures",
+    "instructions": "Any text that only you know; store it with POST /v1/secrets",
+}
+
+
+def statistics(text: str) -> dict[str, Any]:
+    """Count the characters, words and lines of a text, and its most common words."""
+    words = text.split()
+    return {
+        "success": True, "message": f"{len(words)} words",
+        "characters": len(text), "words": len(words), "lines": len(text.splitlines()),
+        "most_common": Counter(text.lower().split()).most_common(5),
+    }
+
+
+def stream_words(text: str, delay: float = 0.0) -> Iterator[str]:
+    """Stream a text word by word, `delay` seconds apart; joined they are the text again."""
+    for match in re.finditer(r"^\s+|\S+\s*", text):
+        yield match[0]
+        if delay:
+            time.sleep(delay)
+
+
+def echo(value: Any) -> Any:
+    """Give back the value."""
+    return value
+
+
+def find(text: str, pattern: str) -> dict[str, Any]:
+    """Find all matches of a regular expression."""
+    matches = [{"start": match.start(), "text": match[0]} for match in re.finditer(pattern, text)]
+    return {"success": True, "message": f"{len(matches)} matches", "matches": matches}
+
+
+def given_files(inputs: Inputs) -> list[Path]:
+    if not inputs.get("files"):
+        raise CallFailed("Give the input files under the key 'files'", "NoInputFiles")
+    return inputs["files"]
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in read_blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def checksum(inputs: Inputs, outputs: Path) -> dict[str, Any]:
+    """Write the SHA-256 sums of the input files `files` into the file `checksums`."""
+    sums = [{"name": path.name, "sha256": sha256(path)} for path in given_files(inputs)]
+    lines = [f"{entry['sha256']}  {entry['name']}\n" for entry in sums]
+    (outputs / "checksums").mkdir()
+    (outputs / "checksums" / "SHA256SUMS.txt").write_text("".join(lines), encoding="utf-8")
+    return {"success": True, "message": f"{len(sums)} files", "checksums": sums}
+
+
+def line_count(inputs: Inputs) -> dict[str, Any]:
+    """Count the lines of the input files `files`."""
+    total = sum(block.count(b"\n") for path in given_files(inputs) for block in read_blocks(path))
+    return {"success": True, "message": f"{total} lines", "lines": total}
+
+
+def concatenate(inputs: Inputs, outputs: Path, name: str = "all.txt") -> dict[str, Any]:
+    """Join the input files `files` into one output file."""
+    with (outputs / safe_name(name)).open("wb") as target:
+        for path in given_files(inputs):
+            target.writelines(read_blocks(path))
+        size = target.tell()
+    return {"success": True, "message": f"{size} bytes", "size": size}
+
+
+def inspect_files(inputs: Inputs) -> Iterator[Any]:
+    """Stream name, size and SHA-256 of the input files `files`, and the progress."""
+    paths = given_files(inputs)
+    for done, path in enumerate(paths, 1):
+        yield {"name": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+        yield {"type": "progress", "data": {"done": done, "total": len(paths)}}
+
+
+def sign(text: str, secrets: dict[str, str]) -> dict[str, Any]:
+    """Sign a text with the caller's own key (HMAC-SHA256)."""
+    digest = hmac.new(secrets["SIGNING_KEY"].encode(), text.encode(), hashlib.sha256)
+    return {"success": True, "message": "signed", "signature": digest.hexdigest()}
+
+
+def fail(message: str = "This always fails") -> dict[str, Any]:
+    """Report a business failure: the call succeeds, its result says it does not."""
+    return {"success": False, "error": message, "error_code": "ALWAYS_FAILS"}
+
+
+def crash(message: str = "out of order") -> None:
+    """Raise an error: the whole request is answered 503."""
+    raise RuntimeError(message)
+
+
+def refuse(message: str = "refused") -> None:
+    """End this call as FAILED; the others of the request go on."""
+    raise CallFailed(message, "Refused")
+
+
+def stumble(text: str = "as far as it goes ") -> Iterator[str]:
+    """Stream the words of a text, then break off with an error event."""
+    yield from stream_words(text)
+    raise RuntimeError("stumbled")
+
+
+def add_own_prefabs(add: Callable[..., None]) -> None:
+    """Give them to `LocalGateway.add_prefab`, the newest last."""
+    faults = {"fail": fail, "crash": crash, "refuse": refuse, "stumble": stumble}
+    files = {"checksum": checksum, "line_count": line_count, "concatenate": concatenate, "inspect": inspect_files}
+    texts = {"statistics": statistics, "words": stream_words, "echo": echo}
+    add("faulty", "1.0.0", faults, description="Errors on demand")
+    add("vault", "1.0.0", {"sign": sign}, description="Needs a secret", secrets=[SIGNING_KEY])
+    add("file-tools", "1.0.0", files, description="Looks at files")
+    add("text-tools", "1.0.0", texts, description="Looks at texts")
+    add("text-tools", "1.1.0", {**texts, "find": find}, description="Looks at texts")
+
+
 # --- The gateway ----------------------------------------------------------------------
 
 CREDENTIAL_HEADERS = ("x-internal-token", "x-api-key", "authorization")
@@ -289,8 +638,8 @@ ID, TEMPORARY = "([^/]+)", "(_temp)?"
 EVENT_TYPES = ("start", "content", "progress", "done", "error")
 
 
-def event(type: str, data: Any) -> bytes:
-    return b"data: " + json_bytes({"type": type, "data": data}) + b"\n\n"
+def event_bytes(event: Mapping[str, Any]) -> bytes:
+    return b"data: " + json_bytes(event) + b"\n\n"
 
 
 class Route(NamedTuple):
@@ -326,16 +675,16 @@ class LocalGateway:
         self.secrets: dict[tuple[str, str], str] = {}  # by prefab and name
         self.processes: set[subprocess.Popen[bytes]] = set()  # those of prefab folders
         self._directory: dict[tuple[str, str], Prefab] = {}  # by id and version, newest last
-        local_prefabs.add_own_prefabs(self.add_prefab)
+        add_own_prefabs(self.add_prefab)
         for folder in prefab_folders:
-            self._add(local_prefabs.load_prefab(Path(folder)))
+            self._add(load_prefab(Path(folder)))
         self._server = Server(port, self.answer)
         self.base_url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._folder = tempfile.TemporaryDirectory()
         self.storage = Storage(Path(self._folder.name).resolve(), self.base_url)
 
     def __enter__(self) -> LocalGateway:
-        self._server.start()
+        threading.Thread(target=self._server.serve_forever, args=[STOP_SECONDS], daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -357,9 +706,12 @@ class LocalGateway:
                 `required`. Functions that take `secrets` are not run without the required ones.
             status: "deployed", or "failed": then it is listed but cannot be called.
         """
-        described = [{"name": secret} if isinstance(secret, str) else secret for secret in secrets]
-        manifest = {"id": prefab_id, "version": version, "description": description, "secrets": described}
-        self._add(local_prefabs.prefab_of_functions(manifest, functions, status))
+        manifest = {
+            "id": prefab_id, "version": version, "description": description,
+            "secrets": [{"name": secret} if isinstance(secret, str) else secret for secret in secrets],
+            "functions": [describe(name, function) for name, function in functions.items()],
+        }
+        self._add(Prefab(manifest, {name: run_here(function) for name, function in functions.items()}, status))
 
     def _add(self, prefab: Prefab) -> None:
         key = (prefab.spec["id"], prefab.spec["version"])
@@ -427,7 +779,7 @@ class LocalGateway:
             raise StorageRefusal(400, "InvalidArgument", "Only one auth mechanism allowed")
         expected = self.storage.sign(request.method, key, query.get("Expires", ""), content_type)
         if not hmac.compare_digest(expected.encode(), query.get("Signature", "").encode()):
-            raise StorageRefusal(403, "SignatureDoesNotMatch", "The signature does not match the method, key or headers")
+            raise StorageRefusal(403, "SignatureDoesNotMatch", "The signature is not that of this request")
         if time.time() > float(query["Expires"]):
             raise StorageRefusal(403, "AccessDenied", "Request has expired")
 
@@ -543,7 +895,7 @@ class LocalGateway:
             raise
         except Exception as error:  # whatever else a prefab does wrong, as behind the deployed server
             logger.info("a prefab failed", exc_info=True)
-            raise Refusal(503, f"The prefab failed: {type(error).__name__}: {error}") from error
+            raise Refusal(503, "The prefab failed: {type}: {message}".format(**describe_error(error))) from error
 
     def _run_calls(self, calls: Sequence[Mapping[str, Any]]) -> Answer:
         job_id = str(uuid.uuid4())
@@ -570,7 +922,7 @@ class LocalGateway:
         if function is None or prefab.entry["deployment_status"] != "deployed":
             raise Refusal(404, f"Function {name} not found in prefab {prefab_id}")
         try:
-            parameters = local_prefabs.fill_parameters(function, inputs.get("parameters", {}))
+            parameters = fill_parameters(function, inputs.get("parameters", {}))
         except ValueError as error:
             raise Refusal(422, str(error)) from error
         given = inputs.get("files", {})
@@ -606,15 +958,15 @@ class LocalGateway:
         """The event stream of a function, which ends when the client is gone."""
         job_id = str(uuid.uuid4())
         with contextlib.closing(pieces):
-            yield event("start", {"job_id": job_id})
+            yield event_bytes({"type": "start", "data": {"job_id": job_id}})
             try:
                 for piece in pieces:
                     is_event = isinstance(piece, dict) and piece.get("type") in EVENT_TYPES
-                    yield event(piece["type"], piece.get("data")) if is_event else event("content", piece)
-                yield event("done", {"job_id": job_id, "files": self._keep_outputs(job)})
+                    yield event_bytes(piece if is_event else {"type": "content", "data": piece})
+                yield event_bytes({"type": "done", "data": {"job_id": job_id, "files": self._keep_outputs(job)}})
             except Exception as error:  # whatever the function raises ends its stream
                 logger.info("a stream ended with %r", error, exc_info=True)
-                yield event("error", describe_error(error))
+                yield event_bytes({"type": "error", "data": describe_error(error)})
 
 
 ROUTES = [
@@ -638,10 +990,6 @@ ROUTES = [
 
 
 # --- The HTTP server ------------------------------------------------------------------
-
-IDLE_SECONDS = 5.0  # as the deployed server: it hangs up on an idle connection, unannounced
-TRANSFER_SECONDS = 60.0  # the longest wait for bytes in the middle of a request or an answer
-CLOSE_SECONDS = 3.0  # for calls under way to end when the server closes
 
 
 def read_body(reader: BufferedIOBase, length: int) -> Iterator[bytes]:
@@ -722,9 +1070,6 @@ class Server(socketserver.ThreadingTCPServer):
         self.connections: dict[threading.Thread, socket.socket] = {}
         super().__init__(("127.0.0.1", port), Handler)
 
-    def start(self) -> None:
-        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
-
     def stop(self) -> None:
         """Accept no more, break the connections, and wait for their threads."""
         self.shutdown()
@@ -758,11 +1103,9 @@ def environment(credential: str = "agent") -> Iterator[LocalGateway | None]:
         before = dict(os.environ)
         for name in ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN"):
             os.environ.pop(name, None)
-        os.environ["GATEWAY_BASE_URL"] = gateway.base_url
-        if credential == "agent":
-            os.environ["X_INTERNAL_TOKEN"] = gateway.internal_token
-        else:
-            os.environ["AGENT_BUILDER_API_KEY"] = gateway.api_key
+        own = {"agent": ("X_INTERNAL_TOKEN", gateway.internal_token),
+               "api_key": ("AGENT_BUILDER_API_KEY", gateway.api_key)}
+        os.environ.update([("GATEWAY_BASE_URL", gateway.base_url), own[credential]])
         try:
             yield gateway
         finally:
