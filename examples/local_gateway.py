@@ -8,8 +8,8 @@ In code it is a context manager:
     with LocalGateway("path/to/my-prefab") as gateway:
         client = GatewayClient(gateway.base_url, internal_token=gateway.internal_token)
 
-This file needs no other. From top to bottom: requests and answers, forms, the storage; prefabs, those of folders, and
-those that come with it; the gateway with its endpoints and the table of their routes; the HTTP server; the command line.
+This file needs no other. From top to bottom: requests and answers, forms, the storage; prefabs, those of folders,
+those that come with it; the gateway, its endpoints and the table of their routes; the HTTP server; the command line.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ __all__ = ["CallFailed", "LocalGateway", "environment", "main"]
 BLOCK_BYTES = 256 * 1024  # of bodies and files: large enough for speed, small enough for the CPU's cache
 IDLE_SECONDS = 5.0  # as the deployed server: it hangs up on an idle connection, unannounced
 TRANSFER_SECONDS = 60.0  # the longest wait for bytes in the middle of a request or an answer
-STOP_SECONDS = 0.02  # between two looks of the server whether it is to stop
 CLOSE_SECONDS = 3.0  # for calls under way to end when the server closes
-EXIT_SECONDS = 2.0  # for the process of a prefab to end by itself
 
 logger = logging.getLogger("local_gateway")
 
@@ -300,9 +298,9 @@ class Storage:
 
 
 class PrefabError(Exception):
-    """What went wrong in a prefab's process, by the type of its error."""
+    """What went wrong in a prefab, and the name of the error's type."""
 
-    def __init__(self, message: str, type: str = "") -> None:
+    def __init__(self, message: str, type: str = "CallFailed") -> None:
         super().__init__(message)
         self.type = type
 
@@ -313,7 +311,7 @@ class CallFailed(PrefabError):
 
 def describe_error(error: Exception) -> dict[str, str]:
     """An error as results and event streams show it."""
-    return {"message": str(error), "type": getattr(error, "type", "") or type(error).__name__}
+    return {"message": str(error), "type": getattr(error, "type", type(error).__name__)}
 
 
 class Job(NamedTuple):
@@ -334,11 +332,8 @@ class Job(NamedTuple):
 
 
 Run = Callable[[Job], Any]  # how a function is called; if it gives a generator, that is a stream
-
-
-# What a parameter of a type may be; of other types there are values of every kind.
-JSON_TYPES: Mapping[str, Sequence[type]] = {
-    "string": [str], "integer": [int], "number": [int, float], "boolean": [bool], "array": [list], "object": [dict],
+TYPE_NAMES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object",
 }
 
 
@@ -378,9 +373,11 @@ def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> di
         if name not in declared:
             raise ValueError(f"Unknown parameter: {name}")
         parameter = declared[name]
-        fits = type(value) in JSON_TYPES.get(parameter["type"], [type(value)])
-        if not fits and (value is not None or parameter["required"]):
-            raise ValueError(f"Parameter '{name}' must be of type {parameter['type']}")
+        given_type, type_name = TYPE_NAMES.get(type(value).__name__), parameter["type"]
+        fits = given_type == type_name or (given_type, type_name) == ("integer", "number")
+        missing = value is None and not parameter["required"]
+        if type_name in TYPE_NAMES.values() and not fits and not missing:
+            raise ValueError(f"Parameter '{name}' must be of type {type_name}")
     for name, parameter in declared.items():
         if parameter["required"] and name not in given:
             raise ValueError(f"Missing required parameter: {name}")
@@ -392,9 +389,6 @@ def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> di
 
 Functions = Mapping[str, Callable[..., Any]]
 RESERVED = ("inputs", "outputs", "secrets")  # parameters that the gateway fills in
-TYPE_NAMES = {
-    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object",
-}
 
 
 def describe(name: str, function: Callable[..., Any]) -> dict[str, Any]:
@@ -497,7 +491,7 @@ def ask_child(folder: Path, name: str, job: Job) -> Generator[Any, None, None]:
                     raise PrefabError(**value)
                 if kind == "end":
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(EXIT_SECONDS)  # for its exit handlers
+                        process.wait(2)  # for its exit handlers
                     return
                 yield value
             raise PrefabError(f"its process ended with status {process.wait()}", "ProcessDied")
@@ -552,10 +546,7 @@ def given_files(inputs: Inputs) -> list[Path]:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in read_blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def checksum(inputs: Inputs, outputs: Path) -> dict[str, Any]:
@@ -684,7 +675,7 @@ class LocalGateway:
         self.storage = Storage(Path(self._folder.name).resolve(), self.base_url)
 
     def __enter__(self) -> LocalGateway:
-        threading.Thread(target=self._server.serve_forever, args=[STOP_SECONDS], daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=[0.02], daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -697,13 +688,12 @@ class LocalGateway:
                    secrets: Iterable[str | Mapping[str, Any]] = (), status: str = "deployed") -> None:
         """Serve plain Python functions as a prefab; a generator function streams.
 
-        A function that names one of these parameters gets it from the gateway: `inputs` (name to
-        paths of the input files, to be read only), `outputs` (a folder; what is left there is given
-        back), `secrets` (name to value).
+        A function that names one of these parameters gets it from the gateway: `inputs` (name to paths of the
+        input files, to be read only), `outputs` (a folder; what is left there is given back), `secrets` (name to
+        value). Those that take `secrets` are not run without the required ones of this prefab.
 
         Args:
-            secrets: Names, or manifest entries with `name`, `description`, `instructions` and
-                `required`. Functions that take `secrets` are not run without the required ones.
+            secrets: Names, or entries as in a manifest: `name`, `description`, `instructions`, `required`.
             status: "deployed", or "failed": then it is listed but cannot be called.
         """
         manifest = {
@@ -765,11 +755,11 @@ class LocalGateway:
         caller = self.callers.get(credentials[0]) if credentials else "nobody"
         if caller is None:
             raise Refusal(401, "Could not validate credentials")
-        if caller not in route.admitted and route.admitted is AGENT:
+        if caller not in route.admitted and route.admitted is not AGENT:
+            raise Refusal(401, "Not authenticated")
+        if caller not in route.admitted:
             message = "This operation needs an agent context: use a token given to an agent"
             raise Refusal(400, {"error_code": "MISSING_AGENT_CONTEXT", "message": message})
-        if caller not in route.admitted:
-            raise Refusal(401, "Not authenticated")
 
     # Endpoints: presigned URLs
 
@@ -1118,8 +1108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Serve a Gateway on this machine.")
     parser.add_argument("--port", type=int, default=8080, help="0 takes any free one (default: %(default)s)")
     parser.add_argument("--prefab", action="append", default=[], metavar="DIR", help="a prefab folder to serve")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log every request")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with LocalGateway(*arguments.prefab, port=arguments.port) as gateway:
