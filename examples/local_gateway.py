@@ -366,6 +366,12 @@ def complete(function: Mapping[str, Any], shared: Iterable[Mapping[str, Any]]) -
     return {"description": "", "streaming": False, **function, "parameters": parameters, "secrets": secrets}
 
 
+def is_of_type(value: Any, type_name: str) -> bool:
+    own_type = TYPE_NAMES.get(type(value).__name__)
+    is_known = type_name in TYPE_NAMES.values()  # of other types there are values of every kind
+    return not is_known or own_type == type_name or (own_type == "integer" and type_name == "number")
+
+
 def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of a call, with the defaults of the others; a ValueError if they do not fit."""
     declared = {parameter["name"]: parameter for parameter in function["parameters"]}
@@ -373,11 +379,9 @@ def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> di
         if name not in declared:
             raise ValueError(f"Unknown parameter: {name}")
         parameter = declared[name]
-        given_type, type_name = TYPE_NAMES.get(type(value).__name__), parameter["type"]
-        fits = given_type == type_name or (given_type, type_name) == ("integer", "number")
-        missing = value is None and not parameter["required"]
-        if type_name in TYPE_NAMES.values() and not fits and not missing:
-            raise ValueError(f"Parameter '{name}' must be of type {type_name}")
+        left_out = value is None and not parameter["required"]
+        if not left_out and not is_of_type(value, parameter["type"]):
+            raise ValueError(f"Parameter '{name}' must be of type {parameter['type']}")
     for name, parameter in declared.items():
         if parameter["required"] and name not in given:
             raise ValueError(f"Missing required parameter: {name}")
@@ -524,8 +528,7 @@ def stream_words(text: str, delay: float = 0.0) -> Iterator[str]:
     """Stream a text word by word, `delay` seconds apart; joined they are the text again."""
     for match in re.finditer(r"^\s+|\S+\s*", text):
         yield match[0]
-        if delay:
-            time.sleep(delay)
+        time.sleep(delay)
 
 
 def echo(value: Any) -> Any:
@@ -569,8 +572,7 @@ def concatenate(inputs: Inputs, outputs: Path, name: str = "all.txt") -> dict[st
     with (outputs / safe_name(name)).open("wb") as target:
         for path in given_files(inputs):
             target.writelines(read_blocks(path))
-        size = target.tell()
-    return {"success": True, "message": f"{size} bytes", "size": size}
+    return {"success": True, "message": f"{len(inputs['files'])} files"}
 
 
 def inspect_files(inputs: Inputs) -> Iterator[Any]:
@@ -1116,8 +1118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with LocalGateway(*arguments.prefab, port=arguments.port) as gateway:
             print(f"export GATEWAY_BASE_URL={gateway.base_url}")  # which a shell can run as it is
             print(f"export X_INTERNAL_TOKEN={gateway.internal_token}", flush=True)
-            print("The token is an agent's. A user who is none has one of these instead:", file=sys.stderr)
-            print(f"AGENT_BUILDER_API_KEY={gateway.api_key} GATEWAY_JWT_TOKEN={gateway.jwt_token}", file=sys.stderr)
+            print("The token is an agent's. A user without an agent has one of these instead:", file=sys.stderr)
+            print(f"AGENT_BUILDER_API_KEY={gateway.api_key}\nGATEWAY_JWT_TOKEN={gateway.jwt_token}", file=sys.stderr)
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:  # the way to stop it
