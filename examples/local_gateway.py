@@ -38,7 +38,6 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -159,10 +158,7 @@ def read_number(fields: Mapping[str, str], name: str, default: int, largest: int
 
 
 class Form:
-    """A `multipart/form-data` body (RFC 7578), read up to the content of its file.
-
-    The standard library's reader, `email`, would hold the whole file in memory.
-    """
+    """A `multipart/form-data` body (RFC 7578), read up to its file's content, which `email` would hold in memory."""
 
     def __init__(self, request: Request) -> None:
         head = email.message.Message()
@@ -331,7 +327,9 @@ class Job(NamedTuple):
         return path
 
 
+Functions = Mapping[str, Callable[..., Any]]
 Run = Callable[[Job], Any]  # how a function is called; if it gives a generator, that is a stream
+RESERVED = ("inputs", "outputs", "secrets")  # parameters of a Python function that the gateway fills in
 TYPE_NAMES = {
     "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object",
 }
@@ -387,12 +385,6 @@ def fill_parameters(function: Mapping[str, Any], given: Mapping[str, Any]) -> di
             raise ValueError(f"Missing required parameter: {name}")
     defaults = {name: parameter["default"] for name, parameter in declared.items() if "default" in parameter}
     return {**defaults, **given}
-
-
-# --- Python functions -----------------------------------------------------------------
-
-Functions = Mapping[str, Callable[..., Any]]
-RESERVED = ("inputs", "outputs", "secrets")  # parameters that the gateway fills in
 
 
 def describe(name: str, function: Callable[..., Any]) -> dict[str, Any]:
@@ -507,11 +499,8 @@ def ask_child(folder: Path, name: str, job: Job) -> Generator[Any, None, None]:
 # --- The prefabs that come with the gateway -------------------------------------------
 
 Inputs = dict[str, list[Path]]  # names to files
-SIGNING_KEY = {
-    "name": "SIGNING_KEY",
-    "description": "The key of your signatures",
-    "instructions": "Any text that only you know; store it with POST /v1/secrets",
-}
+SIGNING_KEY = {"name": "SIGNING_KEY", "description": "The key of your signatures",
+               "instructions": "Any text that only you know; store it with POST /v1/secrets"}
 
 
 def statistics(text: str) -> dict[str, Any]:
@@ -645,10 +634,8 @@ class Route(NamedTuple):
 class LocalGateway:
     """A Gateway on 127.0.0.1. A context manager: serves inside the `with`.
 
-    Args:
-        prefab_folders: Folders of prefabs to serve besides those that come with it; an OSError or a
-            ValueError if such a folder or its manifest is not what it should be.
-        port: 0 takes any free one; `base_url` tells which.
+    It serves the prefabs of `prefab_folders` besides those that come with it; a folder that is none is an OSError
+    or a ValueError. `port` 0 takes any free one; `base_url` tells which.
     """
 
     def __init__(self, *prefab_folders: str | os.PathLike[str], port: int = 0) -> None:
@@ -677,7 +664,8 @@ class LocalGateway:
         self.storage = Storage(Path(self._folder.name).resolve(), self.base_url)
 
     def __enter__(self) -> LocalGateway:
-        threading.Thread(target=self._server.serve_forever, args=[0.02], daemon=True).start()
+        look_seconds = 0.02  # between two looks whether to stop; half a second would be added to every end
+        threading.Thread(target=self._server.serve_forever, args=[look_seconds], daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -692,11 +680,8 @@ class LocalGateway:
 
         A function that names one of these parameters gets it from the gateway: `inputs` (name to paths of the
         input files, to be read only), `outputs` (a folder; what is left there is given back), `secrets` (name to
-        value). Those that take `secrets` are not run without the required ones of this prefab.
-
-        Args:
-            secrets: Names, or entries as in a manifest: `name`, `description`, `instructions`, `required`.
-            status: "deployed", or "failed": then it is listed but cannot be called.
+        value). Of `secrets` there are the names, or entries as in a manifest; a function that takes them is not run
+        without the required ones. A prefab whose `status` is "failed" is listed but cannot be called.
         """
         manifest = {
             "id": prefab_id, "version": version, "description": description,
@@ -984,15 +969,6 @@ ROUTES = [
 # --- The HTTP server ------------------------------------------------------------------
 
 
-def read_body(reader: BufferedIOBase, length: int) -> Iterator[bytes]:
-    while length:
-        block = reader.read(min(BLOCK_BYTES, length))
-        if not block:
-            raise ConnectionResetError("the client hung up in the middle of a body")
-        length -= len(block)
-        yield block
-
-
 class Handler(BaseHTTPRequestHandler):
     """One client's connection: request after request until either side hangs up."""
 
@@ -1002,10 +978,11 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def handle(self) -> None:
-        self.server.connections[threading.current_thread()] = self.connection
+        thread = threading.current_thread()
+        self.server.connections[thread] = self.connection
         with contextlib.suppress(OSError):  # a broken connection simply ends
             super().handle()
-        del self.server.connections[threading.current_thread()]
+        del self.server.connections[thread]
 
     def answer_request(self) -> None:
         """Answer a request whose head has been read."""
@@ -1015,7 +992,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.connection.settimeout(TRANSFER_SECONDS)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, self.path, headers, read_body(self.rfile, int(length)))
+        request = Request(self.command, self.path, headers, self._read_body(int(length)))
         answer = self.server.answer(request)
         logger.debug("%s %d", self.requestline, answer.status)
         self._send(answer)
@@ -1026,6 +1003,14 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     do_GET = do_POST = do_PUT = do_DELETE = answer_request  # noqa: N815
+
+    def _read_body(self, length: int) -> Iterator[bytes]:
+        while length:
+            block = self.rfile.read(min(BLOCK_BYTES, length))
+            if not block:
+                raise ConnectionResetError("the client hung up in the middle of a body")
+            length -= len(block)
+            yield block
 
     def _send(self, answer: Answer) -> None:
         body, headers = answer.body, dict(answer.headers)
@@ -1082,11 +1067,8 @@ class Server(socketserver.ThreadingTCPServer):
 def environment(credential: str = "agent") -> Iterator[LocalGateway | None]:
     """Provide a gateway for `GatewayClient.from_env()`: the environment's, or one of our own.
 
-    If `GATEWAY_BASE_URL` is set, that one is used as it is, and the value is None. Otherwise a
-    local gateway serves inside the `with`, and the environment names it and its credential.
-
-    Args:
-        credential: "agent" for an agent's token, or "api_key".
+    If `GATEWAY_BASE_URL` is set, that one is used as it is, and the value is None. Otherwise a local gateway serves
+    inside the `with`, and the environment names it and its credential: that of an "agent", or its "api_key".
     """
     if os.environ.get("GATEWAY_BASE_URL"):
         yield None
