@@ -517,7 +517,8 @@ def stream_words(text: str, delay: float = 0.0) -> Iterator[str]:
     """Stream a text word by word, `delay` seconds apart; joined they are the text again."""
     for match in re.finditer(r"^\s+|\S+\s*", text):
         yield match[0]
-        time.sleep(delay)
+        if delay:  # to sleep for no time takes longer than to send the word
+            time.sleep(delay)
 
 
 def echo(value: Any) -> Any:
