@@ -1465,7 +1465,11 @@ def _open_file(path: _Path) -> io.BufferedReader:
     _require(is_path, f"The path of a file is needed, not {_shown(path)}: save the contents in a file first.")
     regular = os.path.isfile(path) or not os.path.exists(path)
     _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
-    return open(path, "rb")
+    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    if os.fstat(file.fileno()).st_size == 0 and file.read(1):  # as in /proc
+        file.close()
+        raise ValidationError(f"{path} says that it is empty, but is not: copy it into a regular file first.")
+    return file
 
 
 def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
