@@ -127,11 +127,10 @@ class Relay:
             return True
         self.ledger.cuts += 1
         if self.random.random() < 0.5:
-            reset = struct.pack("ii", 1, 0)
-            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:
             self.client.shutdown(socket.SHUT_WR)
-            time.sleep(0.01)  # to close at once could turn FIN into RST
+        time.sleep(0.05)  # to close at once could turn FIN into RST, and RST discards what was not yet acknowledged
         return False
 
     def _note(self, data: bytes) -> None:
