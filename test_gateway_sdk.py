@@ -1133,7 +1133,7 @@ def test_an_id_that_would_be_another_path_is_refused(value: Any) -> None:
         "http://gateway?a=1", "http://gateway#a", "http://gateway/?", "http://gateway/p#", 5, b"http://gateway",
         "http://gate\nway", "ht\ntp://gateway", *(f"http://gateway/a{blank}b" for blank in ("\n", "\r", "\t", " \n")))),
      *(("timeout", value) for value in (0, -1, True, "5", float("nan"), float("inf"), 2**31 / 1000)),
-     ("max_retries", -1), ("max_retries", 1.5), ("ssl_context", "x")],
+     ("max_retries", -1), ("max_retries", 1.5), ("max_retries", True), ("ssl_context", "x")],
     ids=repr,
 )  # fmt: skip
 def test_an_option_that_cannot_be_used_is_refused(name: str, value: Any) -> None:
