@@ -4401,7 +4401,7 @@ def test_a_parameter_is_json_if_it_can_be_else_text(cli: Any, text: str, value: 
 def test_all_parameters_come_from_a_text_a_file_or_stdin_and_single_ones_win(cli: Any, data: str, bom: str) -> None:
     given = f'{bom}{{"value": "中"}}'
     Path("data.json").write_text(given, encoding="utf-8")
-    for more, value in (((), "中"), (("-p", "value=2"), 2)):
+    for more, value in (((), "中"), (("-p", "value=2"), 2), (("-p", "value=二"), "二")):
         assert cli(*ECHO, "-d", data, *more, stdin=given).value == value
         assert cli(*ECHO, *more, "-d", data, stdin=given).value == value
 
