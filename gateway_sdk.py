@@ -46,7 +46,7 @@ from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlspl
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
     from ssl import SSLContext
-else:  # tools read the hints of methods at run time, when the import of these modules would be dear
+else:  # `typing.get_type_hints` needs these names at run time; importing the modules would slow the start
     Executor = Future = SSLContext = Any
 
 __version__ = "1.0.0"
@@ -90,7 +90,7 @@ def _log(message: str, *args: object) -> None:
 
 
 def _ignore(*_: object) -> None:
-    """The callback of a caller who gave none."""
+    """Does nothing: stands in for a callback that was not given."""
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ _BODY_FIELDS = ("error_code", "prefab_id", "version", "limit", "used", "quota_ty
 
 
 def _text_of(value: Any) -> str:
-    """`str` of a JSON value. One may be nested deeply enough to be read, but too deeply to be written."""
+    """`str` of a JSON value. To print one that is nested deeply may exceed Python's limit of recursion."""
     with suppress(RecursionError):
         return str(value)
     return "(nested too deeply to be shown)"
@@ -132,7 +132,7 @@ class GatewayError(Exception):
     error_code: str | None = None
     retry_after: float | None = None
     may_have_run: bool = False
-    _backoff_seconds: float | None = None  # the first wait before the request is sent again; None: it must not be
+    _backoff_seconds: float | None = None  # the longest first wait before a retry; None: there must be no retry
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
@@ -220,7 +220,7 @@ class GatewayTimeoutError(ServiceUnavailableError, TimeoutError):
 
 
 class _NotPicklableError(GatewayError, TypeError):
-    """A client that cannot go to another process."""
+    """Raised where a client cannot be pickled, and so cannot go to another process."""
 
 
 _ERRORS: Mapping[int | str, type[GatewayError]] = {  # by status, or the error_code of a 400
@@ -468,8 +468,8 @@ _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fu
 
 
 def _require_header_value(name: str, value: Any) -> None:
-    """Refuses what a header cannot carry, without showing it as `http.client` would."""
-    needed = "a string that is not empty, without line breaks, control characters and any outside latin-1"
+    """Raises if no header can carry the value. Never shows it, as the error of `http.client` would."""
+    needed = "a string that is not empty, and have only printable ASCII or Latin-1 characters"
     _require(isinstance(value, str) and _is_header_value(value), f"{name} must be {needed}.")
 
 
@@ -510,7 +510,7 @@ def _segments(*names: Any) -> str:
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_JSON_CONVERSIONS = {  # what a value that JSON cannot carry has, and what to pass instead
+_JSON_CONVERSIONS = {  # an attribute of a value that JSON cannot carry, and what to pass instead
     "isoformat": "its .isoformat()", "model_dump": "its .model_dump()", "tolist": "its .tolist()",
     "__iter__": "list(...) of it",
 }
@@ -535,7 +535,7 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
     elif not isinstance(content, (str, bytes)):
         ways_out = [text for attribute, text in _JSON_CONVERSIONS.items() if hasattr(content, attribute)]
         problem = f"a {type(content).__name__}: pass {ways_out[0]}" if ways_out else problem
-    raise ValidationError(f"The request cannot be sent as JSON: {path} is {problem}.")
+    raise ValidationError(f"The request cannot be sent as JSON: {path or 'it'} is {problem}.")
 
 
 # --- Requests -------------------------------------------------------------------------------------
@@ -569,12 +569,15 @@ def _split_url(url: str) -> tuple[str, str]:
     return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS)
 
 
-def _spellings(character: str) -> str:
-    """A regular expression for a character of a secret: as it is, or as a URL, JSON or HTML writes it."""
+def _pattern_of(part: re.Match[str]) -> str:
+    """A pattern for a character of a secret, or its backslashes: as it is, or as a URL, JSON or HTML writes it."""
+    character = part[0]
     if character.isascii() and (character.isalnum() or character in "-._~"):
         return re.escape(character)
-    # "+" means a space, and an HTML entity one certain character, but to hide a little too much does no harm.
-    spellings = [character, quote(character, safe=""), json.dumps(character)[1:-1], f"\\{character}", "+"]
+    if character.startswith("\\"):  # any number of them: with one pattern for each, a search could take for ever
+        return r"(?i:\\|%5c|&#92;|&#x5c;)+"
+    # Any HTML entity counts, and "+", which means a space: to hide a little too much does no harm.
+    spellings = {character, quote(character, safe=""), json.dumps(character)[1:-1], f"\\{character}", "+"}
     return f"(?i:{'|'.join(map(re.escape, spellings))}|&#?[a-z0-9]+;)"
 
 
@@ -605,7 +608,7 @@ class _Request:
     answers_secret: bool = False  # the body of the answer must not be shown either
 
     def __post_init__(self) -> None:
-        if not self.to_gateway:  # the query of a presigned URL, and what in it is long enough to be secret
+        if not self.to_gateway:  # the query of a presigned URL, and its values that are too long to be a date or a name
             query = self.target.partition("?")[2]
             values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
             self.secrets += (query, *(value for value in values if len(value) > 9))
@@ -620,7 +623,8 @@ class _Request:
         for word in sorted(credentials.union(self.secrets) - {""}, key=len, reverse=True):
             # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
             edge = r"\b" if len(word) < 8 and word.isalnum() else ""
-            text = re.sub(f"{edge}{''.join(map(_spellings, word))}{edge}", "***", text)
+            pattern = re.sub(r"\\+|.", _pattern_of, word, flags=re.DOTALL)
+            text = re.sub(f"{edge}{pattern}{edge}", "***", text)
         return text
 
 
@@ -630,7 +634,7 @@ _WIRE_FAULTS = (OSError, http.client.HTTPException)
 
 
 def _tls_advice(error: BaseException) -> str:
-    """What to do about a refused TLS handshake, which trying again cannot mend; nothing for any other error."""
+    """What to do about a refused TLS handshake, as a retry would fail in the same way; nothing for other errors."""
     ssl = sys.modules.get("ssl")
     if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError):
         return ""
@@ -645,22 +649,22 @@ def _wire_error(request: _Request, error: BaseException, doing: str, *, connecte
     backoff_seconds: float | None = _BACKOFF_BASE_SECONDS if connected else _CONNECT_BACKOFF_BASE_SECONDS
     may_have_run = connected and not request.idempotent
     timed_out = isinstance(error, (socket.timeout, TimeoutError))
-    refusal = "" if connected else _tls_advice(error)
-    advice = refusal
+    tls_advice = "" if connected else _tls_advice(error)
+    advice = tls_advice
     if may_have_run:
         advice = "It may have run all the same, so it was not sent again."
-    elif not connected and not refusal and request.to_gateway:
+    elif not connected and not tls_advice and request.to_gateway:
         advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
     if timed_out:
         error_class, reason = GatewayTimeoutError, f"nothing for {request.timeout} s"
         advice += "\nA larger timeout= waits longer."
-    if may_have_run or timed_out or refusal:
+    if may_have_run or timed_out or tls_advice:
         backoff_seconds = None
     message = request.redact(f"{request}: {doing}: {reason}\n{advice}".strip())
     wire_error = error_class._create(message, {}, may_have_run=may_have_run, _backoff_seconds=backoff_seconds)
     # `http.client` quotes a bad status line or chunk size; if a secret is in it, the cause must not be shown.
     wire_error.__cause__ = error if request.redact(str(error)) == str(error) else None
-    error.__context__ = None
+    error.__context__ = None  # an error before it may quote the same
     return wire_error
 
 
@@ -752,7 +756,7 @@ class _Connection:
         if self.key[0] == os.getpid():  # after a fork the parent may still use the connection: only close our copy
             with suppress(OSError):
                 socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # wakes the reader; a TLS socket's own would not
-        self.sock.close()  # takes effect when its file is closed, too
+        self.sock.close()  # frees the descriptor when the reader's file is closed as well
         if self.reading.acquire(blocking=False):  # if not, the reader closes it
             self._reader.raw.close()
             self.reading.release()
@@ -769,7 +773,7 @@ class _Connection:
         try:
             return self._reader.read(1) is None  # a byte would be left over from an answer, b"" would be the end
         except OSError as error:
-            return type(error).__name__ == "SSLWantReadError"  # TLS says so that there is nothing to read
+            return type(error).__name__ == "SSLWantReadError"  # so TLS reports that nothing can be read
 
     def send(self, request: _Request) -> OSError | None:
         """Sends a request. Returns the error if sending broke off; what the server said by then can be read."""
@@ -780,14 +784,14 @@ class _Connection:
                 while left:  # not sendall: its timeout would be for the whole of it
                     left = left[self.sock.send(left) :]
             except OSError as error:
-                self.sock.settimeout(0)
+                self.sock.settimeout(0)  # from now on, only read what has already arrived
                 return error
         return None
 
     def _serialize(self, request: _Request) -> Iterator[bytes]:
         """A request in blocks. If its file is not as long as was promised, raises before the last one is sent.
 
-        Not sendfile: waiting in between for room in the socket, it costs a fifth more time.
+        `sendfile` was measured: it waits for room in the socket in between, and takes a fifth more time.
         """
         size = os.fstat(request.file.fileno()).st_size if request.file else 0
         headers = {
@@ -809,7 +813,7 @@ class _Connection:
         request.file.seek(0)
         sent = 0
         on_progress(sent, size)
-        # One byte more than was promised is asked for, and must not come.
+        # Asks for one byte more than was promised: if it comes, the file has grown.
         while block := request.file.read(min(size - sent + 1, _BLOCK_BYTES)):
             sent += len(block)
             if sent > size:
@@ -893,10 +897,13 @@ class _Response(http.client.HTTPResponse):
                 super().begin()
                 if self.status >= 200:
                     break
-                vars(self)["headers"] = None
+                vars(self)["headers"] = None  # or `begin` would not read the next head
             self.framed = self.chunked or self.length is not None
             if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
                 raise http.client.HTTPException("an answer without an end")
+            encoding = self.headers.get("Content-Encoding", "identity")
+            if self.request.to_gateway and encoding != "identity":  # a file may have been stored so
+                raise http.client.HTTPException(f"an answer in {encoding}, which was not asked for")
         except _WIRE_FAULTS as error:
             raise _wire_error(self.request, broken or error, "sending broke off" if broken else "no answer")
         if broken:
@@ -915,7 +922,7 @@ class _Response(http.client.HTTPResponse):
                 size = _BLOCK_BYTES if missing is None else min(missing, _BLOCK_BYTES)
                 with self.connection.reading:
                     chunk = self.read1(size) if self._owned else b""
-                if not chunk or not self._owned:  # who closed it meanwhile had to leave the descriptor to this reader
+                if not chunk or not self._owned:  # another thread closed it: it is freed here
                     break
                 if missing is not None:
                     missing -= len(chunk)
@@ -1116,7 +1123,7 @@ def _retry_delay(error: GatewayError, attempt: int, max_retries: int) -> float |
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
-    doublings = min(attempt - 1, 100)  # a float holds no more than 1,023
+    doublings = min(attempt - 1, 100)  # 2.0**1024 overflows
     return random.uniform(0, min(_BACKOFF_CAP_SECONDS, error._backoff_seconds * 2**doublings))
 
 
@@ -1131,7 +1138,7 @@ class _Transport:
         self.identity = os.urandom(16)  # the same for its copies in other processes
         self._max_retries = max_retries
         self._given_tls = self._tls = tls
-        self._locks: dict[int, threading.Lock] = {}  # by process id: a fork copies a lock as locked
+        self._locks: dict[int, threading.Lock] = {}  # by process id: a lock held during a fork stays held in the child
         self._renewal_error: GatewayError | None = None  # of the last exchange that failed
 
     def __getstate__(self) -> _Json:
@@ -1267,8 +1274,8 @@ def _simple_event(block: str) -> StreamEvent | None:
 def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     """The events of the lines between two blank lines: one, or none if there is no data.
 
-    Where the data is not JSON, but each of its lines is, blank lines were left out: each is an event. Data
-    that is not JSON at all is the text of an event, unless the block may be cut short (not `whole`).
+    Some servers leave out the blank lines: if the data is not JSON, but each of its lines is, each is an
+    event. Data that is not JSON at all is the text of an event, unless the block may be cut short (not `whole`).
     """
     name, lines = "", []
     for line in block.split("\n"):
@@ -1493,9 +1500,9 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
 def _replacement(target: str) -> Iterator[io.BufferedWriter]:
     """A new file that takes the target's place if all goes well, and is gone if not. Errors name the target."""
     with suppress(FileNotFoundError):
-        os.lstat(target)  # raises if the name is too long
-    folder = os.path.dirname(target)
-    while not os.path.exists(folder):  # one that is missing is made at the end, when there is something for it
+        os.lstat(target)  # fails early for a name that is too long; a missing file is fine
+    folder = os.path.dirname(target)  # one that is missing is made at the end, when there is something for it
+    while not os.path.exists(folder) and folder != os.path.dirname(folder):  # a missing drive is its own parent
         folder = os.path.dirname(folder)
     path = os.path.join(folder, f".{os.urandom(16).hex()}.part")
     try:
@@ -1513,7 +1520,7 @@ def _replacement(target: str) -> Iterator[io.BufferedWriter]:
 
 
 def _receive(request: _Request, file: io.BufferedWriter, on_progress: _Progress, response: _Response) -> None:
-    """Writes an answer where the last one ended, and turns `request` into one for what is then missing."""
+    """Writes an answer where the last one ended, and has `request` ask for what is then missing."""
     if response.status not in (200, 206) or not response.framed:
         raise _unexpected_response(response, "without a whole file, or without its length")
     etag = response.headers.get("ETag", "")
@@ -1564,7 +1571,7 @@ class _Batch:
     def __init__(self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None) -> None:
         self._transport = transport
         self._executor = executor
-        self._waiting = deque(enumerate(requests))  # only here, so that a request is let go when it was sent
+        self._waiting = deque(enumerate(requests))  # the only reference: memory is freed as calls are sent
         self._futures: dict[int, Future[PrefabResult]] = {}
         self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
         self._refused: GatewayError | None = None
@@ -1603,7 +1610,7 @@ class _Batch:
                 self._work()
 
     def _work(self) -> None:
-        """Sends or submits what waits. After a 401 it only lets the rest arrive, so that each call has a result."""
+        """Sends or submits what waits. After a 401 the rest gets a result that says that it was not sent."""
         while self._waiting:
             try:
                 index, request = self._waiting.popleft()
@@ -1628,11 +1635,13 @@ class _Batch:
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
         self._futures.pop(index)  # a cluster may run a call again as long as somebody holds its future
-        if future.cancelled():
-            self._arrive(index, self._unsent())
-        else:
-            error = future.exception()
-            self._arrive(index, PrefabResult._from_exception(error) if error else future.result())
+        try:
+            result = future.result()
+            if not isinstance(result, PrefabResult):
+                raise TypeError(f"the executor gave {_shown(result)}")
+        except BaseException as error:  # noqa: BLE001 - each call must arrive, or the batch would wait for ever
+            result = self._unsent() if future.cancelled() else PrefabResult._from_exception(error)
+        self._arrive(index, result)
 
     def _unsent(self) -> PrefabResult:
         error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
@@ -1722,7 +1731,7 @@ class GatewayClient:
         ValidationError, OSError: an argument or a file cannot be used; nothing was sent.
         AuthenticationError, ServiceUnavailableError (no answer, or a 5xx), GatewayTimeoutError.
         AgentContextRequiredError: a file operation but `upload_input_file`, without an agent's token.
-        GatewayError: any other answer that is no use.
+        GatewayError: any other unexpected answer.
     """
 
     def __init__(self, base_url: str | None = None, api_key: str | None = None, jwt_token: str | None = None,
@@ -1730,7 +1739,7 @@ class GatewayClient:
                  ssl_context: SSLContext | None = None) -> None:
         if base_url is None:
             base_url = os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL
-        base_url = str(base_url).strip()  # of what a copy or a file leaves around it
+        base_url = str(base_url).strip()  # blanks from copy and paste
         try:
             self._origin, target = _split_url(base_url)
         except ValueError as error:
@@ -2059,7 +2068,6 @@ class GatewayClient:
     def _request(self, method: str, path: str, query: Mapping[str, Any] | None = None, *, content: Any = None,
                  timeout: float | None = None, secrets: tuple[str, ...] = (), **options: Any) -> _Request:
         """A request to the gateway. GET and DELETE may be repeated, others if they say so."""
-        _require_timeout(timeout)
         if content is not None:
             options.update(body=_encode(content), headers={"Content-Type": "application/json"})
         asked = {name: value for name, value in (query or {}).items() if value is not None}
@@ -2067,6 +2075,7 @@ class GatewayClient:
         encoded = urlencode(asked, quote_via=quote)
         target = f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}"
         timeout = self.timeout if timeout is None else timeout
+        _require_timeout(timeout)
         options.setdefault("idempotent", method != "POST")
         return _Request(method, self._origin, target, timeout, secrets=self._secrets + secrets, **options)
 
@@ -2094,8 +2103,8 @@ _COMMAND_HINTS: Mapping[str, str] = {
     r"client\.get_prefab_spec\(prefab_id, version\)": "gateway-sdk spec PREFAB",
     r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', value\)": r"gateway-sdk secret set \1 \2",
     r"(client\.)?upload_input_file\(\w*\)": "gateway-sdk upload --input",
-    r"\btimeout=": "--timeout",
-    r"\bbase_url\b": "--base-url",
+    r"larger timeout=": "larger --timeout",
+    r"(^|Is )base_url\b": r"\1--base-url",
     r"\binternal_token=": "X_INTERNAL_TOKEN",
 }
 # Control characters but tabs and line ends, and those that turn the direction of writing.
@@ -2428,8 +2437,9 @@ def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # the reader has seen enough
         return 0
     message = str(error).strip() or repr(error)
-    for in_python, command in _COMMAND_HINTS.items():
-        message = re.sub(in_python, command, message)
+    if isinstance(error, GatewayError):  # the names of files are not translated
+        for in_python, command in _COMMAND_HINTS.items():
+            message = re.sub(in_python, command, message)
     _print_line(f"error: {message}")
     if isinstance(error, ValidationError):
         return 2 if error.status_code is None else 1

@@ -1991,6 +1991,37 @@ def test_a_secret_is_recognized_in_any_clothes(clothes: str) -> None:
         assert "bad: ***" in str(error) and "hush" not in all_of(error)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("media_type", ["application/json", "text/event-stream"])
+def test_an_encoded_answer_is_an_error_that_says_so(media_type: str, stream: bool) -> None:
+    encoded = answer(body=b"\x1f\x8b...", Content_Type=media_type, Content_Encoding="gzip")
+    with Script(encoded) as server, client_of(server) as client:
+        with pytest.raises(ServiceUnavailableError, match="gzip") as caught:
+            run(client, stream=stream)
+    assert caught.value.may_have_run
+
+
+def test_a_file_that_was_stored_encoded_comes_as_it_is(tmp_path: Path) -> None:
+    with Script(link("a=1"), answer(body=b"\x1f\x8b...", Content_Encoding="gzip")) as server:
+        client_of(server).download_file(S3, tmp_path / "f.gz")
+    assert (tmp_path / "f.gz").read_bytes() == b"\x1f\x8b..."
+
+
+def test_a_timeout_that_was_set_later_is_checked_too() -> None:
+    with Script() as server, client_of(server) as client:
+        client.timeout = "soon"  # type: ignore[assignment]
+        with pytest.raises(ValidationError, match="timeout"):
+            client.list_prefabs()
+
+
+def test_almost_a_secret_does_not_take_long_to_tell_from_it() -> None:
+    """It would take longer than the world is old if each special character had two patterns that match it."""
+    almost = "a/=+& \\\\\\" * 60
+    with Script(answer({"detail": f"{almost} is too short"}, 422)) as server, client_of(server) as client:
+        with pytest.raises(ValidationError, match="is too short"):
+            client.set_secret("p", "S", f"{almost}END")
+
+
 SIGNED = "https://s3/b/k?X-Sig=hush-hush"
 
 
@@ -3065,9 +3096,16 @@ def refused() -> concurrent.futures.Future[Any]:
     raise RuntimeError("pool is closed")
 
 
+def mixed_up() -> concurrent.futures.Future[Any]:
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_result("of another task")
+    return future
+
+
 @pytest.mark.parametrize(
     ("submit", "said", "may_have_run"),
-    [(broken, "worker lost", True), (cancelled, "cancelled", False), (refused, "pool is closed", False)],
+    [(broken, "worker lost", True), (cancelled, "cancelled", False), (refused, "pool is closed", False),
+     (mixed_up, "of another task", True)],
 )
 def test_an_executor_that_does_not_run_its_calls_fails_them_and_not_the_batch(
     submit: Any, said: str, may_have_run: bool, client: GatewayClient
@@ -4255,6 +4293,10 @@ def test_hints_are_commands_and_options(cli: Any, line: str, reply: Any, hint: s
     ended = cli(*line.split(), replies=[reply] if reply else ())
     assert hint in ended.err
     assert not re.search(r"client\.|[a-z_]+=|_file\(|base_url", ended.err), ended.err
+
+
+def test_names_of_files_are_told_as_they_are(cli: Any) -> None:
+    assert "'timeout=base_url.txt'" in cli("upload", "timeout=base_url.txt").error(1)
 
 
 @posix
