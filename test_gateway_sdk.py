@@ -4891,6 +4891,19 @@ def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, capl
     assert (namespace["batch"].all_success(), namespace["result"].is_success()) == (True, True)
 
 
+def test_the_manifest_of_the_readme_serves_a_function(tmp_path: Path) -> None:
+    manifest = re.search(r'```text\n(\{"id": "my-prefab".*?)```', (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert manifest
+    (tmp_path / "prefab-manifest.json").write_text(manifest[1])
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "main.py").write_text("def greet(name):\n    return 'Hello, ' + name\n")
+    with LocalGateway(tmp_path) as gateway, client_of(gateway) as client:
+        assert client.prefab("my-prefab", "1.0.0").greet(name="you").get_function_result() == "Hello, you"
+    (tmp_path / "prefab-manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="prefab-manifest.json cannot be used"):
+        LocalGateway(tmp_path)
+
+
 def test_the_readmes_have_the_same_code_apart_from_comments() -> None:
     def without_comments(language: str, code: str, _: int) -> str:
         return ast.dump(ast.parse(code)) if language == "python" else re.sub(r"(?<!\S)#.*", "", code)

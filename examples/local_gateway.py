@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import email.message
+import errno
 import hashlib
 import hmac
 import inspect
@@ -418,8 +419,12 @@ def run_here(function: Callable[..., Any]) -> Run:
 def load_prefab(folder: Path) -> Prefab:
     """A prefab as its developer has it on disk; each call runs in a process of its own."""
     folder = folder.resolve()
-    manifest = json.loads((folder / "prefab-manifest.json").read_text(encoding="utf-8"))
-    return Prefab(manifest, {entry["name"]: run_in_child(folder, entry["name"]) for entry in manifest["functions"]})
+    path = folder / "prefab-manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return Prefab(manifest, {entry["name"]: run_in_child(folder, entry["name"]) for entry in manifest["functions"]})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error!r}") from error
 
 
 def run_in_child(folder: Path, name: str) -> Run:
@@ -1108,7 +1113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # the way to stop it
         return 0
     except (OSError, ValueError) as error:  # a taken port, a broken manifest
-        print(f"local_gateway: {error} (--port 0 takes any free port)", file=sys.stderr)
+        advice = " (--port 0 takes any free port)" if getattr(error, "errno", None) == errno.EADDRINUSE else ""
+        print(f"local_gateway: {error}{advice}", file=sys.stderr)
         return 1
 
 
