@@ -161,7 +161,10 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _remedy = "client.list_prefabs() lists prefabs, client.get_prefab_spec(prefab_id, version) the functions of one."
+    _remedy = (
+        "See client.list_prefabs() for the prefabs, and client.get_prefab_spec(prefab_id, version) "
+        "for the functions of one."
+    )
     prefab_id: str = "unknown"
     version: str = "unknown"
 
@@ -606,6 +609,7 @@ class _Request:
     subject: dict[str, str] | None = None  # the prefab that a 404 is about, if known; None: it is about no prefab
     secrets: tuple[str, ...] = ()  # texts that no message may show
     answers_secret: bool = False  # the body of the answer must not be shown either
+    object_size: int | None = None  # of a download: what an answer said
 
     def __post_init__(self) -> None:
         if not self.to_gateway:  # the query of a presigned URL, and its values that are too long to be a date or a name
@@ -1526,15 +1530,17 @@ def _receive(request: _Request, file: io.BufferedWriter, on_progress: _Progress,
     etag = response.headers.get("ETag", "")
     if response.status == 200:  # the object from its beginning
         request.headers.clear()
+        request.object_size = response.length
         file.seek(0)
         file.truncate()
     done, total = file.tell(), response.length
     if response.status == 206:
         found = re.fullmatch(rf"bytes {done}-\d+/(\d{{1,18}})", response.headers.get("Content-Range", ""))
-        if not found or etag != request.headers.get("If-Range"):
+        total = int(found[1]) if found else None
+        changed = request.object_size not in (None, total) or etag != request.headers.get("If-Range")
+        if not total or changed:
             request.headers.clear()  # asks for the whole object
             raise _wire_error(request, EOFError("the object changed in between"), "the download broke off")
-        total = int(found[1])
     try:
         on_progress(done, total)
         for chunk in response.chunks():
@@ -2286,7 +2292,8 @@ def _read_calls(path: str) -> list[PrefabCall]:
         try:
             calls.append(PrefabCall(**entry))
         except TypeError as error:
-            raise ValidationError(f"The call with index {index} has not the fields of a call: {error}") from error
+            fields_needed = "prefab_id, version and function_name, and may have parameters and files"
+            raise ValidationError(f"The call with index {index} needs {fields_needed}: {error}") from error
     return calls
 
 

@@ -2818,6 +2818,7 @@ TRANSFERS = {
     "other-etag-206": Transfer([CUT, *[{**NEW, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
     "other-etag-206-of-the-same-length": Transfer(
         [CUT, *[{"content": OBJECT[::-1], "etag": '"2"', "if_range": False}] * 2], [None, 1000, None], OBJECT[::-1]),
+    "same-etag-206-of-another-length": Transfer([CUT, *[{"content": NEW_OBJECT}] * 2], [None, 1000, None], NEW_OBJECT),
     "no-etag-206": Transfer(
         [CUT, *[{"content": NEW_OBJECT, "etag": None, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
     "other-etag-cut-too": Transfer([CUT, {**NEW, "cut": 700}, NEW], [None, 1000, (700, '"2"')], NEW_OBJECT),
