@@ -1871,7 +1871,8 @@ class GatewayClient:
         Args:
             calls: Read and checked whole before anything is sent.
             max_workers: Calls at a time, in threads.
-            on_result: Called in this thread with index and result, as each comes.
+            on_result: Called in this thread with index and result, as each comes. If it raises, nothing
+                more is sent.
             executor: Runs the calls instead of threads: a process pool, a cluster.
             single_request: Sends one POST instead, whose calls the gateway runs one after another, and
                 fails as a whole with the first bad one.
