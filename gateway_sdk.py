@@ -2445,9 +2445,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # the reader has seen enough
         return 0
     message = str(error).strip() or repr(error)
-    if isinstance(error, GatewayError):  # the names of files are not translated
-        for in_python, command in _COMMAND_HINTS.items():
-            message = re.sub(in_python, command, message)
+    for in_python, command in _COMMAND_HINTS.items():
+        message = re.sub(in_python, command, message)
     _print_line(f"error: {message}")
     if isinstance(error, ValidationError):
         return 2 if error.status_code is None else 1

@@ -3214,7 +3214,10 @@ def test_ctrl_c_ends_a_batch_at_once_and_nothing_more_is_sent() -> None:
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
             server.wait_until(lambda: len(server.received) == 2)
             process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=WAIT_SECONDS)
+            try:
+                output, _ = process.communicate(timeout=WAIT_SECONDS)
+            finally:
+                process.kill()  # where it has not ended
     assert (output, process.returncode) == (b"interrupted\n", 0) and len(server.received) == 2
 
 
