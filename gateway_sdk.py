@@ -339,9 +339,11 @@ class PrefabResult:
         It is `output["output"]` if `output` is an envelope: a dict with `output` in it, or one that has
         `status` and no keys but an envelope's. Any other `output` is the value itself.
         """
-        value, keys = self.output, set(self.output) if isinstance(self.output, dict) else set()
-        if "output" in keys or ("status" in keys and keys <= _ENVELOPE_KEYS):
-            value = value.get("output")
+        value = self.output
+        if isinstance(value, dict):
+            is_envelope = "output" in value or ("status" in value and set(value) <= _ENVELOPE_KEYS)
+            if is_envelope:
+                value = value.get("output")
         return {} if value is None else value
 
     def get_files(self) -> dict[str, list[str]]:
@@ -349,9 +351,13 @@ class PrefabResult:
         files = self.get("files") or self.raw.get("files")
         if not isinstance(files, dict):
             return {}
-        lists = {name: [urls] if isinstance(urls, str) else urls for name, urls in files.items()}
-        kept = {name: urls for name, urls in lists.items() if isinstance(urls, list)}
-        return {name: [url for url in urls if isinstance(url, str)] for name, urls in kept.items()}
+        found = {}
+        for name, urls in files.items():
+            if isinstance(urls, str):
+                found[name] = [urls]
+            elif isinstance(urls, list):
+                found[name] = [url for url in urls if isinstance(url, str)]
+        return found
 
     def get_file_urls(self) -> list[str]:
         """The `s3://` URLs of all output files."""
@@ -1097,7 +1103,7 @@ def _status_error(response: _Response) -> GatewayError:
     )
 
 
-def _redirected(response: _Response) -> _Request:
+def _next_request(response: _Response) -> _Request:
     """The request to send next, if the answer is a redirect that may be followed (RFC 9110 §15.4).
 
     Raises:
@@ -1198,7 +1204,7 @@ class _Transport:
     def _attempt(self, request: _Request, attempt: int, read: Callable[[_Response], _T]) -> _T:
         for _ in range(1 + _MAX_REDIRECTS):
             started = time.perf_counter()
-            connection = self.pool.acquire(request.origin) if attempt == 1 else None
+            connection = self.pool.acquire(request.origin) if attempt == 1 else None  # a retry takes a new one
             if connection is None:
                 connection = self._connect(request)
             response = _Response(request, connection, self.pool)
@@ -1206,7 +1212,7 @@ class _Transport:
                 response.begin(connection.send(request))
                 if response.status < 300:
                     return read(response)
-                request = _redirected(response)
+                request = _next_request(response)
             except BaseException:
                 response.close()
                 raise
@@ -1289,9 +1295,11 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
         elif field == "event":
             name = value.removeprefix(" ")
     data = "\n".join(lines)
+    if not data:
+        return []
     for candidates in ([data], lines):
         try:
-            return [_make_event(_decode_data(candidate), name) for candidate in candidates if data]
+            return [_make_event(_decode_data(candidate), name) for candidate in candidates]
         except (ValueError, RecursionError):
             continue
     return [_make_event(data, name)] if whole else []
@@ -1306,7 +1314,10 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[S
     after_cr = False
     codec = "utf-8-sig"  # of the first block, in front of which a byte order mark may stand
     for chunk in filter(None, chunks):
-        after_cr, chunk = chunk.endswith(b"\r"), chunk.removeprefix(b"\n") if after_cr else chunk
+        ends_with_cr = chunk.endswith(b"\r")
+        if after_cr:
+            chunk = chunk.removeprefix(b"\n")
+        after_cr = ends_with_cr
         if b"\r" in chunk:  # one at the end of the chunk ends its line at once, too: its LF may never come
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         pending.append(chunk)
@@ -1378,19 +1389,19 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
         ServiceUnavailableError: the connection broke before `done` or `error`, or the stream ended
             without them where a break would look just like the end.
     """
-    ended = at_end = False
+    saw_end = last_was_end = False
     done, error = StreamEventType.DONE, StreamEventType.ERROR
     try:
         for event in _parse_events(response.chunks(), framed=response.framed):
-            at_end = event.type is done or event.type is error
-            ended = ended or at_end
+            last_was_end = event.type is done or event.type is error
+            saw_end = saw_end or last_was_end
             if event.type is done:
                 response.wait_at_most(min(response.request.timeout or _AFTER_DONE_SECONDS, _AFTER_DONE_SECONDS))
             yield event
     except ServiceUnavailableError:
-        if not at_end:
+        if not last_was_end:
             raise
-    if not ended and not response.framed:
+    if not saw_end and not response.framed:
         raise _wire_error(response.request, EOFError("no done or error event"), "the stream was cut short")
 
 
@@ -1409,7 +1420,7 @@ def _result_of_events(response: _Response) -> PrefabResult:
     """The result of a streaming function that was called without `stream=True`."""
     contents: list[Any] = []
     error: _Json | None = None
-    end: Any = None  # what the `done` event brought
+    done_data: Any = None
     try:
         for event in _read_events(response):
             if event.type is StreamEventType.CONTENT:
@@ -1417,14 +1428,14 @@ def _result_of_events(response: _Response) -> PrefabResult:
             elif event.type is StreamEventType.ERROR:
                 error = _event_error(event)
             elif event.type is StreamEventType.DONE and event.data != "[DONE]":
-                end = event.data
+                done_data = event.data
     except ServiceUnavailableError as broken:
         broken.details["partial_output"] = contents  # which was paid for
         raise
-    files = end.pop("files", None) if isinstance(end, dict) else None
+    files = done_data.pop("files", None) if isinstance(done_data, dict) else None
     value: Any = contents
-    if not contents and end:
-        value = end
+    if not contents and done_data:
+        value = done_data
     elif all(isinstance(content, str) for content in contents):
         value = "".join(contents)
     status = CallStatus.FAILED if error else CallStatus.SUCCESS
@@ -1799,10 +1810,11 @@ class GatewayClient:
         `options` are `base_url`, `timeout`, `max_retries` and `ssl_context`.
         """
         names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
-        token, key, jwt = values = [os.environ.get(name) or None for name in names]
-        given = [name for name, value in zip(names, values) if value]
+        given = {name: os.environ[name] for name in names if os.environ.get(name)}
         _require(len(given) < 2, f"Set one credential, not {' and '.join(given)}: who is the client?")
-        return cls.from_api_key(key, **options) if key else cls(internal_token=token, jwt_token=jwt, **options)
+        if "AGENT_BUILDER_API_KEY" in given:
+            return cls.from_api_key(given["AGENT_BUILDER_API_KEY"], **options)
+        return cls(internal_token=given.get("X_INTERNAL_TOKEN"), jwt_token=given.get("GATEWAY_JWT_TOKEN"), **options)
 
     @property
     def base_url(self) -> str:
@@ -2004,8 +2016,8 @@ class GatewayClient:
         """
         _require(mode == "presigned", f"mode must be 'presigned', not {_shown(mode)}.")
         target = os.path.realpath(local_path)
-        names_file = os.path.isfile(target) or (os.path.basename(local_path) and not os.path.exists(target))
-        _require(names_file, f"{target} is not a file: local_path needs the file's name.")
+        can_be_made = os.path.basename(local_path) and not os.path.exists(target)
+        _require(can_be_made or os.path.isfile(target), f"{target} is not a file: local_path needs the file's name.")
         request = self._presigned("GET", self.get_presigned_url(s3_url))
         with _replacement(target) as file:
             receive = partial(_receive, request, file, on_progress or _ignore)
