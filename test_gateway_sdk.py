@@ -2453,7 +2453,7 @@ def test_a_signal_handler_may_close_the_stream_that_the_loop_waits_for(script: A
     seen: list[Any] = []
 
     def close_if_it_waits(_: int, frame: Any) -> None:
-        if frame.f_code.co_filename in (socket.__file__, ssl.__file__):
+        if frame.f_code.co_filename == socket.__file__ or "ssl" in frame.f_code.co_filename:
             signal.setitimer(signal.ITIMER_REAL, 0)
             stream.close()
 
@@ -2874,7 +2874,7 @@ def test_a_download_goes_on_where_it_broke_or_starts_over(transfer: Transfer, tm
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of the memory there")
 def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
-    allowed = (64 if sys.implementation.name == "pypy" else 16) * 2**20  # PyPy collects late
+    allowed = (128 if sys.implementation.name == "pypy" else 16) * 2**20  # PyPy collects late
     size = 4 * allowed
     moved: list[int] = []
 
@@ -4418,7 +4418,8 @@ def test_a_locale_without_unicode_reads_utf_8_and_shows_escapes(gateway: LocalGa
     def end(*arguments: str, stdin: bytes = b"") -> Ended:
         plain = environment_for(gateway, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
         ended = ended_python(lone, *arguments, stdin=stdin, env=plain, cwd=str(lone.parent))
-        assert (ended.out + ended.err).isascii() or not sys.platform.startswith("linux")  # others take C for UTF-8
+        c_is_utf_8 = not sys.platform.startswith("linux") or sys.implementation.name == "pypy"
+        assert c_is_utf_8 or (ended.out + ended.err).isascii()
         return ended
 
     (lone.parent / "data.json").write_bytes('{"message": "中"}'.encode())
