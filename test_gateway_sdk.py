@@ -2872,9 +2872,10 @@ def test_a_download_goes_on_where_it_broke_or_starts_over(transfer: Transfer, tm
         assert progress[0][0] == 0 and progress[-1] in ((length, length), (length, None))
 
 
+@cpython_only  # on PyPy 8 a loop that does nothing but read a file in blocks takes twice its size
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of the memory there")
 def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
-    allowed = (128 if sys.implementation.name == "pypy" else 16) * 2**20  # PyPy collects late
+    allowed = 16 * 2**20
     size = 4 * allowed
     moved: list[int] = []
 
