@@ -911,9 +911,6 @@ class _Response(http.client.HTTPResponse):
             self.framed = self.chunked or self.length is not None
             if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
                 raise http.client.HTTPException("an answer without an end")
-            encoding = self.headers.get("Content-Encoding", "identity")
-            if self.request.to_gateway and encoding != "identity":  # a file may have been stored so
-                raise http.client.HTTPException(f"an answer in {encoding}, which was not asked for")
         except _WIRE_FAULTS as error:
             raise _wire_error(self.request, broken or error, "sending broke off" if broken else "no answer")
         if broken:
@@ -1211,6 +1208,9 @@ class _Transport:
             try:
                 response.begin(connection.send(request))
                 if response.status < 300:
+                    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+                    if request.to_gateway and encoding not in ("", "identity"):  # a file may have been stored so
+                        raise _unexpected_response(response, f"the body is in {encoding}, which was not asked for")
                     return read(response)
                 request = _next_request(response)
             except BaseException:

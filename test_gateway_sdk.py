@@ -1996,9 +1996,18 @@ def test_a_secret_is_recognized_in_any_clothes(clothes: str) -> None:
 def test_an_encoded_answer_is_an_error_that_says_so(media_type: str, stream: bool) -> None:
     encoded = answer(body=b"\x1f\x8b...", Content_Type=media_type, Content_Encoding="gzip")
     with Script(encoded) as server, client_of(server) as client:
-        with pytest.raises(ServiceUnavailableError, match="gzip") as caught:
+        with pytest.raises(GatewayError, match="200, but the body is in gzip") as caught:
             run(client, stream=stream)
-    assert caught.value.may_have_run
+    assert (type(caught.value), caught.value.may_have_run) == (GatewayError, True)
+
+
+def test_the_status_of_an_encoded_error_counts_and_identity_is_no_encoding() -> None:
+    refused = answer(body=b"\x1f\x8b...", status=401, Content_Encoding="gzip")
+    with Script(refused, *(answer([], Content_Encoding=name) for name in ("Identity", ""))) as server:
+        client = client_of(server)
+        with pytest.raises(AuthenticationError):
+            run(client)
+        assert client.list_prefabs() == client.list_prefabs() == []
 
 
 def test_a_file_that_was_stored_encoded_comes_as_it_is(tmp_path: Path) -> None:
