@@ -646,7 +646,9 @@ _WIRE_FAULTS = (OSError, http.client.HTTPException)
 def _tls_advice(error: BaseException) -> str:
     """What to do about a refused TLS handshake, as a retry would fail in the same way; nothing for other errors."""
     ssl = sys.modules.get("ssl")
-    if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError):
+    if not ssl or not isinstance(error, ssl.SSLError):
+        return ""
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):  # the second by Python 3.9
         return ""
     if isinstance(error, ssl.SSLCertVerificationError):
         return "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."

@@ -1,7 +1,8 @@
 """Tests of gateway_sdk: real sockets, real files, nothing patched.
 
 First what each section of the module does, in its order; then faults, in tables of operations and
-what can go wrong; then the command line, the README, the places where the module runs, the examples.
+what can go wrong; then the command line, the README, the places where the module runs. The tests of
+examples stand in `examples/tests/` and use the servers and fixtures of this file.
 
 Two kinds of servers stand behind them. The local gateway of `examples/` behaves as the protocol says;
 a `Script` says byte for byte what the test wants, and records what it was sent.
@@ -27,7 +28,6 @@ import hashlib
 import hmac
 import html
 import http.client
-import importlib.util
 import inspect
 import io
 import itertools
@@ -41,7 +41,6 @@ import pickle
 import queue
 import random
 import re
-import runpy
 import select
 import shlex
 import shutil
@@ -60,6 +59,7 @@ import types
 import unicodedata
 import urllib.parse
 import urllib.request
+import weakref
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import date, datetime
@@ -67,6 +67,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from local_gateway import LocalGateway
 
 import gateway_sdk
 from gateway_sdk import (
@@ -95,10 +96,6 @@ from gateway_sdk import (
 )
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from local_gateway import LocalGateway
-
 cpython_only = pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts on CPython's own ways")
 Patch = pytest.MonkeyPatch
 TOKEN = "token-of-the-agent"
@@ -346,6 +343,14 @@ def gateway() -> Iterator[LocalGateway]:
 def client(gateway: LocalGateway) -> Iterator[GatewayClient]:
     with client_of(gateway) as made:
         yield made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts: a job in the background ignores it, and so would each process that a test starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
@@ -1385,38 +1390,60 @@ def test_parameters_arrive_whole() -> None:
 # --- Connections ----------------------------------------------------------------------------------
 
 
-INTERIM_AND_ANSWER = b"HTTP/1.1 103 Early Hints\r\n\r\n" + answer(body=b"0123456789")
-# An inner way of `http.client`: what is sent, what is done with the answer after `begin`, and what comes of it.
-WAYS: dict[str, tuple[bytes, Callable[[Any], Any], Any]] = {
-    "reads from what makefile gives": (INTERIM_AND_ANSWER, lambda r: r.fp is r.given, True),
-    "begin stops at an interim answer": (INTERIM_AND_ANSWER, lambda r: r.status, 103),
-    "begin reads no head while there are headers": (INTERIM_AND_ANSWER, lambda r: [r.begin(), r.status], [None, 103]),
-    "begin reads a head while headers is None": (
-        INTERIM_AND_ANSWER, lambda r: [setattr(r, "headers", None), r.begin(), r.status], [None, None, 200]),
-    "length is what the head says": (answer(body=b"0123456789"), lambda r: r.length, 10),
-    "length counts down": (answer(body=b"0123456789"), lambda r: [r.read1(4), r.length], [b"0123", 6]),
-    "length is None with chunks": (HEAD, lambda r: [r.length, r.chunked, r.will_close], [None, True, False]),
-    "length is None without a head's word": (OK + b"\r\n", lambda r: [r.length, r.chunked], [None, False]),
-    "will_close is false with a length": (answer(body=b""), lambda r: r.will_close, False),
-    "will_close is true where only the end tells": (OK + b"\r\n", lambda r: r.will_close, True),
-    "will_close is true where the head says so": (answer(Connection="close"), lambda r: r.will_close, True),
-    "read1 returns what is there": (HEAD + chunk(b"first"), lambda r: r.read1(99), b"first"),
-    "read1 returns nothing at the end": (chunked(b"all"), lambda r: [r.read1(99), r.read1(99)], [b"all", b""]),
+# A canary: the SDK reads the head of an answer by itself, says how its body is framed, and leaves the body to
+# `http.client`. Each row is an inner way of `http.client.HTTPResponse` that this counts on: how the body is framed,
+# what the socket's file gives, what is done, and what comes of it. Where a row fails, Python has changed and not we.
+TEN = {"length": 10}
+CHUNKED = {"chunked": True}
+WAYS: dict[str, tuple[dict[str, Any], bytes, Callable[[Any], Any], Any]] = {
+    "it reads from what makefile gives": (TEN, b"0123456789", lambda r: r.fp is r.given, True),
+    "read1 gives what is there": (TEN, b"0123", lambda r: [r.read1(99), r.length], [b"0123", 6]),
+    "read1 gives no more than it is asked for": (TEN, b"0123456789", lambda r: [r.read1(4), r.length], [b"0123", 6]),
+    "read1 leaves what is not the body's": (
+        TEN, b"0123456789HTTP", lambda r: [r.read1(99), r.read1(99), r.given.read(4)], [b"0123456789", b"", b"HTTP"]),
+    "length says what is missing at an end": (
+        TEN, b"0123", lambda r: [r.given.hang_up(), r.read1(99), r.read1(99), r.length], [None, b"0123", b"", 6]),
+    "read1 gives a chunk": (CHUNKED, chunk(b"first"), lambda r: r.read1(99), b"first"),
+    "read1 gives a part of a chunk": (
+        CHUNKED, chunk(b"first"), lambda r: [r.read1(2), r.chunk_left, r.read1(9)], [b"fi", 3, b"rst"]),
+    "read1 ends with the last chunk": (
+        CHUNKED, chunk(b"all") + b"0\r\nTrailer: x\r\n\r\nHTTP",
+        lambda r: [r.read1(99), r.read1(99), r.given.read(4)], [b"all", b"", b"HTTP"]),
+    "a cut between chunks is an error": (
+        CHUNKED, chunk(b"all"), lambda r: [r.given.hang_up(), r.read1(99), raised(r.read1, 99)],
+        [None, b"all", http.client.IncompleteRead]),
+    "a size that is no number is an error": (
+        CHUNKED, b"xyz\r\n", lambda r: raised(r.read1, 99), http.client.IncompleteRead),
+    "without a frame the end tells": (
+        {}, b"all", lambda r: [r.read1(99), r.given.hang_up(), r.read1(99)], [b"all", None, b""]),
+    "what the SDK sets stays": (
+        {"will_close": False, **TEN}, b"0123456789", lambda r: [r.read1(99), r.will_close], [b"0123456789", False]),
 }
+
+
+def raised(act: Callable[..., object], *arguments: Any) -> type[BaseException] | None:
+    """The class of what `act` raises."""
+    try:
+        act(*arguments)
+    except Exception as error:
+        return type(error)
+    return None
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_http_client_still_has_the_inner_way_that_the_sdk_relies_on(way: str) -> None:
-    """On an answer of `http.client` itself, so that it names what another Python changed."""
-    sent, act, expected = WAYS[way]
+    frame, sent, act, expected = WAYS[way]
     ours, peer = socket.socketpair()
     ours.settimeout(WAIT_SECONDS)
     with ours, peer, ours.makefile("rb") as file:
-        like_a_socket: Any = types.SimpleNamespace(makefile=lambda _mode: file)  # all that it needs of one
+        given = types.SimpleNamespace(close=lambda: None, hang_up=lambda: peer.shutdown(socket.SHUT_WR))
+        for name in ("read", "read1", "readline", "readinto", "flush"):  # all that is asked of it
+            setattr(given, name, getattr(file, name))
+        like_a_socket: Any = types.SimpleNamespace(makefile=lambda _mode: given)
         with http.client.HTTPResponse(like_a_socket) as response:
-            vars(response)["given"] = file
+            nothing = {"length": None, "chunked": False, "chunk_left": None, "will_close": True}
+            vars(response).update({"given": given, **nothing, **frame})
             peer.sendall(sent)
-            response.begin()
             assert act(response) == expected
 
 
@@ -1475,6 +1502,16 @@ def test_connections_that_were_idle_for_too_long_are_dropped(tmp_path: Path, mon
             run(client)
             assert server.connections == 2
             storage.wait_until(lambda: storage.open_connections == 0)  # though nothing more is asked of it
+
+
+def test_of_many_connections_that_become_idle_a_hundred_are_kept() -> None:
+    with Script(*[chunked(event("done"))] * 102) as server, client_of(server) as client:
+        streams = [run(client, stream=True) for _ in range(102)]
+        assert server.open_connections == 102
+        for stream in streams:
+            assert [e.type for e in stream] == ["done"]
+        server.wait_until(lambda: server.open_connections <= 100)
+        assert server.open_connections == 100
 
 
 def test_a_small_request_is_one_write() -> None:
@@ -1656,14 +1693,21 @@ def test_a_wrong_certificate_is_an_error_with_a_remedy_and_nothing_is_sent(
     assert server.connections == 1 and not delays and not server.received and not caught.value.may_have_run
 
 
-def test_https_to_an_http_port_is_told_and_not_tried_again(delays: list[float]) -> None:
+@pytest.mark.parametrize(("given", "connections"), [
+    (answer({"detail": "what?"}, 400, Connection="close"), 1), (b"", 3),
+], ids=["the server speaks http", "the server hangs up"])
+def test_https_to_an_http_port_is_told_and_not_tried_again_unlike_a_lost_connection(
+    given: bytes, connections: int, delays: list[float]
+) -> None:
     def serve(sock: socket.socket) -> None:
-        sock.recv(65536)
-        sock.sendall(answer({"detail": "what?"}, 400, Connection="close"))
+        sock.recv(65536)  # the greeting
+        sock.sendall(given)
 
-    with Raw(serve) as server, pytest.raises(ServiceUnavailableError, match="http://"):
+    with Raw(serve) as server, pytest.raises(ServiceUnavailableError) as caught:
         run(GatewayClient(f"https://127.0.0.1:{server.port}"))
-    assert server.connections == 1 and not delays
+    assert ("must begin with http://" in str(caught.value)) == (given != b"")
+    assert (server.connections, len(delays)) == (connections, connections - 1)
+    assert not caught.value.may_have_run
 
 
 # --- Transport ------------------------------------------------------------------------------------
@@ -1825,15 +1869,23 @@ def test_who_waited_for_a_token_exchange_that_failed_fails_with_it() -> None:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             errors = list(pool.map(fail, range(threads)))
     assert all(isinstance(error, GatewayTimeoutError) and not error.may_have_run for error in errors)
+    assert len({id(error) for error in errors}) == threads  # each its own: a traceback is of one thread
     assert len([received for received in server.received if is_exchange(received)]) == 2
 
 
 def test_after_an_exchange_that_failed_the_next_call_tries_again() -> None:
+    def fail() -> weakref.ref[Any]:
+        held = threading.Event()  # stands for all that the functions in the error's traceback hold
+        with pytest.raises(ServiceUnavailableError):
+            run(client)
+        return weakref.ref(held)
+
     failed = answer({"detail": "no"}, 500)
     with Script(TOKEN_ANSWERS[0], REFUSED, failed, REFUSED, TOKEN_ANSWERS[1], ran()) as server:
         client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
-        with pytest.raises(ServiceUnavailableError):
-            run(client)
+        reference = fail()
+        gc.collect()
+        assert reference() is None  # the client keeps the error for others, but not what its traceback holds
         assert run(client).is_success()
     tokens = [received.headers.get("x-internal-token") for received in server.received]
     assert tokens == [None, "first", None, "first", None, "second"]
@@ -3215,8 +3267,7 @@ def test_an_empty_batch_sends_nothing(single_request: bool) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_ctrl_c_ends_a_batch_at_once_and_nothing_more_is_sent() -> None:
     code = """if True:
-        import signal, sys, gateway_sdk
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
+        import sys, gateway_sdk
         client = gateway_sdk.GatewayClient(sys.argv[1], timeout=None)
         try:
             client.run_batch([gateway_sdk.PrefabCall("p", "1", "f")] * 20, max_workers=2)
@@ -3271,15 +3322,14 @@ def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.004, 0.0005)
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGALRM, press_again), signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGALRM, press_again)
     with holding_all_but_the_first(threading.Event()) as server, client_of(server) as client:
         try:
             with pytest.raises(KeyboardInterrupt):
                 client.run_batch([call()] * 3000, max_workers=2, on_result=press)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before[0])
-            signal.signal(signal.SIGINT, before[1])
+            signal.signal(signal.SIGALRM, before)
     assert len(server.received) == 3, f"{pressed} more presses"
 
 
@@ -3361,6 +3411,12 @@ def test_in_a_worker_process_the_calls_of_a_client_share_its_connection_and_its_
             batch = client.run_batch(calls, executor=executor)
             assert [result.get_function_result() for result in batch.results] == ["token-1"] * 20
             assert exchanged == ["token-0", "token-1"] and server.connections <= 3
+        with Routed(lambda received: ran()) as server:  # of ten clients, the process keeps what the last eight had
+            for token in map(str, range(10)):
+                with client_of(server, internal_token=token) as client:
+                    assert client.run_batch(calls[:1], executor=executor).all_success()
+            server.wait_until(lambda: server.open_connections <= 8)
+            assert server.open_connections == 8
 
 
 def test_on_a_pool_of_threads_too_the_calls_share_connections() -> None:
@@ -5317,7 +5373,6 @@ SDK = ROOT / "gateway_sdk.py"
 ECHO = ("run", "text-tools", "1.1.0", "echo")
 WORDS = ("run", "text-tools", "1.1.0", "words")
 SIGN = ("run", "vault", "1.0.0", "sign", "-p", "text=t")
-FAILED_CALL = answer({"results": [{"status": "FAILED", "error": {"message": "out of luck"}}]})
 NASTY = "\x1b]0;pwned\x07\x1b[2J\x00\x7f\x9b31m\u202e\u2067gnp"  # what a terminal would obey
 WORST_BYTES = 64 * 1024
 posix = pytest.mark.skipif(os.name != "posix", reason="terminals and signals as POSIX has them")
@@ -5365,9 +5420,7 @@ def started(*arguments: Any, **options: Any) -> Iterator[Any]:
     """A Python process that warns of everything, and is killed if it does not end."""
     command = [sys.executable, "-X", "dev", "-W", "error", *map(str, arguments)]
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # or a child of `nohup` ignores it
     with subprocess.Popen(command, **options) as process:
-        signal.signal(signal.SIGINT, before)
         watchdog = threading.Timer(2 * WAIT_SECONDS, process.kill)
         watchdog.start()
         try:
@@ -6129,19 +6182,6 @@ def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, capl
     assert (namespace["batch"].all_success(), namespace["result"].is_success()) == (True, True)
 
 
-def test_the_manifest_of_the_readme_serves_a_function(tmp_path: Path) -> None:
-    manifest = re.search(r'```text\n(\{"id": "my-prefab".*?)```', (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert manifest
-    (tmp_path / "prefab-manifest.json").write_text(manifest[1])
-    (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "main.py").write_text("def greet(name):\n    return 'Hello, ' + name\n")
-    with LocalGateway(tmp_path) as gateway, client_of(gateway) as client:
-        assert client.prefab("my-prefab", "1.0.0").greet(name="you").get_function_result() == "Hello, you"
-    (tmp_path / "prefab-manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="prefab-manifest.json cannot be used"):
-        LocalGateway(tmp_path)
-
-
 def test_the_readmes_have_the_same_code_apart_from_comments() -> None:
     def without_comments(language: str, code: str, _: int) -> str:
         return ast.dump(ast.parse(code)) if language == "python" else re.sub(r"(?<!\S)#.*", "", code)
@@ -6295,957 +6335,3 @@ assert own.level == 0 and {type(handler) for handler in own.handlers} <= {loggin
 print({"argparse", "concurrent.futures", "urllib.request", "asyncio", "getpass"} & set(sys.modules))"""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
     assert ended_python("-c", code, cwd=str(lone.parent), env=environment) == (0, "set()\n", "")
-
-
-# --- Examples -------------------------------------------------------------------------------------
-
-EXAMPLES = ROOT / "examples"
-EXPECTED_LINES = {
-    "basic_usage": [
-        "words: 6", "find: 2 matches", "deployed: text-tools 1.1.0 - .*",
-        r"newest text-tools: 1\.1\.0 \['statistics', 'words', 'echo', 'find'\]", "call 3: FAILED",
-        r"batch: PARTIAL_SUCCESS, words \[1, 2, 3\], failed \['ServiceUnavailableError'\]",
-        "bad input: .*Missing required parameter: text", "not found: no-such-prefab 1.1.0",
-        r"missing secret: SIGNING_KEY\. .+", "signed: [0-9a-f]{64}",
-    ],
-    "streaming": [
-        "So much depends upon a red wheel barrow glazed with rain water", "complete: 12 pieces", "found 'red': .*",
-        "start", r"content: streaming\.py has [\d,]+ bytes", "progress: 1 of 2", "progress: 2 of 2", "done",
-        "error: RuntimeError: stumbled",
-    ],
-    "file_operations": [
-        r"kept: first\.txt, 1,700,000 bytes", "listed: True", "shared: http://[^?]* - the same bytes: True",
-        "temporary files: 2", r".*100%", r"downloaded: both\.txt, 3,400,000 bytes", "temporary files afterwards: 0",
-    ],
-    "third_party": [
-        "checksum: [0-9a-f]{64}", "lines of the output file: 1", "output file: s3://.*",
-        "for agents only: .* answered 400: .*", "not downloaded: .*",
-    ],
-    "distributed_batch": [
-        r"process pool: COMPLETED, words \[1, 2, .*, 20\]",
-        r"Dask: COMPLETED, words \[1, 2, .*, 20\]" if importlib.util.find_spec("distributed")
-        else r"Dask: not installed.*",
-    ],
-}
-
-
-def environment_of_example(name: str, gateway: LocalGateway) -> dict[str, str]:
-    if name == "third_party":  # this one is not an agent
-        return {"GATEWAY_BASE_URL": gateway.base_url, "AGENT_BUILDER_API_KEY": gateway.api_key}
-    return {"GATEWAY_BASE_URL": gateway.base_url, "X_INTERNAL_TOKEN": gateway.internal_token}
-
-
-@pytest.mark.parametrize(("example", "runs_already"), [
-    *((name, True) for name in EXPECTED_LINES if name != "distributed_batch"),
-    pytest.param("distributed_batch", True, marks=cpython_only),  # PyPy 7.3.11 has a process pool that cannot start
-    ("file_operations", False), ("third_party", False),  # with a gateway of their own, each for another credential
-])
-def test_an_example_shows_what_it_promises(
-        example: str, runs_already: bool, gateway: LocalGateway, tmp_path: Path) -> None:
-    with client_of(gateway) as client, contextlib.suppress(GatewayError):
-        client.delete_secret("vault", "SIGNING_KEY")  # which another test may have left
-    requests, executed = len(gateway.requests), len(gateway.executed)
-    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    if runs_already:
-        environment.update(environment_of_example(example, gateway))
-    command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{example}.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "" or example == "distributed_batch"  # Dask has warnings of its own
-    assert list(tmp_path.iterdir()) == []
-    for line in EXPECTED_LINES[example]:
-        assert re.search(f"(?m)^{line}$", done.stdout.replace("\r", "\n")), (line, done.stdout)
-    assert (len(gateway.requests) > requests) == runs_already
-    if example == "distributed_batch":
-        assert len(gateway.executed) == executed + 20 * done.stdout.count("COMPLETED")
-    for secret in (gateway.internal_token, gateway.api_key, "X-Amz", "signature="):
-        assert secret not in done.stdout
-
-
-@pytest.mark.parametrize("example", EXPECTED_LINES)
-def test_an_example_fails_loudly(example: str, gateway: LocalGateway, monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setattr(gateway, "quota", 0)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.chdir(tmp_path)
-    for name, value in environment_of_example(example, gateway).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises((GatewayError, SystemExit), match="quota"), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        if example == "distributed_batch":  # a pool of processes takes its time, and fails no louder
-            importlib.import_module(example).count_words(GatewayClient.from_env(), pool, "a thread")
-        else:
-            runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
-
-
-# --- The agent with FastAPI -----------------------------------------------------------------------
-
-needs_fastapi = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))), reason="needs fastapi and uvicorn"
-)
-
-
-class Agent:
-    """The example in a process of its own, and requests to it."""
-
-    def __init__(self, gateway: Any) -> None:
-        self.gateway = gateway
-        self.log: list[str] = []
-
-    def __enter__(self) -> Agent:
-        command = [sys.executable, "-X", "dev", str(EXAMPLES / "fastapi_agent.py")]
-        environment = environment_for(self.gateway, PORT="0", PYTHONUNBUFFERED="1")
-        del environment["X_INTERNAL_TOKEN"]  # the tokens are those of its callers
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
-        self.process = subprocess.Popen(command, env=environment, **pipes)
-        for line in self.process.stdout:
-            self.log.append(line)
-            if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
-                self.port = int(found[1])
-                break
-        else:
-            raise AssertionError("".join(self.log))
-        self._reader = threading.Thread(target=self.log.extend, args=[self.process.stdout], daemon=True)
-        self._reader.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(WAIT_SECONDS)
-        self._reader.join(WAIT_SECONDS)
-        self.process.stdout.close()
-
-    @contextlib.contextmanager
-    def post(self, path: str, content: Any, token: str | None = None) -> Iterator[http.client.HTTPResponse]:
-        """An answer; the connection is closed at the end, read to its end or not."""
-        token = self.gateway.internal_token if token is None else token
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        headers = {"Content-Type": "application/json", "X-Internal-Token": token}
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
-        with contextlib.closing(connection):
-            connection.request("POST", path, body, {name: value for name, value in headers.items() if value})
-            with connection.getresponse() as response:
-                yield response
-
-
-@pytest.fixture(scope="module")
-def agent() -> Iterator[Agent]:
-    with LocalGateway() as gateway, Agent(gateway) as running:
-        yield running
-
-
-def read_event(response: http.client.HTTPResponse) -> dict[str, Any]:
-    """The next event, which must have arrived whole before the one after it is made."""
-    line = response.readline()
-    assert line.startswith(b"data: "), line
-    assert response.readline() == b"\n"
-    return json.loads(line[6:])
-
-
-class Gated:
-    """A streaming function that gives its next event when it is told to, and notes when it is cut off."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Semaphore(0)
-        self.cut_off = threading.Event()
-
-    def words(self, text: str, delay: float = 0.0) -> Iterator[str]:
-        yield from self._stream(text.split())
-
-    def inspect(self, inputs: dict[str, list[Path]]) -> Iterator[str]:
-        yield from self._stream([path.read_text() for path in inputs["files"]] * 1000)
-
-    def _stream(self, pieces: list[str]) -> Iterator[str]:
-        try:
-            for piece in pieces:
-                assert self.gate.acquire(timeout=3 * WAIT_SECONDS)  # longer than any reader waits
-                yield piece
-        except GeneratorExit:  # the gateway could not send on: its client is gone
-            self.cut_off.set()
-            raise
-
-
-@needs_fastapi
-def test_the_agent_answers_with_what_its_prefab_found(agent: Agent) -> None:
-    with agent.post("/statistics", {"text": "a b c"}) as response:
-        assert (response.status, json.load(response)["words"]) == (200, 3)
-    assert agent.gateway.requests[-1].headers["x-internal-token"] == agent.gateway.internal_token
-
-
-@needs_fastapi
-def test_the_agent_passes_each_event_on_at_once(agent: Agent) -> None:
-    gated = Gated()
-    agent.gateway.add_prefab("text-tools", "1.1.0", {"words": gated.words})
-    with agent.post("/words", {"text": "one two"}) as response:
-        assert response.getheader("Content-Type", "").startswith("text/event-stream")
-        assert read_event(response)["type"] == "start"
-        for word in ("one", "two"):  # the next one is not made before this one was read here
-            gated.gate.release()
-            assert read_event(response)["data"] == word
-        assert read_event(response)["type"] == "done"
-        assert response.read() == b""
-
-
-@needs_fastapi
-def test_the_agent_serves_others_while_a_stream_waits(agent: Agent) -> None:
-    gated = Gated()
-    agent.gateway.add_prefab("text-tools", "1.1.0", {"words": gated.words, "statistics": len_of})
-    with contextlib.ExitStack() as open_streams:
-        for _ in range(50):  # more than asyncio's own threads
-            response = open_streams.enter_context(agent.post("/words", {"text": "one"}))
-            assert read_event(response)["type"] == "start"
-        with agent.post("/statistics", {"text": "a b c"}) as response:
-            assert json.load(response) == 5
-        gated.gate.release(50)
-
-
-@needs_fastapi
-def test_the_agent_closes_the_upstream_stream_when_its_caller_hangs_up(agent: Agent) -> None:
-    gated = Gated()
-    agent.gateway.add_prefab("file-tools", "1.0.0", {"inspect": gated.inspect})
-    with client_of(agent.gateway) as client:
-        with agent.post("/inspect", b"some text") as response:
-            assert read_event(response)["type"] == "start"
-            gated.gate.release()
-            assert read_event(response)["data"] == "some text"
-            assert len(client.list_temp_files()["files"]) == 1
-        # The function now waits and sends nothing: only the agent can know that its caller has gone.
-        wait_for(lambda: any(r.method == "DELETE" for r in agent.gateway.requests))
-        assert client.list_temp_files()["files"] == []
-    gated.gate.release(1000)
-    assert gated.cut_off.wait(WAIT_SECONDS)
-
-
-@needs_fastapi
-def test_the_agent_cleans_up_after_a_stream_and_after_a_refusal(agent: Agent) -> None:
-    def count_deletes() -> int:
-        return sum(r.method == "DELETE" and "session_id=" in r.path for r in agent.gateway.requests)
-
-    def nothing(inputs: dict[str, list[Path]]) -> Iterator[str]:
-        yield from ()
-
-    for functions, status in (({"inspect": nothing}, 200), ({"other": nothing}, 502)):
-        agent.gateway.add_prefab("file-tools", "1.0.0", functions)
-        before = count_deletes()
-        with agent.post("/inspect", b"some text") as response:
-            assert response.status == status
-            response.read()
-        wait_for(lambda: count_deletes() == before + 1)  # noqa: B023 - called at once
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    """Waits until something is true that no event tells about."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
-def len_of(text: str) -> int:
-    return len(text)
-
-
-@needs_fastapi
-@pytest.mark.parametrize(("function", "token", "path", "status", "error"), [
-    (len_of, "", "/statistics", 401, None),
-    (len_of, "stranger", "/statistics", 401, "AuthenticationError"),
-    (len_of, "stranger", "/words", 401, "AuthenticationError"),
-    (len_of, "an API key's", "/inspect", 403, "AgentContextRequiredError"),
-    (lambda secrets, text: None, None, "/statistics", 409, "MissingSecretError"),
-    (lambda text, more: None, None, "/statistics", 422, "ValidationError"),
-    ("over the quota", None, "/statistics", 429, "QuotaExceededError"),
-    (lambda text: 1 / 0, None, "/statistics", 503, "ServiceUnavailableError"),
-    (None, None, "/statistics", 502, "PrefabNotFoundError"),
-])
-def test_the_agent_answers_errors_with_a_fitting_status(
-        agent: Agent, monkeypatch: Any, function: Any, token: str | None, path: str, status: int, error: str | None
-) -> None:
-    if function == "over the quota":
-        monkeypatch.setattr(agent.gateway, "quota", 0)
-        function = len_of
-    secrets = ["KEY"] if error == "MissingSecretError" else []
-    functions = {"statistics": function, "words": function} if function else {"other": len_of}
-    agent.gateway.add_prefab("text-tools", "1.1.0", functions, secrets=secrets)
-    if token == "an API key's":
-        exchanging = GatewayClient.from_api_key(agent.gateway.api_key, agent.gateway.base_url)
-        token = exchanging._transport.credential["X-Internal-Token"]
-    with agent.post(path, {"text": "a b c"}, token) as response:
-        assert (response.status, json.load(response).get("error")) == (status, error)
-
-
-@needs_fastapi
-def test_the_agent_tells_a_timeout_from_other_faults() -> None:
-    import fastapi_agent
-
-    for error, status in ((GatewayTimeoutError("late"), 504), (ServiceUnavailableError("down"), 503)):
-        assert asyncio.run(fastapi_agent.answer_error(None, error)).status_code == status  # type: ignore[arg-type]
-
-
-@needs_fastapi
-def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
-    import fastapi_agent
-
-    async def read(stream: EventStream) -> list[Any]:
-        return [json.loads(text[6:]) async for text in fastapi_agent.server_sent_events(stream)]
-
-    with Script(HangUp(HEAD + chunk(event("content", "half")))) as server, client_of(server) as client:
-        half, broken = asyncio.run(read(run(client, stream=True)))
-    assert half["data"] == "half"
-    assert (broken["type"], broken["data"]["type"]) == ("error", "ServiceUnavailableError")
-
-
-@needs_fastapi
-def test_the_agent_logs_no_tokens_and_no_tracebacks(agent: Agent) -> None:
-    with agent.post("/statistics", {"text": "a"}, "not-to-be-logged") as response:
-        assert response.status == 401
-    wait_for(lambda: sum("401 Unauthorized" in line for line in agent.log))
-    log = "".join(agent.log)
-    for unwanted in (agent.gateway.internal_token, "not-to-be-logged", "Traceback", "Warning", "never retrieved"):
-        assert unwanted not in log, log
-
-
-# --- The MCP server -------------------------------------------------------------------------------
-
-needs_mcp = pytest.mark.skipif(not importlib.util.find_spec("mcp"), reason="needs mcp")
-
-import mcp_server
-
-START_SECONDS = 60.0  # a slow machine takes long for the import of `mcp`
-
-# A spec as prefabs publish it, and the schema of its tool.
-MERGE_SPEC = {"id": "papers", "version": "0.2.0", "description": "Works on papers", "functions": [{
-    "name": "merge",
-    "description": "Merge papers",
-    "parameters": [
-        {"name": "title", "type": "str", "description": "Of the whole", "required": True},
-        {"name": "style", "type": "string", "enum": ["plain", "bold"], "default": "plain"},
-        {"name": "page", "type": "object", "required": False, "properties": {
-            "size": {"type": "string", "required": True}, "margins": {"type": "array", "items": {"type": "float"}}}},
-        {"name": "clip", "type": "InputFile", "required": False},  # as older specs have it
-        {"name": "clips", "type": "array", "items": {"type": "InputFile"}, "required": False},
-    ],
-    "files": {
-        "papers": {"type": "array", "items": {"type": "InputFile"}, "minItems": 1, "required": True},
-        "title": {"type": "InputFile", "description": "A picture for the title page"},
-        "merged": {"type": "array", "items": {"type": "OutputFile"}},
-    },
-}]}
-STRINGS = {"type": "array", "items": {"type": "string"}}
-MERGE_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "title": {"type": "string", "description": "Of the whole"},
-        "style": {"type": "string", "enum": ["plain", "bold"], "default": "plain"},
-        "page": {"type": "object", "required": ["size"], "properties": {
-            "size": {"type": "string"}, "margins": {"type": "array", "items": {"type": "number"}}}},
-        "clip": {"type": "string", "description": mcp_server.FILE_HINT},
-        "clips": {**STRINGS, "description": mcp_server.FILE_HINT},
-        "papers": {**STRINGS, "minItems": 1, "description": mcp_server.FILE_HINT},
-        "title_files": {**STRINGS, "description": f"A picture for the title page {mcp_server.FILE_HINT}"},
-    },
-    "required": ["title", "papers"],
-    "additionalProperties": False,
-}
-
-
-def call_tool(gateway: Any, prefab: str, name: str, save: Any = None, reported: Any = None, **arguments: Any) -> Any:
-    """Calls a tool in this process: all of the server but MCP itself. What it reports goes into `reported`."""
-    async def report(text: str) -> None:
-        reported.append(text)
-
-    with client_of(gateway) as client:
-        prefabs = mcp_server.Prefabs(client, [prefab], save)
-        return asyncio.run(prefabs.call_tool(name, arguments, report))
-
-
-def tools_of(gateway: LocalGateway | Script, *wanted: str) -> dict[str, mcp_server.Tool]:
-    with client_of(gateway) as client:
-        return asyncio.run(mcp_server.load_tools(client, wanted))
-
-
-def texts_of(result: dict[str, Any]) -> list[str]:
-    return [block["text"] for block in result["content"] if block["type"] == "text"]
-
-
-# Names and schemas
-
-FUNCTIONS = [
-    ("text-tools", "words"), ("text-tools", "_words"), ("text-tools_", "words"), ("a__b", "c"), ("a", "b__c"),
-    ("a_b", "c"), ("a", "b_c"), ("a.b", "c"), ("a b", "c"), ("a", "b.c"), ("数据", "查询"), ("数据", "查找"), ("", "a"),
-    ("long" * 20, "function"), ("long" * 20, "other"), ("x" * 30, "y" * 32), ("x" * 30, "y" * 33),
-    ("A", "b"), ("a", "B"),
-]
-
-
-def test_tools_have_names_that_are_unique_and_that_every_model_takes() -> None:
-    versions = ("", "1.0.0", "1_0_0", "1.0.1")
-    names = [mcp_server.tool_name(*pair, version) for pair in FUNCTIONS for version in versions]
-    assert len(set(names)) == len(FUNCTIONS) * len(versions) > 50
-    assert [name for name in names if not re.fullmatch("[A-Za-z0-9_-]{1,64}", name)] == []
-    assert names[0] == "text-tools__words"
-
-
-def test_a_tool_keeps_its_name_when_other_prefabs_come_and_versions_go() -> None:
-    with LocalGateway() as gateway:
-        before = set(tools_of(gateway))
-        gateway.add_prefab("text_tools", "1.0.0", {"words": len_of, "wörds": len_of})
-        gateway.add_prefab("text-tools", "2.0.0", {"words": len_of})
-        after = tools_of(gateway)
-    assert before - set(after) == {"text-tools__statistics", "text-tools__echo", "text-tools__find"}
-    assert (after["text-tools__words"].version, after["text_tools__words"].prefab_id) == ("2.0.0", "text_tools")
-
-
-def test_the_schema_has_all_that_a_spec_says() -> None:
-    tool = mcp_server.make_tool(MERGE_SPEC, MERGE_SPEC["functions"][0], pinned=False)
-    assert (tool.name, tool.schema) == ("papers__merge", MERGE_SCHEMA)
-    assert tool.description == "Merge papers\n\nPrefab papers 0.2.0. Works on papers"
-
-
-@pytest.mark.parametrize(("entry", "schema"), [
-    ({"type": "bool", "default": False}, {"type": "boolean", "default": False}),
-    ({"type": "integer", "minimum": 1, "maximum": 9}, {"type": "integer", "minimum": 1, "maximum": 9}),
-    ({"type": "string | array"}, {"type": ["string", "array"], "items": {}}),
-    ({"type": "list[str]"}, {"type": "array", "items": {}}),
-    ({"type": "any"}, {}), ({"type": "Paper"}, {}), ({}, {}),
-    ({"type": "string", "default": None}, {"type": "string"}),
-    ({"type": "array", "items": {"type": "object", "properties": {"n": {"type": "int"}}}},
-     {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}),
-    ({"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object", "required": ["c"]}}},
-     {"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object"}}}),
-])
-def test_a_specs_type_becomes_json_schema(entry: dict[str, Any], schema: dict[str, Any]) -> None:
-    assert mcp_server.schema_of(entry) == schema
-
-
-@pytest.mark.parametrize(("entry", "required"), [
-    ({}, ["a"]), ({"required": True, "default": 1}, ["a"]), ({"default": 1}, None), ({"required": False}, None)])
-def test_a_parameter_is_required_unless_the_spec_says_otherwise(entry: dict[str, Any], required: Any) -> None:
-    assert mcp_server.object_schema({"a": entry}, default_required=True).get("required") == required
-
-
-def test_the_newest_deployed_versions_are_served_unless_others_are_asked_for() -> None:
-    with LocalGateway() as gateway:
-        for version in ("1.9.0", "1.10.0", "1.10.0-rc.1"):
-            gateway.add_prefab("p", version, {"f": len_of})
-        gateway.add_prefab("p", "2.0.0", {"f": len_of}, status="failed")
-        assert tools_of(gateway)["p__f"].version == "1.10.0"
-        assert list(tools_of(gateway, "p")) == ["p__f"]
-        both = tools_of(gateway, "p@1.9.0", "p@1.10.0-rc.1", "p")
-        assert [tool.version for tool in both.values()] == ["1.9.0", "1.10.0-rc.1", "1.10.0"]
-        for wanted in ("q", "q@1.0.0"):
-            with pytest.raises(GatewayError, match=f"{wanted}: "):
-                tools_of(gateway, wanted)
-
-
-def test_a_prefab_whose_spec_is_no_use_costs_no_other_one(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcp_server, "SPECS_AT_ONCE", 1)  # so that the specs are asked for in this order
-    good = {"id": "good", "version": "1.0.0", "functions": [{"name": "f", "description": "half a pair: \ud83d"}]}
-    deep = functools.reduce(lambda inner, _: {"properties": {"a": inner}}, range(200), {"name": "a"})
-    deep_function = {"name": "f", "parameters": [{"name": "a", **deep}]}
-    specs = {"bad": {**good, "functions": ["f"]}, "deep": {**good, "functions": [deep_function]},
-             "good": good, "worse": {}}
-    directory = answer([{"id": name, "version": "1.0.0"} for name in specs])
-    pairs = [(directory, answer(spec)) for spec in specs.values()]
-    with Script(directory, *itertools.chain(*pairs)) as server:
-        tools = tools_of(server)
-    assert [(name, tool.description[:14]) for name, tool in tools.items()] == [("good__f", "half a pair: ?")]
-    assert re.findall(r"left out: (\w+):", capsys.readouterr().err) == ["bad", "deep", "worse"]
-
-
-@pytest.fixture
-def mcp_main(gateway: LocalGateway, monkeypatch: Any, capsys: Any) -> Callable[..., Ended]:
-    """Runs the server as a program, in this process and as if `mcp` were not installed."""
-    monkeypatch.setitem(sys.modules, "mcp", None)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setenv("GATEWAY_BASE_URL", gateway.base_url)
-    monkeypatch.setenv("X_INTERNAL_TOKEN", gateway.internal_token)
-    return lambda *arguments: Ended(mcp_server.main(arguments), *capsys.readouterr())
-
-
-@pytest.mark.parametrize("runs_already", [False, True], ids=["a gateway of its own", "one that runs already"])
-def test_the_tools_are_listed_for_models_without_the_package(
-        runs_already: bool, mcp_main: Any, gateway: LocalGateway, monkeypatch: Any) -> None:
-    gateway.add_prefab("listed", "1.0.0", {"count": len_of})
-    if not runs_already:
-        monkeypatch.delenv("GATEWAY_BASE_URL")
-    done = mcp_main("--list")
-    assert (done.status, done.err) == (0, "")
-    tools = {tool["function"]["name"]: tool for tool in json.loads(done.out)}
-    assert ("listed__count" in tools) == runs_already
-    assert tools["text-tools__statistics"] == {"type": "function", "function": {
-        "name": "text-tools__statistics",
-        "description": "Count the characters, words and lines of a text, and its most common words.\n\n"
-                       "Prefab text-tools 1.1.0. Looks at texts",
-        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"],
-                       "additionalProperties": False},
-    }}
-
-
-def test_the_server_says_what_is_missing(mcp_main: Any, gateway: LocalGateway, monkeypatch: Any) -> None:
-    assert mcp_main("--list", "--prefab", "q")[:2] == (1, "")
-    monkeypatch.setattr(gateway, "down", True)
-    down = "mcp_server: GET /v1/prefabs answered 503: The gateway is down\n"
-    assert mcp_main("--list") == (1, "", down)
-    bare = mcp_main()
-    assert (bare.status, bare.out, "pip install mcp" in bare.err) == (1, "", True)
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_the_configuration_of_the_readme_starts_a_server(name: str, mcp_main: Any) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    (block,) = re.findall(r'^```\w*\n(\{\n  "mcpServers".*?)^```$', text, re.M | re.S)
-    (server,) = json.loads(block)["mcpServers"].values()
-    assert {"GATEWAY_BASE_URL", "X_INTERNAL_TOKEN"} == set(server["env"])
-    script, *options = server["args"]
-    assert (server["command"], script) == ("python", "/path/to/examples/mcp_server.py")
-    done = mcp_main(*options, "--list")
-    assert (done.status, done.err, len(json.loads(done.out)) > 0) == (0, "", True)
-
-
-# Calls, without MCP
-
-
-@pytest.mark.parametrize(("value", "text", "structured"), [
-    ({"a": None, "n": 2**70}, '{"a": null, "n": 1180591620717411303424}', {"a": None, "n": 2**70}),
-    ([1, "é"], '[1, "é"]', {"result": [1, "é"]}),
-    ("plain text", "plain text", {"result": "plain text"}),
-    ("", "", {"result": ""}),
-    (3, "3", {"result": 3}),
-    (None, "{}", {}),
-    ({"success": True}, '{"success": true}', {"success": True}),
-])
-def test_a_result_is_structured_content_and_text(value: Any, text: str, structured: Any, gateway: LocalGateway) -> None:
-    result = call_tool(gateway, "text-tools", "text-tools__echo", value=value)
-    assert result == {"content": [{"type": "text", "text": text}], "structuredContent": structured, "isError": False}
-
-
-def test_local_files_are_uploaded_to_where_the_spec_wants_them(content_file: Path) -> None:
-    local, kept = str(content_file), "s3://b/kept"
-    uploads = [link(), NO_BODY] * 3
-    name = mcp_server.tool_name("papers", "merge", "0.2.0")
-    with Script(answer(MERGE_SPEC), *uploads, ran("done")) as server:
-        result = call_tool(server, "papers@0.2.0", name, title="t", papers=[local, kept], title_files=local,
-                           clip=local, clips=[kept])
-    assert texts_of(result) == ["done"]
-    assert [request.body for request in server.received if request.method == "PUT"] == [b"content"] * 3
-    assert server.received[-1].json["calls"][0]["inputs"] == {
-        "parameters": {"title": "t", "clip": S3, "clips": [kept]}, "files": {"papers": [S3, kept], "title": [S3]}}
-
-
-def test_output_files_are_saved_to_a_folder(gateway: LocalGateway, content_file: Path, tmp_path: Path) -> None:
-    files, folder = {"files": [str(content_file)]}, tmp_path / "new" / "folder"
-    for path in (folder / "SHA256SUMS.txt", folder / "2-SHA256SUMS.txt"):  # no file takes another's place
-        result = call_tool(gateway, "file-tools", "file-tools__checksum", folder, files=files)
-        (file,) = result["structuredContent"]["output_files"]
-        assert (file["path"], file["uri"], file["name"]) == (str(path), path.as_uri(), "checksums")
-        assert path.read_text().endswith("  content\n")
-        assert result["content"][-1]["uri"] == path.as_uri()
-        assert json.loads(texts_of(result)[1]) == {"output_files": [file]}
-    assert len(list(folder.iterdir())) == 2
-
-
-@pytest.mark.parametrize("saved", [True, False])
-def test_files_that_cannot_be_had_do_not_cost_the_result(
-        saved: bool, gateway: LocalGateway, content_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gateway, "internal_token", None)  # the client's, which then is no agent
-    files, folder = {"files": [str(content_file)]}, tmp_path / "folder"
-    result = call_tool(gateway, "file-tools", "file-tools__checksum", folder if saved else None, files=files)
-    (file,) = result["structuredContent"]["output_files"]
-    assert ("agent" in file["error"], "uri" in file) == (True, False)
-    assert (result["structuredContent"]["success"], result["isError"]) == (True, False)
-    assert list(tmp_path.iterdir()) == [content_file]
-
-
-@pytest.mark.parametrize(("events", "text", "problem"), [
-    ([event("start"), event("content", "a "), event("content", "b"), event("done", None)], "a b", None),
-    ([event("content", "a"), event("content", {"b": 1}), event("done")], '["a", {"b": 1}]', None),
-    ([event("progress", 0.5), event("done", {"x": 1})], '{"x": 1}', None),
-    ([event("content", "half"), event("error", {"message": "stumbled"})], "half", "stumbled"),
-    ([event("content", "half"), event("error", "stumbled")], "half", "stumbled"),
-    ([event("content", "half")], "half", "cut short"),
-    ([event("content", "a"), b"data: [DONE]\n\n"], "a", None),
-    ([event("start"), event("done")], "", None),
-    ([event("content", "half a pair: \ud83d"), event("done")], "half a pair: ?", None),
-])
-def test_a_stream_gives_the_whole_at_its_end(events: list[bytes], text: str, problem: str | None) -> None:
-    spec = {"id": "p", "version": "1.0.0", "functions": [{"name": "f", "streaming": True}]}
-    stream = chunked(*events, end=problem != "cut short")
-    given = HangUp(stream) if problem == "cut short" else stream
-    reported: list[str] = []
-    with Script(answer(spec), given) as server:
-        result = call_tool(server, "p@1.0.0", mcp_server.tool_name("p", "f", "1.0.0"), None, reported)
-    assert texts_of(result)[-1] == text
-    assert (result["isError"], problem is None or problem in texts_of(result)[0]) == (bool(problem), True)
-    assert len(reported) == sum(b'"content"' in line or b'"progress"' in line for line in events)
-    assert "\ud83d" not in "".join(reported)
-
-
-# Over stdio, with the client of the package
-
-
-@contextlib.asynccontextmanager
-async def open_session(gateway: LocalGateway, log: Any) -> AsyncIterator[Any]:
-    import mcp
-    from mcp.client.stdio import stdio_client
-
-    arguments = ["-X", "dev", str(EXAMPLES / "mcp_server.py")]
-    parameters = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment_for(gateway))
-    async with stdio_client(parameters, log) as streams, mcp.ClientSession(*streams) as session:
-        await session.initialize()
-        yield session
-
-
-class ToolClient(NamedTuple):
-    """The package's own client of the server in a process of its own, for tests that are not asynchronous."""
-
-    portal: Any  # to where the session lives
-    session: Any
-
-    def list(self) -> dict[str, Any]:
-        """The tools by name, as they are on the wire."""
-        tools = self.portal.call(self.session.list_tools).tools
-        return {tool.name: tool.model_dump(by_alias=True, exclude_none=True) for tool in tools}
-
-    def call(self, name: str, **arguments: Any) -> Any:
-        """The result of a call, as it is on the wire."""
-        return self.start(name, **arguments).result(3 * WAIT_SECONDS)
-
-    def start(self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any) -> Any:
-        """Starts a call, whose result will be in a future."""
-        async def report(progress: float, total: float | None, message: str | None) -> None:
-            on_progress((progress, message))
-
-        async def call() -> Any:
-            result = await self.session.call_tool(name, arguments, progress_callback=report)
-            return result.model_dump(by_alias=True, mode="json", exclude_none=True)
-
-        return self.portal.start_task_soon(call)
-
-
-@pytest.fixture(scope="module")
-def tool_client(gateway: LocalGateway) -> Iterator[ToolClient]:
-    from anyio.from_thread import start_blocking_portal
-
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as log, start_blocking_portal() as portal:
-        with portal.wrap_async_context_manager(open_session(gateway, log)) as session:
-            yield ToolClient(portal, session)
-        log.seek(0)
-        shown = log.read()
-    for unwanted in (gateway.internal_token, "Traceback", "Warning", "never retrieved"):
-        assert unwanted not in shown, shown
-
-
-@needs_mcp
-def test_mcp_lists_the_tools_as_they_are_now(tool_client: ToolClient, gateway: LocalGateway) -> None:
-    before = tool_client.list()
-    assert before["text-tools__echo"]["inputSchema"] == tools_of(gateway)["text-tools__echo"].schema
-    gateway.add_prefab("later", "1.0.0", {"count": len_of})
-    assert set(tool_client.list()) - set(before) == {"later__count"}
-    gateway.add_prefab("latest", "1.0.0", {"count": len_of})  # found although it is in no list
-    assert tool_client.call("latest__count", text="four")["structuredContent"] == {"result": 4}
-
-
-@needs_mcp
-def test_mcp_gives_what_is_nested_too_deeply_as_text(tool_client: ToolClient, gateway: LocalGateway) -> None:
-    deep = functools.reduce(lambda inner, _: {"a": inner}, range(400), 1)
-    gateway.add_prefab("odd", "1.0.0", {"deep": lambda: deep})
-    assert texts_of(tool_client.call("odd__deep"))[0].startswith('{"a": {"a":')
-    assert tool_client.call("text-tools__echo", value=1)["structuredContent"] == {"result": 1}
-
-
-@needs_mcp
-def test_mcp_reports_contents_and_progress_at_once(tool_client: ToolClient, gateway: LocalGateway) -> None:
-    gated, progress = Gated(), queue.Queue()
-
-    def words(text: str, outputs: Path) -> Iterator[Any]:
-        (outputs / "words.txt").write_text(text)
-        yield from gated.words(text)
-        yield {"type": "progress", "data": {"done": 2}}
-
-    gateway.add_prefab("gated", "1.0.0", {"words": words})
-    running = tool_client.start("gated__words", progress.put, text="one two")
-    for expected in ((1, "one"), (2, "two")):  # the next word is not made before this one was heard of here
-        gated.gate.release()
-        assert progress.get(timeout=WAIT_SECONDS) == expected
-    assert progress.get(timeout=WAIT_SECONDS) == (3, '{"done": 2}')
-    result = running.result(WAIT_SECONDS)
-    (file,) = result["structuredContent"]["output_files"]
-    assert (result["structuredContent"]["result"], texts_of(result)[0]) == ("onetwo", "onetwo")
-    with urllib.request.urlopen(file["uri"]) as download:
-        assert download.read() == b"one two"
-
-
-@needs_mcp
-def test_mcp_takes_and_gives_files(tool_client: ToolClient, content_file: Path) -> None:
-    result = tool_client.call("file-tools__checksum", files={"files": [str(content_file)]})
-    (link,) = [block for block in result["content"] if block["type"] == "resource_link"]
-    assert link["name"] == "SHA256SUMS.txt"
-    with urllib.request.urlopen(link["uri"]) as download:
-        assert download.read().endswith(b"  content\n")
-    (file,) = result["structuredContent"]["output_files"]
-    again = tool_client.call("file-tools__line_count", files={"files": file["s3_url"]})  # its URL is an input
-    assert again["structuredContent"]["lines"] == 1
-
-
-@needs_mcp
-@pytest.mark.parametrize(("name", "arguments", "message"), [
-    ("faulty__refuse", {"message": "not today"}, "not today"),
-    ("faulty__fail", {"message": "no luck"}, r"no luck \(ALWAYS_FAILS\)"),
-    ("faulty__crash", {}, r"POST /v1/internal/run answered 503: .*RuntimeError: out of order"),
-    ("faulty__stumble", {"text": "so far"}, "stumbled"),
-    ("vault__sign", {"text": "x"}, r"(?s)Secret 'SIGNING_KEY' .* secret set vault SIGNING_KEY"),
-    ("text-tools__statistics", {}, "answered 422: Missing required parameter: text"),
-    ("text-tools__statistics", {"text": "a", "txt": "b"}, r"has no argument txt\. It takes: text\."),
-    ("text-tools__statistics", {"text": 5}, "answered 422: Parameter 'text' must be of type string"),
-    ("file-tools__line_count", {}, "Give the input files under the key 'files'"),
-    ("file-tools__line_count", {"files": ["a.txt"]}, "files must be an object"),
-    ("file-tools__line_count", {"files": {"files": 3}}, "must be an array of local paths or s3:// URLs, not 3"),
-    ("file-tools__line_count", {"files": {"files": "http://a/b"}}, "files must be .*, not http://a/b"),
-    ("file-tools__line_count", {"files": {"files": ["no/such"]}}, "FileNotFoundError: .*no/such"),
-    ("file-tools__line_count", {"files": {"files": [str(ROOT)]}}, "not a regular file"),
-    ("file-tools__line_count", {"files": {"files": ["s3://local/x"]}}, "Input file not found: s3://local/x"),
-    ("no_such_tool", {}, "Unknown tool: no_such_tool"),
-])
-def test_mcp_tells_of_a_failure_and_goes_on(
-        name: str, arguments: dict[str, Any], message: str, tool_client: ToolClient) -> None:
-    result = tool_client.call(name, **arguments)
-    assert (result["isError"], bool(re.search(message, texts_of(result)[0]))) == (True, True), result
-    if name == "faulty__stumble":
-        assert texts_of(result)[1] == "so far"  # what came before
-    if name == "faulty__fail":
-        assert result["structuredContent"]["error_code"] == "ALWAYS_FAILS"
-    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
-
-
-@needs_mcp
-def test_mcp_outlives_a_gateway_that_is_down(
-        tool_client: ToolClient, gateway: LocalGateway, monkeypatch: Any) -> None:
-    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
-    with monkeypatch.context() as patched:
-        patched.setattr(gateway, "down", True)
-        result = tool_client.call("text-tools__echo", value=1)
-        assert (result["isError"], "answered 503: The gateway is down" in texts_of(result)[0]) == (True, True)
-        with pytest.raises(Exception, match="answered 503: The gateway is down"):
-            tool_client.list()
-    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
-
-
-@needs_mcp
-def test_mcp_runs_twenty_calls_at_once(tool_client: ToolClient, gateway: LocalGateway) -> None:
-    together = threading.Barrier(20)
-
-    def meet(number: int) -> int:
-        together.wait(3 * WAIT_SECONDS)  # breaks unless all are here at once
-        return number
-
-    gateway.add_prefab("party", "1.0.0", {"meet": meet})
-    assert "party__meet" in tool_client.list()  # or each of the twenty would look for it
-    calls = [tool_client.start("party__meet", number=number) for number in range(20)]
-    results = [call.result(3 * WAIT_SECONDS)["structuredContent"] for call in calls]
-    assert results == [{"result": number} for number in range(20)]
-
-
-@needs_mcp
-def test_mcp_cancels_a_call(tool_client: ToolClient, gateway: LocalGateway) -> None:
-    gated, session, reported = Gated(), tool_client.session, threading.Event()
-
-    def send_a_word() -> bool:
-        gated.gate.release()
-        return gated.cut_off.is_set()
-
-    gateway.add_prefab("endless", "1.0.0", {"words": gated.words})
-    gated.gate.release()
-    call = tool_client.start("endless__words", lambda _: reported.set(), text="word " * 9999)
-    assert reported.wait(WAIT_SECONDS)
-    if hasattr(session, "_request_id"):  # the client of mcp 1 does not say it by itself
-        from mcp import types
-
-        params = {"requestId": session._request_id - 1}
-        cancelled = types.CancelledNotification(method="notifications/cancelled", params=params)
-        tool_client.portal.call(session.send_notification, types.ClientNotification(cancelled))
-    call.cancel()
-    wait_for(send_a_word)  # the gateway finds out by sending that nobody listens any more
-    assert tool_client.call("text-tools__echo", value=1)["isError"] is False
-
-
-# The process
-
-NOISY = """
-import os, subprocess, sys, mcp_server
-
-class NoisyPrefabs(mcp_server.Prefabs):
-    async def call_tool(self, *arguments):
-        print("noise")
-        os.write(1, b"noise")
-        subprocess.run([sys.executable, "-S", "-c", "import sys; print('noise', sys.stdin.read())"])
-        return await super().call_tool(*arguments)
-
-mcp_server.Prefabs = NoisyPrefabs
-sys.exit(mcp_server.main())
-"""
-
-
-class NoisyServer:
-    """The server in a process that prints. It is spoken to line by line, without the package."""
-
-    def __init__(self, gateway: LocalGateway) -> None:
-        environment = {**environment_for(gateway), "PYTHONPATH": str(EXAMPLES)}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen([sys.executable, "-c", NOISY], env=environment, encoding="utf-8", **pipes)
-        self._watchdog = threading.Timer(2 * START_SECONDS, self.process.kill)
-        self._watchdog.start()
-
-    def __enter__(self) -> NoisyServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._watchdog.cancel()
-        with self.process:
-            self.process.kill()
-
-    def send(self, method: str, number: int | None = None, **params: Any) -> None:
-        asked = {} if number is None else {"id": number}
-        self.process.stdin.write(json.dumps({"jsonrpc": "2.0", **asked, "method": method, "params": params}) + "\n")
-        self.process.stdin.flush()
-
-    def receive(self) -> Any:
-        return json.loads(self.process.stdout.readline())
-
-    def greet(self) -> None:
-        client_info = {"name": "test", "version": "1"}
-        self.send("initialize", 0, protocolVersion="2025-06-18", capabilities={}, clientInfo=client_info)
-        assert self.receive()["result"]["serverInfo"]["name"] == "gateway"
-        self.send("notifications/initialized")
-
-
-@pytest.fixture(scope="module")
-def noisy_servers(gateway: LocalGateway) -> Iterator[list[NoisyServer]]:
-    with contextlib.ExitStack() as stack:  # they start side by side, as a start is slow
-        yield [stack.enter_context(NoisyServer(gateway)) for _ in range(2)]
-
-
-@posix
-@needs_mcp
-@pytest.mark.parametrize(("how", "status"), [("its client closes stdin", 0), ("it is interrupted", 130)])
-def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
-        how: str, status: int, noisy_servers: list[NoisyServer], gateway: LocalGateway) -> None:
-    gated, begun, closing = Gated(), threading.Event(), threading.Event()
-
-    def wait() -> None:
-        begun.set()
-        closing.wait(3 * START_SECONDS)
-
-    gateway.add_prefab("hanging", "1.0.0", {"wait": wait, "words": gated.words})
-    server = noisy_servers.pop()
-    with server:
-        server.greet()
-        server.send("tools/call", 1, name="text-tools__echo", arguments={"value": "a\nb\u2028é"})
-        assert server.receive()["result"]["structuredContent"] == {"result": "a\nb\u2028é"}
-        server.send("tools/call", 2, name="hanging__wait", arguments={})
-        server.send("tools/call", 3, name="hanging__words", arguments={"text": "a " * 99}, _meta={"progressToken": 7})
-        gated.gate.release()
-        assert server.receive()["method"] == "notifications/progress"
-        assert begun.wait(WAIT_SECONDS)
-        if how == "it is interrupted":
-            server.process.send_signal(signal.SIGINT)
-        else:
-            server.process.stdin.close()
-        try:
-            assert server.process.wait(START_SECONDS) == status  # although a call hangs and another one streams
-            assert [json.loads(line)["jsonrpc"] for line in server.process.stdout] in ([], ["2.0"] * 2)
-            log = server.process.stderr.read()
-            assert ("noise" in log, "Traceback" in log) == (True, False), log
-            gated.gate.release(99)
-            assert gated.cut_off.wait(WAIT_SECONDS)
-        finally:
-            closing.set()
-
-
-# --- The skill ------------------------------------------------------------------------------------
-
-SKILL = EXAMPLES / "skill" / "gateway-sdk" / "SKILL.md"
-
-
-def skill_blocks(language: str = r"\w+") -> list[tuple[str, str]]:
-    """Language and code of the skill's blocks."""
-    text = SKILL.read_text(encoding="utf-8")
-    return re.findall(rf"^```({language})\n(.*?)^```$", text, re.M | re.S)
-
-
-@pytest.fixture
-def run_skill(monkeypatch: Any, capsys: Any) -> Callable[..., tuple[str, str, int]]:
-    """Runs the Python block of the skill that has these words in it, against a `Script`.
-
-    It gives what the script printed, what it ended with, and the number of requests.
-    """
-    def run(words: str, *replies: Answer) -> tuple[str, str, int]:
-        (code,) = [code for _, code in skill_blocks("python") if words in code]
-        code = code.replace("range(20)", "range(3)").replace("max_workers=8", "max_workers=1")
-        told = ""
-        with Script(*replies) as server:
-            monkeypatch.setenv("GATEWAY_BASE_URL", server.url)
-            try:
-                exec(compile(code, "SKILL.md", "exec"), {"__name__": "__main__"})
-            except SystemExit as stop:
-                told = str(stop)
-            return capsys.readouterr().out, told, len(server.received)
-
-    return run
-
-
-def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
-        shell: Callable[..., Ended], gateway: LocalGateway, tmp_path: Path) -> None:
-    sandbox = tmp_path / "sandbox"
-    sandbox.mkdir()
-    shutil.copy(str(SDK), str(sandbox))
-    shown = []
-    for language, code in skill_blocks():
-        if language == "python":
-            (sandbox / "script.py").write_text(code, encoding="utf-8")
-            code = "python3 script.py"
-        ended = shell(code, sandbox)
-        assert (ended.status, re.findall("failed|did not run|may have run", ended.out)) == (0, []), code + ended.err
-        shown.append(ended.out)
-    out = "".join(shown)
-    assert "X_INTERNAL_TOKEN" in shown[0]
-    assert gateway.internal_token not in out
-    assert "'words': 2" in out
-    assert out.count("one two three") == 2
-    assert '"streaming": true' in out
-    lines = (sandbox / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["output"]["output"] for line in lines] == [1, 2]
-    assert [path.name for path in (sandbox / "results").iterdir()] == ["SHA256SUMS.txt"]
-    assert (sandbox / "made" / "checksums.txt").read_text() == (sandbox / "results" / "SHA256SUMS.txt").read_text()
-
-
-@pytest.mark.parametrize(("given", "message"), [
-    (REFUSED, "It may have run: False"),
-    (UNAVAILABLE, "It may have run: True"),
-    (HangUp(), "It may have run: True"),
-    (ran({"success": False, "error": "out of luck"}), "out of luck"),
-    (FAILED_CALL, "out of luck"),
-], ids=["refused", "unavailable", "hang up", "a failure of its own", "a failed call"])
-def test_the_script_of_the_skill_sends_once_and_tells_what_failed(run_skill: Any, given: Any, message: str) -> None:
-    out, told, sent = run_skill("from_env(timeout=300)", given)
-    assert (out, message in told, sent) == ("", True, 1)
-
-
-def test_the_stream_of_the_skill_tells_of_an_error_event(run_skill: Any) -> None:
-    out, told, _ = run_skill("stream=True", chunked(event("content", "so far"), event("error", "out of luck")))
-    assert (out, "out of luck" in told) == ("so far", True)
-
-
-def test_the_batch_of_the_skill_tells_what_may_be_repeated(run_skill: Any) -> None:
-    out, _, sent = run_skill("run_batch", FAILED_CALL, HangUp(), answer({"detail": "wrong"}, 422))
-    ran_or_may_have = "ran or may have run, do not repeat"
-    assert [line.partition(":")[0] for line in out.splitlines()] == [ran_or_may_have, ran_or_may_have, "did not run"]
-    assert sent == 3
-
-
-def test_the_skill_has_the_form_of_a_skill_and_says_what_each_error_means() -> None:
-    _, front, body = SKILL.read_text(encoding="utf-8").split("---\n", 2)
-    assert re.findall(r"^(\w+):", front, re.M) == ["name", "description"]
-    assert f"name: {SKILL.parent.name}\n" in front
-    assert len(" ".join(front.split())) < 1024
-    assert body.count("\n") < 150
-    assert {language for language, _ in skill_blocks()} == {"bash", "python"}
-    errors = {name for name in gateway_sdk.__all__ if name.endswith("Error")}
-    assert set(re.findall(r"^\| `(\w+Error)`", body, re.M)) == errors

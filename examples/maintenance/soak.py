@@ -1,6 +1,6 @@
 """Works the SDK hard, for minutes, over connections that break, and checks all that comes back.
 
-    python examples/soak.py --minutes 10
+    python examples/maintenance/soak.py --minutes 10
 
 Threads share one client and make calls, batches, streams, uploads and downloads. A local gateway,
 in a process of its own, stands behind a small TCP proxy that cuts connections at random: with FIN
@@ -35,7 +35,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from gateway_sdk import GatewayClient, GatewayError, PrefabCall, ServiceUnavailableError
 

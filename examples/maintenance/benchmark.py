@@ -1,6 +1,6 @@
 """How fast the SDK is, beside `http.client`, httpx, requests, urllib3 and the older SDK.
 
-    python examples/benchmark.py --older path/to/venv/bin/python
+    python examples/maintenance/benchmark.py --older path/to/venv/bin/python
 
 `http.client` is the baseline of every section. httpx, requests and urllib3 take part where they
 are installed, the older SDK (agent-builder-gateway-sdk 0.7.2) where `--older` names a Python that
@@ -44,7 +44,7 @@ except ImportError:  # Windows: no memory figures there
     resource = None  # type: ignore[assignment]
 
 HERE = os.path.abspath(__file__)
-ROOT = os.path.dirname(os.path.dirname(HERE))
+ROOT = str(Path(HERE).parents[2])
 BLOCK_BYTES = 1024 * 1024
 EVENTS_PER_CHUNK = 500
 SLOW_SECONDS = 0.05
