@@ -876,6 +876,37 @@ def test_of_any_other_jwt_no_date_is_told(token: str) -> None:
     assert not re.search(r"\d{4}-\d\d-\d\d", str(error)) and "hush" not in all_of(error)
 
 
+# What is done, and how that is answered; each answer has an id.
+WITH_ID: dict[str, tuple[Callable[[Any], Any], bytes]] = {
+    **{f"{status}": (run, answer({"detail": "no"}, status, X_Request_ID="r-1"))
+       for status in (401, 403, 404, 409, 422, 429, 503)},
+    "secret": (run, answer({"error_code": "MISSING_SECRET"}, 400, x_request_id="r-1")),
+    "500": (run, answer(body=b"Internal Server Error", status=500, X_Request_ID="r-1")),
+    "stream": (lambda c: run(c, stream=True), answer({"detail": "no"}, 422, X_REQUEST_ID="r-1")),
+    "redirect": (lambda c: c.list_prefabs(), answer(None, 307, Location="/", X_Request_ID="r-1")),
+    "no JSON": (lambda c: c.list_prefabs(), answer(body=b"<html>", X_Request_ID="r-1")),
+    "no list": (run, answer({}, X_Request_ID=" r-1 ")),
+    "exchange": (exchange_a_key, answer({"detail": "no"}, 401, X_Request_ID="r-1")),
+}
+
+
+@pytest.mark.parametrize("name", WITH_ID)
+def test_an_error_has_the_request_id_of_its_answer(name: str) -> None:
+    act, given = WITH_ID[name]
+    error = error_of(act, given)
+    assert error.request_id == "r-1"
+    assert pickle.loads(pickle.dumps(error)).request_id == copy.copy(error).request_id == "r-1"
+    without = re.sub(rb"(?i)x-request-id: *r-1 *\r\n", b"", given)
+    assert without != given and error_of(act, without).request_id is None
+
+
+def test_an_error_without_an_answer_has_no_request_id() -> None:
+    assert error_of(run, HangUp()).request_id is GatewayError("m").request_id is None
+    last = [answer(None, 503, X_Request_ID=f"r-{number}") for number in range(3)]
+    error = error_of(lambda client: client.list_prefabs(), *last, max_retries=2)
+    assert error.request_id == "r-2"
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
@@ -944,6 +975,67 @@ def test_what_a_function_gave_is_found_in_every_shape_of_output(name: str) -> No
                     fields.get("error_code"))  # fmt: skip
     assert (result.get_files(), result.get_file_urls()) == (files, [url for urls in files.values() for url in urls])
     assert result.get("no such key", "default") == "default"
+
+
+def test_a_result_is_four_fields_and_two_attributes_beside_them() -> None:
+    names = ["status", "output", "error", "job_id"]
+    assert [one.name for one in dataclasses.fields(PrefabResult)] == names
+    bare = PrefabResult(CallStatus.SUCCESS, 1, None, "job-1")
+    assert (bare.raw, bare.exception) == ({}, None)
+    assert bare == PrefabResult("SUCCESS", 1, job_id="job-1") != PrefabResult("SUCCESS", 2)
+    assert bare.to_dict() == {"status": "SUCCESS", "output": 1, "error": None, "job_id": "job-1"}
+    assert type(bare.to_dict()["status"]) is str
+    with pytest.raises(TypeError):
+        PrefabResult("SUCCESS", raw={})  # type: ignore[call-arg]
+
+
+FAILED_ENTRY = {"status": "FAILED", "output": None, "error": {"message": "m", "type": "T"}}
+A_FAILED_CALL = answer({"job_id": "job-2", "results": [FAILED_ENTRY]})
+# What becomes of three calls, and whether they may have run although they failed.
+FATES: list[tuple[Answer, bool | None]] = [
+    (ran({"n": [1, 2]}), None), (A_FAILED_CALL, None), (answer({"detail": "no"}, 404), False),
+    (HangUp(), True), (UNAVAILABLE, True),
+]  # fmt: skip
+
+
+@pytest.fixture
+def mixed_batch() -> BatchResult:
+    with Script(*(given for given, _ in FATES)) as server, client_of(server) as client:
+        return client.run_batch([call()] * len(FATES), max_workers=1)
+
+
+def test_results_become_json_also_those_of_calls_that_raised(mixed_batch: BatchResult) -> None:
+    whole = json.loads(json.dumps(dataclasses.asdict(mixed_batch)))
+    assert whole["status"] == "PARTIAL_SUCCESS" and len(whole["results"]) == len(FATES)
+    for result, told, (_, may_have_run) in zip(mixed_batch.results, whole["results"], FATES):
+        assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+        assert {**told, "error": None} == {**result.to_dict(), "error": None}
+        assert (result.exception is None) == (may_have_run is None)
+        if result.exception:
+            error = result.to_dict()["error"]
+            assert error["may_have_run"] is result.exception.may_have_run is may_have_run
+            assert result.error and result.error["may_have_run"] is may_have_run
+            assert (error["message"], error["type"]) == (
+                result.exception.message, type(result.exception).__name__)
+        else:
+            assert result.raw["status"] == result.status
+
+
+def test_a_result_takes_what_is_beside_its_fields_along(mixed_batch: BatchResult) -> None:
+    for take in (copy.copy, copy.deepcopy, lambda result: pickle.loads(pickle.dumps(result))):
+        for result in mixed_batch.results:
+            taken = take(result)
+            assert (taken, taken.raw) == (result, result.raw)
+            assert type(taken.exception) is type(result.exception)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="`X | Y` cannot be evaluated there")
+def test_results_are_fields_of_pydantic(mixed_batch: BatchResult) -> None:
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(BatchResult)
+    told = json.loads(adapter.dump_json(mixed_batch))
+    assert told == json.loads(json.dumps(dataclasses.asdict(mixed_batch)))
+    assert adapter.validate_python(told).results[0] == mixed_batch.results[0]
 
 
 def test_files_beside_the_output_are_found() -> None:
@@ -2364,6 +2456,50 @@ def test_a_streaming_function_called_for_its_result_gives_one(name: str) -> None
     assert result.is_success() == (result.error is None)
 
 
+@pytest.mark.parametrize("name", RESULTS_OF_EVENTS)
+def test_the_events_that_were_read_give_the_same_result(name: str) -> None:
+    events = chunked(event("start"), *RESULTS_OF_EVENTS[name][0])
+    with Script(*[events] * 3) as server, client_of(server) as client:
+        expected = run(client)
+        result = PrefabResult.from_events(run(client, stream=True))
+        read = list(run(client, stream=True))
+    for made in (result, PrefabResult.from_events(read), PrefabResult.from_events(iter(read))):
+        assert (made, made.raw) == (expected, expected.raw)
+    assert [one["type"] for one in expected.raw["events"]] == [one.raw["type"] for one in read]
+
+
+def test_a_stream_that_breaks_gives_no_result_but_what_was_paid_for() -> None:
+    with Script(HangUp(OPEN_STREAM)) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        with pytest.raises(ServiceUnavailableError) as broken:
+            PrefabResult.from_events(stream)
+    assert broken.value.details["partial_output"] == [1, 2]
+
+
+OWN_EVENTS = [StreamEvent(StreamEventType.CONTENT, "a"), StreamEvent.from_dict({"type": "done"})]
+ITERABLES: dict[str, Callable[[], Any]] = {
+    "list": lambda: OWN_EVENTS, "tuple": lambda: (*OWN_EVENTS,),
+    "iterator": lambda: iter(OWN_EVENTS), "generator": lambda: (one for one in OWN_EVENTS),
+    "stream": lambda: EventStream(OWN_EVENTS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ITERABLES)
+def test_a_stream_can_be_made_of_events(kind: str) -> None:
+    stream = EventStream(ITERABLES[kind]())
+    assert iter(stream) is stream
+    with stream as entered:
+        assert list(entered) == OWN_EVENTS
+    assert [*stream] == [] and next(stream, None) is None
+    assert PrefabResult.from_events(EventStream(ITERABLES[kind]())).get_function_result() == "a"
+    left = EventStream(ITERABLES[kind]())
+    assert next(left).data == "a"
+    left.close()
+    left.close()
+    with pytest.raises(GatewayError, match="closed before its end"):
+        next(left)
+
+
 @cpython_only
 @pytest.mark.parametrize("way", ["break", "with", "error in a with", "close", "drop"])
 def test_leaving_a_stream_frees_its_connection_without_the_garbage_collector(way: str) -> None:
@@ -3333,6 +3469,25 @@ def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
     assert len(server.received) == 3, f"{pressed} more presses"
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_ends_a_batch_closes_the_connections_of_its_calls(raised: Any) -> None:
+    def fail(index: int, result: PrefabResult) -> None:
+        server.wait_until(lambda: len(server.received) == 4)
+        raise raised
+
+    def choose(received: Received) -> Answer:
+        first = received.json["calls"][0]["inputs"]["parameters"]["n"] == 0
+        return HangUp(ran()) if first else Pause()
+
+    with nothing_left(), Routed(choose) as server, client_of(server, timeout=None) as client:
+        with pytest.raises(raised):
+            client.run_batch([call(n) for n in range(20)], max_workers=3, on_result=fail)
+        server.wait_until(lambda: server.open_connections == 0)
+        assert len(server.received) == 4
+        server.choose = lambda received: ran()
+        assert run(client).is_success()
+
+
 def test_an_error_of_on_result_stops_a_batch_like_ctrl_c() -> None:
     def fail(index: int, result: PrefabResult) -> None:
         server.wait_until(lambda: len(server.received) == 3)
@@ -3512,6 +3667,460 @@ def test_a_client_can_be_closed_twice_and_is_a_context_manager() -> None:
         server.wait_until(lambda: server.open_connections == 0)
 
 
+class InThisThread(concurrent.futures.Executor):
+    """Runs each call where it is submitted."""
+
+    def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Any:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+
+class Headers:
+    """A function that gives other headers each time, and notes who asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self) -> dict[str, str]:
+        self.asked.append(threading.get_ident())
+        return {"traceparent": f"t-{len(self.asked)}", "X-Canary": "yes"}
+
+
+def traces(server: Script) -> list[str | None]:
+    return [received.headers.get("traceparent") for received in server.received]
+
+
+class Pickling(InThisThread):
+    """Runs a copy of each call, as another process would."""
+
+    def submit(self, /, *given: Any, **options: Any) -> Any:
+        return super().submit(*pickle.loads(pickle.dumps(given)), **options)
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_headers_of_a_function_go_with_each_request_and_are_asked_for_once(name: str) -> None:
+    headers, endpoint = Headers(), ENDPOINTS[name]
+    with Script(endpoint.given) as server, client_of(server, headers=headers) as client:
+        endpoint.act(client)
+    assert traces(server) == ["t-1"] and server.received[0].headers["x-canary"] == "yes"
+    assert headers.asked == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_headers_of_a_mapping_go_along_whatever_the_credential_is(mode: str) -> None:
+    headers = types.MappingProxyType({"traceparent": "t-1", "User-Agent": "mine/1.0"})
+    with Script(*exchange_of(mode), ran(), answer([])) as server:
+        client = client_in(mode, server.url, headers=headers)
+        run(client)
+        client.list_prefabs()
+    assert set(traces(server)) == {"t-1"}
+    for received in server.received[-2:]:
+        assert received.headers.items() >= MODES[mode].headers.items()
+        assert received.headers["user-agent"] == "mine/1.0"
+
+
+def test_a_header_that_the_sdk_sends_itself_is_replaced_and_not_doubled() -> None:
+    heads: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        heads.append(read_head(sock)[0].lower())
+        sock.sendall(answer([]))
+
+    headers = {"user-agent": "m", "ACCEPT": "a/b"}
+    with Raw(serve) as server, client_of(server, headers=headers) as client:
+        client.list_prefabs()
+    found = re.findall(rb"\n((?:user-agent|accept): .*)\r", heads[0])
+    assert sorted(found) == [b"accept: a/b", b"user-agent: m"]
+
+
+def test_a_client_of_the_environment_or_of_a_key_has_headers_too(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("AGENT_BUILDER_API_KEY", "key-1")
+    with Script(TOKEN_ANSWERS[0], ran(), TOKEN_ANSWERS[0], ran()) as server:
+        run(GatewayClient.from_env(base_url=server.url, headers=Headers()))
+        run(GatewayClient.from_api_key("key-1", server.url, headers=Headers()))
+    assert traces(server) == ["t-1", "t-2"] * 2
+
+
+def test_each_attempt_of_a_request_has_the_same_headers() -> None:
+    headers = Headers()
+    with Script(UNAVAILABLE, HangUp(), answer([]), PAGE) as server:
+        with client_of(server, headers=headers) as client:
+            client.list_prefabs()
+            client.list_files()
+    assert traces(server) == ["t-1"] * 3 + ["t-2"] and len(headers.asked) == 2
+
+
+def test_a_call_that_is_repeated_with_a_new_token_has_the_same_headers() -> None:
+    with Script(TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], ran()) as server:
+        assert run(GatewayClient.from_api_key("key-1", server.url, headers=Headers())).is_success()
+    _, refused, exchange, repeated = traces(server)
+    assert refused == repeated != exchange
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"max_workers": 1}, {"executor": InThisThread()}, {"executor": Pickling()},
+], ids=["threads", "one thread", "executor", "other process"])  # fmt: skip
+def test_each_call_of_a_batch_has_headers_of_its_own_from_the_callers_thread(more: Any) -> None:
+    headers = Headers()
+    with Routed(lambda _: ran()) as server:
+        with client_of(server, headers=lambda: headers()) as client:  # which can't be pickled
+            assert client.run_batch([call(n) for n in range(5)], **more).all_success()
+    assert headers.asked == [threading.get_ident()] * 5
+    sent = {r.json["calls"][0]["inputs"]["parameters"]["n"]: r.headers for r in server.received}
+    assert [sent[n]["traceparent"] for n in range(5)] == ["t-1", "t-2", "t-3", "t-4", "t-5"]
+
+
+def test_each_page_and_each_step_of_an_upload_is_a_request_of_its_own(content_file: Path) -> None:
+    pages = [answer({"files": [{}], "next_token": str(n)}) for n in range(2)]
+    with Script(*pages, PAGE, LINK, NO_BODY) as server:
+        with client_of(server, headers=Headers()) as client:
+            assert len(list(client.iter_files())) == 2
+            client.upload_input_file(content_file)
+    assert traces(server) == ["t-1", "t-2", "t-3", "t-4", None]
+
+
+def test_given_headers_never_go_to_a_storage_or_to_a_proxy(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    with Script(LINK, moved("/else"), answer(body=b"x")) as server:
+        with client_of(server, headers=Headers()) as client:
+            client.download_file(S3, tmp_path / "f")
+    assert traces(server) == ["t-1", None, None]
+    assert not any("x-canary" in received.headers for received in server.received[1:])
+    with Script(answer(None, 502), ran()) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with pytest.raises(GatewayError):
+            run(GatewayClient("https://gateway.invalid", headers=Headers(), max_retries=0))
+        # This one goes to the gateway, though the proxy reads it on its way.
+        run(GatewayClient("http://gateway.invalid", headers=Headers()))
+    assert [received.method for received in proxy.received] == ["CONNECT", "POST"]
+    assert traces(proxy) == [None, "t-1"] and "x-canary" not in proxy.received[0].headers
+
+
+OWN_HEADERS = (
+    "Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Connection", "Range",
+    "If-Range", "Expect", "Upgrade", "TE", "Accept-Encoding",
+)  # fmt: skip
+# What is given as headers; and, but for the kinds of credentials, that of an internal token.
+BAD_HEADERS: dict[str, Any] = {
+    **{f"name {name!r}": {name: "v"} for name in (
+        "", "a b", " a", "a:", "a\nb", "a\r\nHost", "\0", "\u00e4", "\u4f60", 5, None, ("a",))},
+    **{f"value {value!r}": {"X-A": value} for value in (
+        "hush\nhush", "hush\r", "hush\r\nX-B: 1", "hush\0", "hush\u4f60", "hush\x7f",
+        5, None, b"hush")},
+    **{f"{name}": {name: "v"} for name in OWN_HEADERS},
+    **{name.upper(): {name.upper(): "v"} for name in OWN_HEADERS[:2]},
+    **{name.lower(): {name.lower(): "v"} for name in OWN_HEADERS[:4]},
+    "the credential": {"X-Internal-Token": "hush"},
+    "the credential again": {"x-internal-TOKEN": "hush"},
+    "a good one before it": {"X-A": "1", "Host": "h"},
+    "text": "X-A: 1", "number": 5, "pairs": [("X-A", "1")], "names": {"X-A"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_HEADERS)
+def test_headers_that_cannot_be_sent_are_refused(name: str) -> None:
+    given = BAD_HEADERS[name]
+    with Script(*[ran()] * 9) as server:
+        with pytest.raises(ValidationError) as at_once:
+            client_of(server, headers=given)
+        with client_of(server, headers=lambda: given) as client:
+            for act in (run, lambda c: c.run_batch([call()] * 3), lambda c: c.list_prefabs()):
+                with pytest.raises(ValidationError) as later:
+                    act(client)
+    for caught in (at_once, later):
+        assert "header" in str(caught.value).lower() and "hush" not in all_of(caught.value)
+    assert not server.connections
+
+
+@pytest.mark.parametrize("mode", ["JWT", "API key", EXCHANGED])
+def test_the_header_of_any_credential_in_use_is_refused(mode: str) -> None:
+    (own,) = MODES[mode].headers
+    for name in (own, own.title(), own.upper()):
+        with Script(*exchange_of(mode)) as server, pytest.raises(ValidationError):
+            client_in(mode, server.url, headers={name: "v"})
+
+
+def test_a_front_door_may_have_a_credential_of_its_own() -> None:
+    door = {"authorization": "Basic eDp5", "x-api-key": "k", "cookie": "c=1"}
+    other_door = {"x-door": "p\u00e4ss \t1"}
+    with Script(ran(), ran()) as server:
+        run(client_of(server, headers=door))
+        run(GatewayClient(server.url, jwt_token="j.w.t", headers=other_door))
+    first, second = (received.headers for received in server.received)
+    assert first.items() >= {**door, "x-internal-token": TOKEN}.items()
+    assert second.items() >= {**other_door, "authorization": "Bearer j.w.t"}.items()
+
+
+def test_what_the_function_of_headers_raises_is_the_callers_and_nothing_is_sent() -> None:
+    def fail() -> Any:
+        if next(times) >= 2:
+            raise error
+        return {}
+
+    error = LookupError("mine")
+    with Script(*[ran()] * 9) as server, client_of(server, headers=fail) as client:
+        for act in (lambda c: c.run_batch([call()] * 5), run, lambda c: c.list_prefabs()):
+            times = itertools.count(0 if "batch" in act.__code__.co_names[0] else 2)
+            with pytest.raises(LookupError) as caught:
+                act(client)
+            assert caught.value is error
+    assert not server.received
+
+
+def test_headers_are_not_shown_and_a_pickled_client_keeps_them() -> None:
+    with Script(ran()) as server:
+        client = client_of(server, headers={"X-Door": "hush-hush"})
+        assert "hush" not in repr(client)
+        run(pickle.loads(pickle.dumps(client)))
+    assert server.received[0].headers["x-door"] == "hush-hush"
+
+
+# A gateway that reads parameters flat, as the published server does. A client finds it out itself.
+
+MISSING = answer({"detail": "Missing required parameter: text"}, 422)
+MISSING_OTHER = answer({"detail": "Missing required parameter: other"}, 422)
+
+
+def flat_gateway(received: Received) -> Answer:
+    """Runs calls that have a `text` among their inputs: it gives these back."""
+    inputs = [one["inputs"] for one in received.json["calls"]]
+    if not all("text" in given for given in inputs):
+        return MISSING
+    if received.json["calls"][0]["function_name"] == "words":
+        return chunked(event("content", inputs[0]), event("done"))
+    outputs = [{"status": "SUCCESS", "output": given} for given in inputs]
+    return answer({"results": [{"status": "SUCCESS", "output": output} for output in outputs]})
+
+
+def inputs_of(server: Script) -> list[Any]:
+    """Those of each request; a list where it has several calls."""
+    found = [[one["inputs"] for one in received.json["calls"]] for received in server.received]
+    return [inputs[0] if len(inputs) == 1 else inputs for inputs in found]
+
+
+OTHER_S3 = S3 + ".2"
+# The parameters and the files of a call, and what they are when they are sent flat.
+FLAT_INPUTS: dict[str, tuple[Any, Any, Any]] = {
+    "parameters": ({"text": "hi", "n": [1]}, None, {"text": "hi", "n": [1]}),
+    "null": ({"text": None}, None, {"text": None}),
+    "an empty value": ({"text": "", "more": {}}, {}, {"text": "", "more": {}}),
+    "like an envelope": ({"text": {"parameters": 1}}, None, {"text": {"parameters": 1}}),
+    "a file": (None, {"text": [S3]}, {"text": S3}),
+    "two files": ({}, {"text": [S3, OTHER_S3]}, {"text": [S3, OTHER_S3]}),
+    "a tuple of files": ({}, {"text": (S3, OTHER_S3)}, {"text": [S3, OTHER_S3]}),
+    "parameters and files": ({"n": 1}, {"text": [S3], "more": [S3, S3]},
+                             {"n": 1, "text": S3, "more": [S3, S3]}),
+    "files beside the parameter": ({"text": "hi"}, {"in": [S3]}, {"text": "hi", "in": S3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAT_INPUTS)
+def test_a_gateway_that_reads_parameters_flat_is_noticed_and_remembered(name: str) -> None:
+    parameters, files, flat = FLAT_INPUTS[name]
+    nested = PrefabCall("p", "1.0.0", "f", parameters, files).to_dict()["inputs"]
+    with Routed(flat_gateway) as server, client_of(server, max_retries=0) as client:
+        for _ in range(2):
+            assert client.run("p", "1.0.0", "f", parameters, files).get_function_result() == flat
+    assert inputs_of(server) == [json.loads(json.dumps(nested)), flat, flat]
+    first, second = server.received[:2]
+    assert first.target == second.target and first.connection == second.connection
+
+
+TEXT = {"text": "hi"}
+A_TEXT_CALL = PrefabCall("p", "1.0.0", "f", TEXT)
+
+def first_of(events: Any) -> Any:
+    first, *_ = events
+    return first.data
+
+
+FLAT_WAYS: dict[str, Callable[[Any], Any]] = {
+    "prefab": lambda c: c.prefab("p", "1.0.0").f(**TEXT).get_function_result(),
+    "stream": lambda c: first_of(c.run("p", "1.0.0", "words", TEXT, stream=True)),
+    "stream of a prefab": lambda c: first_of(c.prefab("p", "1.0.0").stream("words", **TEXT)),
+    "stream of a plain function": lambda c: first_of(
+        c.run("p", "1.0.0", "f", TEXT, stream=True))["output"],
+    "stream for its result": lambda c: c.run("p", "1.0.0", "words", TEXT).get_function_result()[0],
+    "batch": lambda c: values_of(c.run_batch([A_TEXT_CALL]))[0],
+    "batch on an executor": lambda c: values_of(
+        c.run_batch([A_TEXT_CALL], executor=InThisThread()))[0],
+    "single request of one": lambda c: values_of(
+        c.run_batch([A_TEXT_CALL], single_request=True))[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("awaits", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("name", FLAT_WAYS)
+def test_every_way_to_call_goes_on_flat(name: str, awaits: bool) -> None:
+    def twice(client: Any) -> None:
+        assert [FLAT_WAYS[name](client), FLAT_WAYS[name](client)] == [TEXT, TEXT]
+
+    with Routed(flat_gateway) as server:
+        if awaits:
+            awaited(twice, server, max_retries=0)
+        else:
+            twice(client_of(server, max_retries=0))
+    assert inputs_of(server) == [{"parameters": TEXT}, TEXT, TEXT]
+
+
+@pytest.mark.parametrize(
+    "name", ["my text", "\u6587\u672c", "a.b", "text: more", "(text)", "'text'", "Text"]
+)
+def test_the_parameter_that_is_missed_may_have_any_name(name: str) -> None:
+    missed = answer({"detail": f"Missing required parameter: {name}"}, 422)
+    with Script(missed, ran()) as server, client_of(server) as client:
+        assert client.run("p", "1.0.0", "f", {name: 1}).is_success()
+    assert inputs_of(server) == [{"parameters": {name: 1}}, {name: 1}]
+
+
+SENTENCE = "Missing required parameter: text"
+# Answers that do not say so: the call is not sent again, and the next one is as ever.
+NOT_FLAT: dict[str, Answer] = {
+    "really missing": MISSING_OTHER,
+    "another name": answer({"detail": f"{SENTENCE} (a string)"}, 422),
+    "a part of a name": answer({"detail": SENTENCE[:-1]}, 422),
+    "in another case": answer({"detail": f"{SENTENCE[:-4]}TEXT"}, 422),
+    "mistyped": answer({"detail": "Type mismatch for parameter text: expected string"}, 422),
+    "a list": answer({"detail": [{"loc": ["body"], "msg": SENTENCE, "type": "missing"}]}, 422),
+    "400": answer({"detail": SENTENCE}, 400),
+    "503": answer({"detail": SENTENCE}, 503),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FLAT)
+def test_what_is_really_missing_is_an_error_at_once(name: str) -> None:
+    with Script(NOT_FLAT[name], ran()) as server, client_of(server) as client:
+        with pytest.raises(GatewayError) as caught:
+            client.run("p", "1.0.0", "f", TEXT)
+        assert len(server.received) == 1 and caught.value.status_code in (400, 422, 503)
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()
+    assert inputs_of(server) == [{"parameters": TEXT}] * 2
+
+
+# How the call is answered when it is sent flat, and the error that comes of it.
+FLAT_ENDS: dict[str, tuple[Answer, type[GatewayError], bool]] = {
+    "missing all the same": (MISSING, ValidationError, False),
+    "missing another one": (MISSING_OTHER, ValidationError, False),
+    "hang-up": (HangUp(), ServiceUnavailableError, True),
+    "503": (UNAVAILABLE, ServiceUnavailableError, True),
+    "silence": (Pause(), GatewayTimeoutError, True),
+    "quota": (answer(None, 429), QuotaExceededError, False),
+}
+
+
+@pytest.mark.parametrize("in_batch", [False, True], ids=["call", "batch"])
+@pytest.mark.parametrize("name", FLAT_ENDS)
+def test_nothing_is_sent_a_third_time(name: str, in_batch: bool) -> None:
+    given, kind, may_have_run = FLAT_ENDS[name]
+    timeout = SHORT_SECONDS if name == "silence" else WAIT_SECONDS
+    with Script(MISSING, given, ran()) as server:
+        with client_of(server, timeout=timeout) as client:
+            if in_batch:
+                (result,) = client.run_batch([A_TEXT_CALL]).results
+                error: Any = result.exception
+            else:
+                with pytest.raises(GatewayError) as caught:
+                    client.run("p", "1.0.0", "f", TEXT)
+                error = caught.value
+    assert (type(error), error.may_have_run) == (kind, may_have_run)
+    assert inputs_of(server) == [{"parameters": TEXT}, TEXT]
+
+
+def test_a_gateway_that_misses_a_parameter_in_either_form_is_not_taken_for_flat() -> None:
+    """Or every later call would come to it without its parameters."""
+    with Script(MISSING, MISSING, ran()) as server, client_of(server) as client:
+        with pytest.raises(ValidationError, match=SENTENCE):
+            client.run("p", "1.0.0", "f", TEXT)
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()
+    assert inputs_of(server)[2] == {"parameters": TEXT}
+
+
+def test_a_request_with_several_calls_is_never_sent_again_as_some_may_have_run() -> None:
+    calls = [PrefabCall("p", "1.0.0", "f", {"text": n}) for n in range(2)]
+    with Routed(flat_gateway) as server, client_of(server) as client:
+        with pytest.raises(ValidationError, match=SENTENCE) as caught:
+            client.run_batch(calls, single_request=True)
+        assert caught.value.may_have_run and "may have run" in str(caught.value)
+        assert len(server.received) == 1
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()  # which finds it out
+        assert client.run_batch(calls, single_request=True).all_success()
+    assert inputs_of(server)[-1] == [{"text": 0}, {"text": 1}] and len(server.received) == 4
+
+
+def test_calls_under_way_when_it_is_found_out_are_each_sent_again_flat() -> None:
+    def choose(received: Received) -> Answer:
+        given = flat_gateway(received)
+        return four_under_way if given is MISSING else given
+
+    four_under_way = together(4, MISSING)
+    calls = [PrefabCall("p", "1.0.0", "f", {"text": n}) for n in range(10)]
+    seen: list[int] = []
+    with Routed(choose) as server, client_of(server) as client:
+        report = lambda index, _: seen.append(index)  # noqa: E731
+        batch = client.run_batch(calls, max_workers=4, on_result=report)
+        assert values_of(batch) == [{"text": n} for n in range(10)] and sorted(seen) == [*range(10)]
+        assert client.run_batch(calls).all_success()
+    nested = [one for one in inputs_of(server) if "parameters" in one]
+    assert len(nested) == 4 and len(server.received) == 4 + 10 + 10
+
+
+@pytest.mark.parametrize("kind", [InThisThread, Pickling])
+def test_on_an_executor_too_the_calls_of_a_batch_go_on_flat(kind: Any) -> None:
+    executor = kind()
+    calls = [PrefabCall("p", "1.0.0", "f", {"text": n}) for n in range(3)]
+    with Routed(flat_gateway) as server, client_of(server) as client:
+        batch = client.run_batch(calls, executor=executor)
+        assert values_of(batch) == [{"text": n} for n in range(3)]
+        count = len(server.received)
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()
+        assert client.run_batch(calls, executor=executor).all_success()
+    assert 4 <= count <= 6  # in another process it may be found out anew
+    assert inputs_of(server)[-3:] == [{"text": n} for n in range(3)]
+
+
+def test_a_copy_of_a_client_knows_what_its_original_knew() -> None:
+    with Routed(flat_gateway) as server:
+        client = client_of(server)
+        before = pickle.loads(pickle.dumps(client))
+        client.run("p", "1.0.0", "f", TEXT)
+        after = pickle.loads(pickle.dumps(client))
+        for one in (client, after, before):
+            assert one.run("p", "1.0.0", "f", TEXT).is_success()
+    nested = {"parameters": TEXT}
+    assert inputs_of(server) == [nested, TEXT, TEXT, TEXT, nested, TEXT]
+
+
+def test_both_forms_of_a_call_have_the_same_headers() -> None:
+    with Routed(flat_gateway) as server, client_of(server, headers=Headers()) as client:
+        client.run("p", "1.0.0", "f", TEXT)
+        client.run("p", "1.0.0", "f", TEXT)
+    assert traces(server) == ["t-1", "t-1", "t-2"]
+
+
+@pytest.mark.parametrize("awaits", [False, True], ids=["sync", "async"])
+def test_the_local_gateway_can_read_parameters_flat(awaits: bool) -> None:
+    def act(client: Any) -> None:
+        counted = client.run("text-tools", "1.1.0", "statistics", TEXT)
+        assert counted.get_function_result()["words"] == 1
+        events = client.run("text-tools", "1.1.0", "words", {"text": "a b"}, stream=True)
+        assert [one.data for one in events if one.type == "content"] == ["a ", "b"]
+        calls = [PrefabCall("text-tools", "1.1.0", "echo", {"value": n}) for n in range(3)]
+        assert values_of(client.run_batch(calls)) == [0, 1, 2]
+        with pytest.raises(ValidationError, match="Missing required parameter: text"):
+            client.run("text-tools", "1.1.0", "statistics", {})
+
+    with LocalGateway() as gateway:
+        gateway.flat = True
+        if awaits:
+            awaited(act, gateway)
+        else:
+            act(client_of(gateway))
+        assert len(gateway.executed) == 5 and len(gateway.requests) == 7
+
+
 def test_any_function_of_a_prefab_is_a_method(client: GatewayClient) -> None:
     tools = client.prefab("text-tools", "1.1.0")
     assert isinstance(tools, Prefab) and repr(tools) == "Prefab(prefab_id='text-tools', version='1.1.0')"
@@ -3653,7 +4262,7 @@ async def data_of(events: AsyncIterator[StreamEvent]) -> list[Any]:
 
 
 class Blocking:
-    """An async client behind the interface of the other one, for tables of calls that serve both."""
+    """An async client behind the interface of the other one, for tables that serve both."""
 
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
         self._client, self._loop = client, loop
@@ -3749,15 +4358,6 @@ WRONG: dict[str, Answer] = {
 }
 
 
-class InThisThread(concurrent.futures.Executor):
-    """Runs each call where it is submitted."""
-
-    def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Any:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        future.set_result(function(*arguments, **options))
-        return future
-
-
 @pytest.mark.parametrize("name", SAME)
 def test_it_gives_and_raises_what_the_other_client_does(name: str) -> None:
     act, given = SAME[name]
@@ -3828,7 +4428,8 @@ def test_it_is_made_with_any_credential_and_shows_none(
             assert client is made and type(client) is Agent
             assert (client.base_url, client.timeout) == (server.url, 7)
             assert client.internal_token == (TOKEN if "x-internal-token" in headers else None)
-            assert not re.search(f"{TOKEN}|j.w.t|key-1", repr(client)) and server.url in repr(client)
+            assert not re.search(f"{TOKEN}|j.w.t|key-1", repr(client))
+            assert server.url in repr(client)
             return await run(client)
 
     headers = MODES[mode].headers
@@ -3840,7 +4441,9 @@ def test_it_is_made_with_any_credential_and_shows_none(
 
 
 @pytest.mark.parametrize("variable", [None, "X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY"])
-def test_it_takes_the_credential_of_the_environment(variable: str | None, monkeypatch: Patch) -> None:
+def test_it_takes_the_credential_of_the_environment(
+    variable: str | None, monkeypatch: Patch
+) -> None:
     async def main() -> None:
         async with await AsyncGatewayClient.from_env(timeout=7, max_workers=1) as client:
             await run(client)
@@ -4045,9 +4648,8 @@ class Full(Script):
 
     @property
     def open_connections(self) -> int:
-        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
-        fields = [line.split() for line in lines]
-        return sum((peer[-5:], state) == (f":{self.port:04X}", "02") for _, _, peer, state, *_ in fields)
+        waiting = re.compile(f"[0-9A-F]{{8}}:{self.port:04X} 02 ")  # peer and state: SYN_SENT
+        return len(waiting.findall(Path("/proc/net/tcp").read_text()))
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         """Looks again and again, as no event tells about it."""
@@ -4230,8 +4832,8 @@ def test_a_call_that_takes_too_long_gives_its_thread_to_the_next_one() -> None:
                 await asyncio.wait_for(run(client), SHORT_SECONDS)
             await until(server, lambda: server.open_connections == 0)
             for _ in range(3):
-                count = len(server.received) + 1
-                await give_up(server, run(client), lambda: len(server.received) == count)  # noqa: B023
+                reached = functools.partial(received(len(server.received) + 1), server)
+                await give_up(server, run(client), reached)
             open_way.set()
             assert (await run(client)).get_function_result() == "ok"
 
@@ -4707,7 +5309,9 @@ def test_callbacks_are_called_where_they_may_be_slow_or_touch_the_loop(
 
 
 @pytest.mark.parametrize("name", ["upload_file", "download_file"])
-def test_what_on_progress_raises_comes_out_of_an_awaited_transfer(name: str, tmp_path: Path) -> None:
+def test_what_on_progress_raises_comes_out_of_an_awaited_transfer(
+    name: str, tmp_path: Path
+) -> None:
     async def main() -> None:
         async with async_client_of(server) as client:
             await getattr(client, name)(*arguments, on_progress=fail)
@@ -5102,6 +5706,39 @@ def test_every_fault_ends_as_documented_and_the_client_works_on(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in.bin"]
         faults = iter(())
         assert operation.call(client, tmp_path) == operation.gives
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "from_api_key"])
+def test_the_async_client_meets_faults_as_the_other_one_does(name: str, tmp_path: Path) -> None:
+    def choose(request: Received) -> Answer:
+        payload, kind = good(request, server.url)
+        is_first = requests_to(server, operation) == [request]
+        return fault.make(payload, kind) if is_first else whole(payload, kind)
+
+    def outcome(use: Callable[[], Any]) -> Any:
+        del server.received[:]
+        return outcome_of(use), [request[:2] for request in server.received]
+
+    operation = OPERATIONS[name]
+    (tmp_path / "in.bin").write_bytes(b"x" * 3000)
+    with nothing_left(tmp_path), Routed(choose) as server, client_of(server) as client:
+        for label in ONE_OF_EACH_KIND:
+            fault = FAULTS[label]
+            if fault.outcome is not TIMED_OUT:  # which takes its time
+                expected = outcome(lambda: operation.call(client, tmp_path))
+                act = lambda awaiting: operation.call(awaiting, tmp_path)  # noqa: E731
+                assert outcome(lambda: awaited(act, server)) == expected, label  # noqa: B023
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_awaited_exchange_fails_as_the_other_one_does(name: str) -> None:
+    with Routed(lambda _: WRONG[name]) as server:
+        expected, awaited_ = (outcome_of(make) for make in (
+            lambda: GatewayClient.from_api_key("key-1", server.url),
+            lambda: asyncio.run(AsyncGatewayClient.from_api_key("key-1", server.url)),
+        ))
+        assert expected == awaited_ and issubclass(expected[0], GatewayError)
+        server.wait_until(lambda: server.open_connections == 0)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "from_api_key"])  # which is tried below
@@ -6147,7 +6784,8 @@ def test_a_closed_or_full_stream_is_no_traceback(cli: Any, shell: Any, line: str
 READMES = ("README.md", "README.zh-CN.md")
 TREE = ast.parse(SDK.read_text(encoding="utf-8"))
 PUBLIC = {
-    "AsyncEventStream", "AsyncGatewayClient", "GatewayClient", "Prefab", "PrefabCall", "PrefabResult", "BatchResult", "CallStatus", "StreamEvent",
+    "AsyncEventStream", "AsyncGatewayClient",
+    "GatewayClient", "Prefab", "PrefabCall", "PrefabResult", "BatchResult", "CallStatus", "StreamEvent",
     "StreamEventType", "EventStream", "PrefabInfo", "GatewayError", "AuthenticationError", "PrefabNotFoundError",
     "ValidationError", "QuotaExceededError", "MissingSecretError", "AgentContextRequiredError",
     "ServiceUnavailableError", "GatewayTimeoutError", "DEFAULT_BASE_URL", "__version__",
