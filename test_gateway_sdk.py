@@ -4471,6 +4471,25 @@ def test_a_client_that_was_made_outside_of_a_loop_serves_one_loop_after_another(
         server.wait_until(lambda: server.open_connections == 0)
 
 
+def test_a_client_that_is_dropped_leaves_no_thread_and_no_connection() -> None:
+    code = """if True:
+        import asyncio, gc, socket, sys, threading, gateway_sdk
+        async def main():
+            client = gateway_sdk.AsyncGatewayClient(sys.argv[1])
+            await asyncio.gather(*(client.run("p", "1", "f") for _ in range(3)))
+        asyncio.run(main())
+        gc.collect()
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread():
+                thread.join(10)
+        sockets = [one for one in gc.get_objects() if isinstance(one, socket.socket)]
+        print(threading.active_count(), [one for one in sockets if one.fileno() != -1])
+    """
+    with Script(*[together(3, ran())] * 3) as server:
+        done = python(code, server.url)
+    assert (done.stderr, done.stdout) == ("", "1 []\n")
+
+
 def test_two_hundred_calls_run_at_once_and_their_threads_are_used_again() -> None:
     async def main() -> None:
         async with async_client_of(server) as client:
@@ -4686,6 +4705,7 @@ class Phase(NamedTuple):
     act: Callable[[Any, Path], Any]
     reached: Callable[[Any], object]
     may_have_run: bool = False
+    is_used: bool = False  # the connection, by an earlier request
 
 
 def tls_script(*answers: Answer) -> Callable[[pytest.FixtureRequest], Script]:
@@ -4717,6 +4737,10 @@ PHASES = {
         tls_script(Pause()), lambda c, _: run(c), received(1), may_have_run=True),
     "waiting for what may be asked again": Phase(
         lambda _: Script(Pause(), answer([])), lambda c, _: c.list_prefabs(), received(1)),
+    "waiting for the answer on a used connection": Phase(
+        lambda _: Script(answer([]), Pause()), lambda c, _: run(c), received(2), True, True),
+    "in the body on a used connection": Phase(
+        tls_script(answer([]), Pause(ran()[:-5])), lambda c, _: run(c), received(2), True, True),
     "in the head of the answer": Phase(
         lambda _: Script(Pause(OK + b"X-A: 1\r\nX-")), lambda c, _: run(c), received(1), True),
     "in the body of the answer": Phase(
@@ -4762,6 +4786,8 @@ def test_a_call_that_is_cancelled_closes_its_connection_and_leaves_no_thread(
 ) -> None:
     async def main(phase: Phase, server: Any) -> None:
         async with async_client_of(server, timeout=None) as client:
+            if phase.is_used:
+                await client.list_prefabs()
             await give_up(server, phase.act(client, tmp_path), lambda: phase.reached(server))
 
     with nothing_left(), in_phase(name, request, monkeypatch) as (phase, server):
@@ -4783,6 +4809,8 @@ def test_closing_a_client_can_end_what_its_threads_wait_for(
 
     with nothing_left(), in_phase(name, request, monkeypatch) as (phase, server):
         with client_of(server, timeout=None) as client:
+            if phase.is_used:
+                client.list_prefabs()
             threading.Thread(target=work, daemon=True).start()
             server.wait_until(lambda: phase.reached(server))
             client.close(cancel=True)
