@@ -3469,6 +3469,37 @@ def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
     assert len(server.received) == 3, f"{pressed} more presses"
 
 
+@contextlib.contextmanager
+def logged(note: Callable[[], object]) -> Iterator[list[Any]]:
+    """What `note` gives in the threads that log requests: handlers look up a trace's id there."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if " ms" in record.getMessage():
+                noted.append(note())
+
+    noted: list[Any] = []
+    logger, handler = logging.getLogger("gateway_sdk"), Handler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield noted
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
+def test_context_variables_reach_the_threads_of_a_batch() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
+    with Routed(lambda _: ran()) as server, client_of(server) as client:
+        with logged(variable.get) as noted:
+            for value in "ab":
+                variable.set(value)
+                assert client.run_batch([call()] * 3, max_workers=2).all_success()
+    assert noted == ["a", "a", "a", "b", "b", "b"]
+
+
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_what_ends_a_batch_closes_the_connections_of_its_calls(raised: Any) -> None:
     def fail(index: int, result: PrefabResult) -> None:
@@ -5376,7 +5407,9 @@ def test_context_variables_reach_the_threads(content_file: Path) -> None:
             await asyncio.gather(*(work(client, name) for name in "abc"))
 
     with Routed(lambda one: answer({"s3_url": S3}) if "upload" in one.target else ran()) as server:
-        asyncio.run(main())
+        with logged(variable.get) as noted:
+            asyncio.run(main())
+    assert sorted(noted) == sorted("abc" * 6)
     assert seen == {name: {name} for name in "abc"}
     calls = [one for one in server.received if "upload" not in one.target]
     assert len(calls) == 3 * 5
