@@ -449,6 +449,11 @@ def unended(payload: bytes, kind: str) -> bytes:
     return chunked(*filter(None, [payload]), end=False, content_type=kind)
 
 
+def closing(given: bytes) -> HangUp:
+    """The answer with the end of its connection announced, so that no client keeps it."""
+    return HangUp(given.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+
+
 def is_exchange(received: Received) -> bool:
     return received.target == "/v1/auth/convert_to_internal_token"
 
@@ -3508,7 +3513,7 @@ def test_what_ends_a_batch_closes_the_connections_of_its_calls(raised: Any) -> N
 
     def choose(received: Received) -> Answer:
         first = received.json["calls"][0]["inputs"]["parameters"]["n"] == 0
-        return HangUp(ran()) if first else Pause()
+        return closing(ran()) if first else Pause()
 
     with nothing_left(), Routed(choose) as server, client_of(server, timeout=None) as client:
         with pytest.raises(raised):
@@ -4974,7 +4979,7 @@ def test_a_batch_that_is_cancelled_ends_its_calls_and_sends_nothing_more() -> No
 
     def choose(received: Received) -> Answer:
         number = received.json["calls"][0]["inputs"]["parameters"]["n"]
-        return Pause() if number else HangUp(ran())  # which leaves no idle connection
+        return Pause() if number else closing(ran())
 
     reported: list[int] = []
     with nothing_left(), Routed(choose) as server:
@@ -5131,7 +5136,7 @@ def test_leaving_an_async_stream_closes_its_connection(way: str, script: Any) ->
             await until(server, lambda: server.open_connections == 0)
             assert (await run(client)).is_success()  # on any thread that there is
 
-    with nothing_left(), script(Pause(OPEN_STREAM), HangUp(ran())) as server:
+    with nothing_left(), script(Pause(OPEN_STREAM), closing(ran())) as server:
         asyncio.run(main())
 
 
@@ -5477,7 +5482,7 @@ def test_it_works_on_uvloop() -> None:
             await leave_by_cancel(await run(client, stream=True))
             await until(server, lambda: server.open_connections == 0)
 
-    answers = [ran(), HangUp(WHOLE_STREAM), Pause(), Pause(OPEN_STREAM)]
+    answers = [ran(), closing(WHOLE_STREAM), Pause(), Pause(OPEN_STREAM)]
     with Script(*answers) as server:
         loop = uvloop.new_event_loop()
         try:
