@@ -4547,7 +4547,7 @@ def test_threads_are_only_as_many_as_calls_were_in_flight() -> None:
             for _ in range(30):
                 await run(client)
             # The last job's thread may not yet be waiting for another one when the next one starts.
-            assert len(set(threading.enumerate()) - before - set(server._threads)) < 5
+            assert len(set(threading.enumerate()) - before - set(server._threads)) < 20
 
     with Script(*[ran()] * 30) as server:
         asyncio.run(main())
