@@ -103,6 +103,7 @@ WAIT_SECONDS = 10.0  # for what must happen; only a failing test waits that long
 FUZZ_SEED = int(os.environ.get("GATEWAY_FUZZ_SEED", 20240229))
 FUZZ_COUNT = int(os.environ.get("GATEWAY_FUZZ_COUNT", 150))  # of each kind
 SHORT_SECONDS = 0.1  # a timeout that is meant to run out
+LONG_SECONDS = 6 * WAIT_SECONDS  # one that is not, but ends a test that would hang
 
 # --- Servers --------------------------------------------------------------------------------------
 
@@ -4276,6 +4277,15 @@ def async_client_of(server: Script | LocalGateway, **options: Any) -> AsyncGatew
     return client_of(server, AsyncGatewayClient, **options)
 
 
+def in_loop(work: Awaitable[Any]) -> Any:
+    """`asyncio.run`, with a bound so that a test that hangs fails."""
+
+    async def bounded() -> Any:
+        return await asyncio.wait_for(work, LONG_SECONDS)
+
+    return asyncio.run(bounded())
+
+
 async def until(server: Script, condition: Callable[[], object]) -> None:
     """Waits for a server as `wait_until` does, while the loop goes on."""
     await asyncio.to_thread(server.wait_until, condition)
@@ -4332,7 +4342,7 @@ def awaited(act: Callable[[Any], Any], server: Script | LocalGateway, **options:
         async with async_client_of(server, **options) as client:
             return await asyncio.to_thread(act, Blocking(client, asyncio.get_running_loop()))
 
-    return asyncio.run(main())
+    return in_loop(main())
 
 
 def outcome_of(act: Callable[[], Any]) -> Any:
@@ -4444,7 +4454,7 @@ def test_a_number_of_workers_that_cannot_be_is_refused(value: Any) -> None:
     with pytest.raises(ValidationError, match="max_workers"):
         AsyncGatewayClient("http://h", max_workers=value)
     with Script() as server, pytest.raises(ValidationError, match="max_workers"):
-        asyncio.run(AsyncGatewayClient.from_api_key("k", server.url, max_workers=value))
+        in_loop(AsyncGatewayClient.from_api_key("k", server.url, max_workers=value))
     assert not server.connections
 
 
@@ -4470,7 +4480,7 @@ def test_it_is_made_with_any_credential_and_shows_none(
 
     headers = MODES[mode].headers
     with Script(*exchange_of(mode), ran()) as server:
-        assert asyncio.run(main()).is_success()
+        assert in_loop(main()).is_success()
     received = server.received[-1]
     assert received.target == MODES[mode].run_path
     assert {k: v for k, v in received.headers.items() if k in CREDENTIAL_HEADERS} == headers
@@ -4489,7 +4499,7 @@ def test_it_takes_the_credential_of_the_environment(
     exchange = exchange_of(EXCHANGED) if variable == "AGENT_BUILDER_API_KEY" else []
     with Script(*exchange, ran()) as server:
         monkeypatch.setenv("GATEWAY_BASE_URL", server.url)
-        asyncio.run(main())
+        in_loop(main())
     assert server.received[-1].headers.get("x-internal-token") == (TOKEN if variable else None)
 
 
@@ -4500,10 +4510,10 @@ def test_a_client_that_was_made_outside_of_a_loop_serves_one_loop_after_another(
     answers = [ran(5), chunked(event("content", 1), event("content", 2))]
     with nothing_left(), Script(*answers * 2) as server:
         client = async_client_of(server)
-        assert asyncio.run(use()) == asyncio.run(use()) == (5, [1, 2])
+        assert in_loop(use()) == in_loop(use()) == (5, [1, 2])
         assert server.connections == 1
-        asyncio.run(client.close())
-        asyncio.run(client.close())
+        in_loop(client.close())
+        in_loop(client.close())
         server.wait_until(lambda: server.open_connections == 0)
 
 
@@ -4537,7 +4547,7 @@ def test_two_hundred_calls_run_at_once_and_their_threads_are_used_again() -> Non
             assert not set(threading.enumerate()) - before - set(server._threads)
 
     with nothing_left(), Script(*[together(200, ran())] * 200, *[ran()] * 30) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 def test_threads_are_only_as_many_as_calls_were_in_flight() -> None:
@@ -4550,7 +4560,7 @@ def test_threads_are_only_as_many_as_calls_were_in_flight() -> None:
             assert len(set(threading.enumerate()) - before - set(server._threads)) < 20
 
     with Script(*[ran()] * 30) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -4573,7 +4583,7 @@ def test_no_more_calls_run_at_once_than_there_are_workers(workers: int) -> None:
     barrier = threading.Barrier(workers)
     with LocalGateway() as gateway:
         gateway.add_prefab("p", "1.0.0", {"f": meet})
-        asyncio.run(main())
+        in_loop(main())
     assert max(peaks) <= workers
 
 
@@ -4600,7 +4610,7 @@ def test_what_needs_several_requests_needs_no_more_than_one_worker(content_file:
 
     seen: list[int] = []
     with LocalGateway() as gateway:
-        asyncio.run(asyncio.wait_for(main(), 3 * WAIT_SECONDS))
+        in_loop(main())
     assert content_file.with_name("down").read_bytes() == b"content"
 
 
@@ -4615,7 +4625,7 @@ def test_files_are_listed_a_page_at_a_time() -> None:
 
     pages = [answer({"files": [{"key": 1}], "next_token": "n"}), answer({"files": [{"key": 2}]})]
     with Script(*pages) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 @pytest.mark.parametrize("error", [None, LookupError, asyncio.CancelledError])
@@ -4630,7 +4640,7 @@ def test_an_async_session_is_cleaned_up_error_or_not(error: Any, gateway: LocalG
                         raise error
             return (await client.list_temp_files(session))["files"]
 
-    assert asyncio.run(main()) == []
+    assert in_loop(main()) == []
 
 
 def test_a_session_whose_task_is_cancelled_is_cleaned_up() -> None:
@@ -4653,7 +4663,7 @@ def test_a_session_whose_task_is_cancelled_is_cleaned_up() -> None:
             ]
 
     with Script(answer({"deleted_count": 1})) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 # Cancelling: a call that is given up lets go of everything, wherever it stands.
@@ -4673,6 +4683,7 @@ class Deaf(Script):
             self.begun += 1
             self._changed.notify_all()
         self.listens.wait(3 * WAIT_SECONDS)
+        sock.settimeout(2 * WAIT_SECONDS)
         while sock.recv(2**20):
             pass
         return False
@@ -4821,13 +4832,13 @@ def test_a_call_that_is_cancelled_closes_its_connection_and_leaves_no_thread(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     async def main(phase: Phase, server: Any) -> None:
-        async with async_client_of(server, timeout=None) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
             if phase.is_used:
                 await client.list_prefabs()
             await give_up(server, phase.act(client, tmp_path), lambda: phase.reached(server))
 
     with nothing_left(), in_phase(name, request, monkeypatch) as (phase, server):
-        asyncio.run(main(phase, server))
+        in_loop(main(phase, server))
     assert [path.name for path in tmp_path.rglob("*")] in ([], ["large"])
 
 
@@ -4877,7 +4888,7 @@ def test_closing_a_client_with_cancel_breaks_its_streams_off(waiting: bool) -> N
             outcome.put(error)
 
     with nothing_left(), Script(Pause(OPEN_STREAM)) as server, client_of(server) as client:
-        stream = run(client, stream=True, timeout=None)
+        stream = run(client, stream=True, timeout=LONG_SECONDS)
         assert [next(stream).data, next(stream).data] == [1, 2]
         reader = threading.Thread(target=read, args=(stream,), daemon=True)
         if waiting:
@@ -4891,7 +4902,7 @@ def test_closing_a_client_with_cancel_breaks_its_streams_off(waiting: bool) -> N
 
 def test_a_call_that_takes_too_long_gives_its_thread_to_the_next_one() -> None:
     async def main() -> None:
-        async with async_client_of(server, timeout=None, max_workers=1) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS, max_workers=1) as client:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(run(client), SHORT_SECONDS)
             await until(server, lambda: server.open_connections == 0)
@@ -4903,7 +4914,7 @@ def test_a_call_that_takes_too_long_gives_its_thread_to_the_next_one() -> None:
 
     open_way = threading.Event()
     with nothing_left(), Routed(lambda _: ran() if open_way.is_set() else Pause()) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 def test_a_call_that_waits_for_a_worker_can_be_given_up_and_is_never_sent() -> None:
@@ -4923,23 +4934,23 @@ def test_a_call_that_waits_for_a_worker_can_be_given_up_and_is_never_sent() -> N
 
     gate = threading.Event()
     with Script(Steps((lambda _: gate.wait(WAIT_SECONDS), send(ran()))), *[ran()] * 5) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["when it is made", "later"])
 def test_a_token_exchange_can_be_given_up(first: bool) -> None:
     async def main() -> None:
+        making = AsyncGatewayClient.from_api_key("key-1", server.url, LONG_SECONDS)
         if first:
-            making = AsyncGatewayClient.from_api_key("key-1", server.url, None)
             await give_up(server, making, lambda: server.received)
         else:
-            async with await AsyncGatewayClient.from_api_key("key-1", server.url, None) as client:
+            async with await making as client:
                 await give_up(server, run(client), lambda: len(server.received) == 3)
         await until(server, lambda: server.open_connections == 0)
 
     answers = [Pause()] if first else [TOKEN_ANSWERS[0], REFUSED, Pause()]
     with nothing_left(), Script(*answers, TOKEN_ANSWERS[1], ran()) as server:
-        asyncio.run(main())
+        in_loop(main())
         assert len(server.received) == len(answers)
 
 
@@ -4962,13 +4973,13 @@ def test_a_token_exchange_that_is_given_up_costs_no_other_call() -> None:
 
     exchanges = iter([TOKEN_ANSWERS[0], Pause(), TOKEN_ANSWERS[1]])
     with Routed(choose) as server:
-        asyncio.run(main())
+        in_loop(main())
     assert sum(map(is_exchange, server.received)) == 3
 
 
 def test_a_batch_that_is_cancelled_ends_its_calls_and_sends_nothing_more() -> None:
     async def main() -> None:
-        async with async_client_of(server, timeout=None) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
             batch = client.run_batch([call(n) for n in range(20)], max_workers=3, on_result=report)
             await give_up(server, batch, lambda: len(server.received) == 4)
             await until(server, lambda: server.open_connections == 0)
@@ -4983,7 +4994,7 @@ def test_a_batch_that_is_cancelled_ends_its_calls_and_sends_nothing_more() -> No
 
     reported: list[int] = []
     with nothing_left(), Routed(choose) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 def test_results_that_arrived_before_a_batch_was_cancelled_are_reported() -> None:
@@ -5004,7 +5015,7 @@ def test_results_that_arrived_before_a_batch_was_cancelled_are_reported() -> Non
     tasks: list[asyncio.Future[Any]] = []
     reported: list[int] = []
     with nothing_left(), Script(ran(), ran(), ran(), Pause(), ran()) as server:
-        asyncio.run(main())
+        in_loop(main())
     assert (reported, len(server.received)) == ([0, 1, 2], 4)
 
 
@@ -5019,7 +5030,7 @@ def test_what_on_result_raises_ends_a_batch_and_comes_out() -> None:
         raise LookupError("mine")
 
     with holding_all_but_the_first(threading.Event()) as server:
-        asyncio.run(main())
+        in_loop(main())
     assert len(server.received) == 3
 
 
@@ -5044,7 +5055,7 @@ def test_an_async_stream_ends_as_the_other_one_does(given: Answer, events: Any, 
 
     timeout = SHORT_SECONDS if isinstance(given, Pause) else WAIT_SECONDS
     with nothing_left(), Script(given) as server:
-        assert asyncio.run(main()) == (events, error)
+        assert in_loop(main()) == (events, error)
 
 
 def test_each_event_comes_through_the_loop_when_it_has_arrived() -> None:
@@ -5061,7 +5072,7 @@ def test_each_event_comes_through_the_loop_when_it_has_arrived() -> None:
     for number, gate in enumerate(taken):
         steps += [send(chunk(event("content", number))), lambda _, g=gate: g.wait(WAIT_SECONDS)]
     with Script(Steps((*steps, send(b"0\r\n\r\n")))) as server:
-        asyncio.run(main())
+        in_loop(main())
     assert all(gate.is_set() for gate in taken)
 
 
@@ -5130,20 +5141,20 @@ LEAVING = {
 @pytest.mark.parametrize("way", LEAVING)
 def test_leaving_an_async_stream_closes_its_connection(way: str, script: Any) -> None:
     async def main() -> None:
-        async with async_client_of(server, timeout=None) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
             await LEAVING[way](await run(client, stream=True))
             gc.collect()
             await until(server, lambda: server.open_connections == 0)
             assert (await run(client)).is_success()  # on any thread that there is
 
     with nothing_left(), script(Pause(OPEN_STREAM), closing(ran())) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 @pytest.mark.parametrize("way", ["close", "with", "cancel", "timeout"])
 def test_an_async_stream_that_was_left_is_never_read_on_as_if_it_were_whole(way: str) -> None:
     async def main() -> None:
-        async with async_client_of(server, timeout=None) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
             stream = await run(client, stream=True)
             await LEAVING[way](stream)
             for _ in range(2):
@@ -5151,7 +5162,7 @@ def test_an_async_stream_that_was_left_is_never_read_on_as_if_it_were_whole(way:
                     await stream.__anext__()
 
     with Script(Pause(OPEN_STREAM)) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 @pytest.mark.parametrize("how", ["dropped", "closed elsewhere"])
@@ -5162,19 +5173,19 @@ def test_a_stream_may_outlive_its_loop(how: str) -> None:
         return stream
 
     with nothing_left(), Script(Pause(OPEN_STREAM)) as server:
-        client = async_client_of(server, timeout=None)
-        stream = asyncio.run(main())
+        client = async_client_of(server, timeout=LONG_SECONDS)
+        stream = in_loop(main())
         if how == "closed elsewhere":
-            asyncio.run(stream.close())
+            in_loop(stream.close())
         del stream
         gc.collect()
         server.wait_until(lambda: server.open_connections == 0)
-        asyncio.run(client.close())
+        in_loop(client.close())
 
 
 def test_closing_an_async_stream_ends_the_wait_of_another_task_without_an_error() -> None:
     async def main() -> None:
-        async with async_client_of(server, timeout=None) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
             stream = await run(client, stream=True)
             reader = asyncio.ensure_future(data_of(stream))
             await asyncio.sleep(SHORT_SECONDS)  # so that it mostly waits for the third event
@@ -5183,12 +5194,12 @@ def test_closing_an_async_stream_ends_the_wait_of_another_task_without_an_error(
             await until(server, lambda: server.open_connections == 0)
 
     with nothing_left(), Script(Pause(OPEN_STREAM)) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 def test_a_stream_closes_while_all_workers_are_busy() -> None:
     async def main() -> None:
-        async with async_client_of(server, timeout=None, max_workers=2) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS, max_workers=2) as client:
             stream = await run(client, stream=True)
             reader = asyncio.ensure_future(data_of(stream))
             calls = [asyncio.ensure_future(run(client)) for _ in range(2)]
@@ -5208,7 +5219,7 @@ def test_a_stream_closes_while_all_workers_are_busy() -> None:
 
     ended = threading.Event()
     with nothing_left(), Script(Steps((stream_until_left,)), Pause(), Pause()) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 def test_a_second_reader_of_an_async_stream_gets_an_error_and_spoils_nothing() -> None:
@@ -5225,7 +5236,7 @@ def test_a_second_reader_of_an_async_stream_gets_an_error_and_spoils_nothing() -
     gate = threading.Event()
     late = WHOLE_STREAM[len(HEAD) :]
     with Script(Steps((send(HEAD), lambda _: gate.wait(WAIT_SECONDS), send(late)))) as server:
-        asyncio.run(main())
+        in_loop(main())
 
 
 def test_a_slow_reader_holds_the_sender_back() -> None:
@@ -5253,7 +5264,7 @@ def test_a_slow_reader_holds_the_sender_back() -> None:
 
     held = threading.Event()
     with Script(Steps((flood,))) as server:
-        assert asyncio.run(main()) == [*range(sent + 1)]  # none was lost meanwhile
+        assert in_loop(main()) == [*range(sent + 1)]  # none was lost meanwhile
     assert 0 < sent < most - 1
 
 
@@ -5298,7 +5309,7 @@ def test_the_loop_beats_while_fifty_calls_are_in_flight_and_while_the_client_clo
     opened: list[bool] = []
     first, second = threading.Event(), threading.Event()
     with nothing_left(), Routed(choose) as server:
-        asyncio.run(main())
+        in_loop(main())
     assert opened == [True] * 60
 
 
@@ -5339,7 +5350,7 @@ def test_the_loop_beats_while_files_are_opened_and_parameters_written(
 
     upload, target = SlowPath(content_file), SlowPath(content_file.with_name("down"))
     parameters = SlowParameters()
-    asyncio.run(main())
+    in_loop(main())
     for slow in (upload, target, parameters):
         assert slow.waited and all(slow.waited)
     assert target.path.read_bytes() == b"content"
@@ -5351,7 +5362,7 @@ def test_callbacks_are_called_where_they_may_be_slow_or_touch_the_loop(
     async def main() -> None:
         def report(index: int, result: PrefabResult) -> None:
             asyncio.get_running_loop()
-            in_loop.append(threading.get_ident())
+            reporters.append(threading.get_ident())
 
         def progress(done: int, total: int | None) -> None:
             in_workers.append(threading.get_ident())
@@ -5363,13 +5374,13 @@ def test_callbacks_are_called_where_they_may_be_slow_or_touch_the_loop(
             await client.upload_input_file(content_file, on_progress=progress)
             await client.upload_temp_file(content_file, on_progress=progress)
             await client.download_file(uploaded["s3_url"], content_file, on_progress=progress)
-            assert in_loop == [threading.get_ident()] * 9
+            assert reporters == [threading.get_ident()] * 9
             assert len(in_workers) >= 8 and threading.get_ident() not in in_workers
 
     call_to_echo = PrefabCall("text-tools", "1.1.0", "echo", {"value": 1})
-    in_loop: list[int] = []
+    reporters: list[int] = []
     in_workers: list[int] = []
-    asyncio.run(main())
+    in_loop(main())
 
 
 @pytest.mark.parametrize("name", ["upload_file", "download_file"])
@@ -5388,7 +5399,7 @@ def test_what_on_progress_raises_comes_out_of_an_awaited_transfer(
     arguments = [S3, tmp_path / "f"] if name == "download_file" else [__file__]
     with Script(LINK, answer(body=b"x" * 3000)) as server:
         with pytest.raises(KeyError) as caught:
-            asyncio.run(main())
+            in_loop(main())
     assert caught.value is error and not [*tmp_path.iterdir()]
 
 
@@ -5413,7 +5424,7 @@ def test_context_variables_reach_the_threads(content_file: Path) -> None:
 
     with Routed(lambda one: answer({"s3_url": S3}) if "upload" in one.target else ran()) as server:
         with logged(variable.get) as noted:
-            asyncio.run(main())
+            in_loop(main())
     assert sorted(noted) == sorted("abc" * 6)
     assert seen == {name: {name} for name in "abc"}
     calls = [one for one in server.received if "upload" not in one.target]
@@ -5475,7 +5486,7 @@ def test_it_works_on_uvloop() -> None:
     uvloop = pytest.importorskip("uvloop")
 
     async def main() -> None:
-        async with async_client_of(server, timeout=None) as client:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
             assert (await run(client)).get_function_result() == "ok"
             assert await data_of(await run(client, stream=True)) == [1, None]
             await give_up(server, run(client), lambda: len(server.received) == 3)
@@ -5801,7 +5812,7 @@ def test_an_awaited_exchange_fails_as_the_other_one_does(name: str) -> None:
     with Routed(lambda _: WRONG[name]) as server:
         expected, awaited_ = (outcome_of(make) for make in (
             lambda: GatewayClient.from_api_key("key-1", server.url),
-            lambda: asyncio.run(AsyncGatewayClient.from_api_key("key-1", server.url)),
+            lambda: in_loop(AsyncGatewayClient.from_api_key("key-1", server.url)),
         ))
         assert expected == awaited_ and issubclass(expected[0], GatewayError)
         server.wait_until(lambda: server.open_connections == 0)
