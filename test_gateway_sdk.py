@@ -3767,8 +3767,8 @@ def test_a_header_that_the_sdk_sends_itself_is_replaced_and_not_doubled() -> Non
     headers = {"user-agent": "m", "ACCEPT": "a/b"}
     with Raw(serve) as server, client_of(server, headers=headers) as client:
         client.list_prefabs()
-    found = re.findall(rb"\n((?:user-agent|accept): .*)\r", heads[0])
-    assert sorted(found) == [b"accept: a/b", b"user-agent: m"]
+    lines = [line for line in heads[0].split(b"\r\n") if line.startswith((b"user-", b"accept:"))]
+    assert sorted(lines) == [b"accept: a/b", b"user-agent: m"]
 
 
 def test_a_client_of_the_environment_or_of_a_key_has_headers_too(monkeypatch: Patch) -> None:
@@ -3791,8 +3791,8 @@ def test_each_attempt_of_a_request_has_the_same_headers() -> None:
 def test_a_call_that_is_repeated_with_a_new_token_has_the_same_headers() -> None:
     with Script(TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], ran()) as server:
         assert run(GatewayClient.from_api_key("key-1", server.url, headers=Headers())).is_success()
-    _, refused, exchange, repeated = traces(server)
-    assert refused == repeated != exchange
+    _, refused, _, repeated = traces(server)
+    assert refused == repeated == "t-2"
 
 
 @pytest.mark.parametrize("more", [
@@ -3882,7 +3882,7 @@ def test_the_header_of_any_credential_in_use_is_refused(mode: str) -> None:
 
 def test_a_front_door_may_have_a_credential_of_its_own() -> None:
     door = {"authorization": "Basic eDp5", "x-api-key": "k", "cookie": "c=1"}
-    other_door = {"x-door": "p\u00e4ss \t1"}
+    other_door = {"x-door": "p\u00e4ss 1"}
     with Script(ran(), ran()) as server:
         run(client_of(server, headers=door))
         run(GatewayClient(server.url, jwt_token="j.w.t", headers=other_door))
@@ -4021,7 +4021,7 @@ NOT_FLAT: dict[str, Answer] = {
     "a part of a name": answer({"detail": SENTENCE[:-1]}, 422),
     "in another case": answer({"detail": f"{SENTENCE[:-4]}TEXT"}, 422),
     "mistyped": answer({"detail": "Type mismatch for parameter text: expected string"}, 422),
-    "a list": answer({"detail": [{"loc": ["body"], "msg": SENTENCE, "type": "missing"}]}, 422),
+    "a list": answer({"detail": [{"loc": ["body", "text"], "msg": "Field required"}]}, 422),
     "400": answer({"detail": SENTENCE}, 400),
     "503": answer({"detail": SENTENCE}, 503),
 }

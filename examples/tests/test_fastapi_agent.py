@@ -207,7 +207,7 @@ def test_the_agent_answers_errors_with_a_fitting_status(
     agent.gateway.add_prefab("text-tools", "1.1.0", functions, secrets=secrets)
     if token == "an API key's":
         exchanging = GatewayClient.from_api_key(agent.gateway.api_key, agent.gateway.base_url)
-        token = exchanging._transport.credential["X-Internal-Token"]
+        token = exchanging.internal_token
     with agent.post(path, {"text": "a b c"}, token) as response:
         assert (response.status, json.load(response).get("error")) == (status, error)
 
