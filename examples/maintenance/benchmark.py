@@ -611,6 +611,7 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, folder: str) -> None:
         self.older, self.folder = options.older, folder
         self.rounds = options.rounds or (3 if options.quick else 7)
+        self.stream_rounds = options.rounds or (1 if options.quick else 3)  # which are long
         self.mib = 32 if options.quick else 512
         self.sizes = {
             "calls": 200 if options.quick else 1000,
@@ -651,8 +652,8 @@ class Benchmark:
     def _section(self, section: str) -> None:
         is_program = section in ("import", "start")
         rounds = self.rounds * (2 if is_program else 1)  # those are short
-        if section.startswith("streams"):  # and those are long
-            rounds = (rounds + 2) // 3
+        if section.startswith("streams"):
+            rounds = self.stream_rounds
         for number in range(rounds + 1):  # the first is not counted: it compiles modules, say
             print(f"\r{section}: round {number} of {rounds} ", end="", file=sys.stderr, flush=True)
             for contender in self.contenders(section):
@@ -741,8 +742,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", type=lambda text: text.split(","), metavar="SECTION[,SECTION]",
         help=f"of {', '.join(SECTIONS)}")
-    add("--quick", action="store_true", help="in a minute; too small for the targets")
-    add("--rounds", type=int, metavar="N", help="default: 7, with --quick 3")
+    add("--quick", action="store_true", help="in two minutes; too small for the targets")
+    add("--rounds", type=int, metavar="N", help="default: 7 (many streams: 3), with --quick 3 (1)")
     add("--json", metavar="FILE", help="write the figures of all rounds")
     add("--older", metavar="PYTHON", help="a Python that has agent-builder-gateway-sdk==0.7.2")
     options = parser.parse_args()
