@@ -1916,7 +1916,10 @@ class _Flight:
 
     def wait(self, seconds: float) -> None:
         """Waits, but no longer than until it is cancelled."""
-        if self._gate.acquire(timeout=seconds):
+        # On Windows only a sleep notices Ctrl-C, which comes to the main thread.
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(seconds)
+        elif self._gate.acquire(timeout=seconds):
             self._gate.release()
 
     def __del__(self) -> None:
