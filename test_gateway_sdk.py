@@ -4956,6 +4956,8 @@ def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, capl
     assert "'words': 2" in out
     assert not re.search("fail", out + err, re.I)
     assert (namespace["batch"].all_success(), namespace["result"].is_success()) == (True, True)
+    left = {path.name for path in Path().iterdir()} - {"a.txt", "b.txt", "programs"}  # those are the fixtures'
+    assert left <= {line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()}
 
 
 def test_the_readmes_have_the_same_code_apart_from_comments() -> None:
