@@ -4999,6 +4999,21 @@ def test_no_name_of_the_module_is_used_above_its_definition() -> None:
     assert used == []
 
 
+def test_the_module_keeps_the_limits_that_contributing_names() -> None:
+    assert SDK.stat().st_size <= 160_000
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+            assert node.end_lineno - node.lineno - docstring <= 45, node.name
+
+
+def test_every_section_of_the_module_is_in_the_picture_of_contributing() -> None:
+    sections = re.findall("^# --- (.+?) -+$", SDK.read_text(encoding="utf-8"), re.M)
+    picture = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```text")[2].partition("```")[0]
+    assert [name for name in sections if name.lower() not in picture] == []
+    assert len(sections) > 10
+
+
 def imported_names() -> set[str]:
     nodes = list(ast.walk(TREE))
     assert not any(node.level for node in nodes if isinstance(node, ast.ImportFrom))
