@@ -55,6 +55,7 @@ import types
 import unicodedata
 import urllib.parse
 import urllib.request
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
@@ -336,6 +337,14 @@ def gateway() -> Iterator[LocalGateway]:
 def client(gateway: LocalGateway) -> Iterator[GatewayClient]:
     with client_of(gateway) as made:
         yield made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts: a job in the background ignores it, and so would each process that a test starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
@@ -1375,38 +1384,60 @@ def test_parameters_arrive_whole() -> None:
 # --- Connections ----------------------------------------------------------------------------------
 
 
-INTERIM_AND_ANSWER = b"HTTP/1.1 103 Early Hints\r\n\r\n" + answer(body=b"0123456789")
-# An inner way of `http.client`: what is sent, what is done with the answer after `begin`, and what comes of it.
-WAYS: dict[str, tuple[bytes, Callable[[Any], Any], Any]] = {
-    "reads from what makefile gives": (INTERIM_AND_ANSWER, lambda r: r.fp is r.given, True),
-    "begin stops at an interim answer": (INTERIM_AND_ANSWER, lambda r: r.status, 103),
-    "begin reads no head while there are headers": (INTERIM_AND_ANSWER, lambda r: [r.begin(), r.status], [None, 103]),
-    "begin reads a head while headers is None": (
-        INTERIM_AND_ANSWER, lambda r: [setattr(r, "headers", None), r.begin(), r.status], [None, None, 200]),
-    "length is what the head says": (answer(body=b"0123456789"), lambda r: r.length, 10),
-    "length counts down": (answer(body=b"0123456789"), lambda r: [r.read1(4), r.length], [b"0123", 6]),
-    "length is None with chunks": (HEAD, lambda r: [r.length, r.chunked, r.will_close], [None, True, False]),
-    "length is None without a head's word": (OK + b"\r\n", lambda r: [r.length, r.chunked], [None, False]),
-    "will_close is false with a length": (answer(body=b""), lambda r: r.will_close, False),
-    "will_close is true where only the end tells": (OK + b"\r\n", lambda r: r.will_close, True),
-    "will_close is true where the head says so": (answer(Connection="close"), lambda r: r.will_close, True),
-    "read1 returns what is there": (HEAD + chunk(b"first"), lambda r: r.read1(99), b"first"),
-    "read1 returns nothing at the end": (chunked(b"all"), lambda r: [r.read1(99), r.read1(99)], [b"all", b""]),
+# A canary: the SDK reads the head of an answer by itself, says how its body is framed, and leaves the body to
+# `http.client`. Each row is an inner way of `http.client.HTTPResponse` that this counts on: how the body is framed,
+# what the socket's file gives, what is done, and what comes of it. Where a row fails, Python has changed and not we.
+TEN = {"length": 10}
+CHUNKED = {"chunked": True}
+WAYS: dict[str, tuple[dict[str, Any], bytes, Callable[[Any], Any], Any]] = {
+    "it reads from what makefile gives": (TEN, b"0123456789", lambda r: r.fp is r.given, True),
+    "read1 gives what is there": (TEN, b"0123", lambda r: [r.read1(99), r.length], [b"0123", 6]),
+    "read1 gives no more than it is asked for": (TEN, b"0123456789", lambda r: [r.read1(4), r.length], [b"0123", 6]),
+    "read1 leaves what is not the body's": (
+        TEN, b"0123456789HTTP", lambda r: [r.read1(99), r.read1(99), r.given.read(4)], [b"0123456789", b"", b"HTTP"]),
+    "length says what is missing at an end": (
+        TEN, b"0123", lambda r: [r.given.hang_up(), r.read1(99), r.read1(99), r.length], [None, b"0123", b"", 6]),
+    "read1 gives a chunk": (CHUNKED, chunk(b"first"), lambda r: r.read1(99), b"first"),
+    "read1 gives a part of a chunk": (
+        CHUNKED, chunk(b"first"), lambda r: [r.read1(2), r.chunk_left, r.read1(9)], [b"fi", 3, b"rst"]),
+    "read1 ends with the last chunk": (
+        CHUNKED, chunk(b"all") + b"0\r\nTrailer: x\r\n\r\nHTTP",
+        lambda r: [r.read1(99), r.read1(99), r.given.read(4)], [b"all", b"", b"HTTP"]),
+    "a cut between chunks is an error": (
+        CHUNKED, chunk(b"all"), lambda r: [r.given.hang_up(), r.read1(99), raised(r.read1, 99)],
+        [None, b"all", http.client.IncompleteRead]),
+    "a size that is no number is an error": (
+        CHUNKED, b"xyz\r\n", lambda r: raised(r.read1, 99), http.client.IncompleteRead),
+    "without a frame the end tells": (
+        {}, b"all", lambda r: [r.read1(99), r.given.hang_up(), r.read1(99)], [b"all", None, b""]),
+    "what the SDK sets stays": (
+        {"will_close": False, **TEN}, b"0123456789", lambda r: [r.read1(99), r.will_close], [b"0123456789", False]),
 }
+
+
+def raised(act: Callable[..., object], *arguments: Any) -> type[BaseException] | None:
+    """The class of what `act` raises."""
+    try:
+        act(*arguments)
+    except Exception as error:
+        return type(error)
+    return None
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_http_client_still_has_the_inner_way_that_the_sdk_relies_on(way: str) -> None:
-    """On an answer of `http.client` itself, so that it names what another Python changed."""
-    sent, act, expected = WAYS[way]
+    frame, sent, act, expected = WAYS[way]
     ours, peer = socket.socketpair()
     ours.settimeout(WAIT_SECONDS)
     with ours, peer, ours.makefile("rb") as file:
-        like_a_socket: Any = types.SimpleNamespace(makefile=lambda _mode: file)  # all that it needs of one
+        given = types.SimpleNamespace(close=lambda: None, hang_up=lambda: peer.shutdown(socket.SHUT_WR))
+        for name in ("read", "read1", "readline", "readinto", "flush"):  # all that is asked of it
+            setattr(given, name, getattr(file, name))
+        like_a_socket: Any = types.SimpleNamespace(makefile=lambda _mode: given)
         with http.client.HTTPResponse(like_a_socket) as response:
-            vars(response)["given"] = file
+            nothing = {"length": None, "chunked": False, "chunk_left": None, "will_close": True}
+            vars(response).update({"given": given, **nothing, **frame})
             peer.sendall(sent)
-            response.begin()
             assert act(response) == expected
 
 
@@ -1465,6 +1496,16 @@ def test_connections_that_were_idle_for_too_long_are_dropped(tmp_path: Path, mon
             run(client)
             assert server.connections == 2
             storage.wait_until(lambda: storage.open_connections == 0)  # though nothing more is asked of it
+
+
+def test_of_many_connections_that_become_idle_a_hundred_are_kept() -> None:
+    with Script(*[chunked(event("done"))] * 102) as server, client_of(server) as client:
+        streams = [run(client, stream=True) for _ in range(102)]
+        assert server.open_connections == 102
+        for stream in streams:
+            assert [e.type for e in stream] == ["done"]
+        server.wait_until(lambda: server.open_connections <= 100)
+        assert server.open_connections == 100
 
 
 def test_a_small_request_is_one_write() -> None:
@@ -1646,14 +1687,21 @@ def test_a_wrong_certificate_is_an_error_with_a_remedy_and_nothing_is_sent(
     assert server.connections == 1 and not delays and not server.received and not caught.value.may_have_run
 
 
-def test_https_to_an_http_port_is_told_and_not_tried_again(delays: list[float]) -> None:
+@pytest.mark.parametrize(("given", "connections"), [
+    (answer({"detail": "what?"}, 400, Connection="close"), 1), (b"", 3),
+], ids=["the server speaks http", "the server hangs up"])
+def test_https_to_an_http_port_is_told_and_not_tried_again_unlike_a_lost_connection(
+    given: bytes, connections: int, delays: list[float]
+) -> None:
     def serve(sock: socket.socket) -> None:
-        sock.recv(65536)
-        sock.sendall(answer({"detail": "what?"}, 400, Connection="close"))
+        sock.recv(65536)  # the greeting
+        sock.sendall(given)
 
-    with Raw(serve) as server, pytest.raises(ServiceUnavailableError, match="http://"):
+    with Raw(serve) as server, pytest.raises(ServiceUnavailableError) as caught:
         run(GatewayClient(f"https://127.0.0.1:{server.port}"))
-    assert server.connections == 1 and not delays
+    assert ("must begin with http://" in str(caught.value)) == (given != b"")
+    assert (server.connections, len(delays)) == (connections, connections - 1)
+    assert not caught.value.may_have_run
 
 
 # --- Transport ------------------------------------------------------------------------------------
@@ -1815,15 +1863,23 @@ def test_who_waited_for_a_token_exchange_that_failed_fails_with_it() -> None:
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             errors = list(pool.map(fail, range(threads)))
     assert all(isinstance(error, GatewayTimeoutError) and not error.may_have_run for error in errors)
+    assert len({id(error) for error in errors}) == threads  # each its own: a traceback is of one thread
     assert len([received for received in server.received if is_exchange(received)]) == 2
 
 
 def test_after_an_exchange_that_failed_the_next_call_tries_again() -> None:
+    def fail() -> weakref.ref[Any]:
+        held = threading.Event()  # stands for all that the functions in the error's traceback hold
+        with pytest.raises(ServiceUnavailableError):
+            run(client)
+        return weakref.ref(held)
+
     failed = answer({"detail": "no"}, 500)
     with Script(TOKEN_ANSWERS[0], REFUSED, failed, REFUSED, TOKEN_ANSWERS[1], ran()) as server:
         client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
-        with pytest.raises(ServiceUnavailableError):
-            run(client)
+        reference = fail()
+        gc.collect()
+        assert reference() is None  # the client keeps the error for others, but not what its traceback holds
         assert run(client).is_success()
     tokens = [received.headers.get("x-internal-token") for received in server.received]
     assert tokens == [None, "first", None, "first", None, "second"]
@@ -3205,8 +3261,7 @@ def test_an_empty_batch_sends_nothing(single_request: bool) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_ctrl_c_ends_a_batch_at_once_and_nothing_more_is_sent() -> None:
     code = """if True:
-        import signal, sys, gateway_sdk
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
+        import sys, gateway_sdk
         client = gateway_sdk.GatewayClient(sys.argv[1], timeout=None)
         try:
             client.run_batch([gateway_sdk.PrefabCall("p", "1", "f")] * 20, max_workers=2)
@@ -3261,15 +3316,14 @@ def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.004, 0.0005)
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGALRM, press_again), signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGALRM, press_again)
     with holding_all_but_the_first(threading.Event()) as server, client_of(server) as client:
         try:
             with pytest.raises(KeyboardInterrupt):
                 client.run_batch([call()] * 3000, max_workers=2, on_result=press)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before[0])
-            signal.signal(signal.SIGINT, before[1])
+            signal.signal(signal.SIGALRM, before)
     assert len(server.received) == 3, f"{pressed} more presses"
 
 
@@ -3351,6 +3405,12 @@ def test_in_a_worker_process_the_calls_of_a_client_share_its_connection_and_its_
             batch = client.run_batch(calls, executor=executor)
             assert [result.get_function_result() for result in batch.results] == ["token-1"] * 20
             assert exchanged == ["token-0", "token-1"] and server.connections <= 3
+        with Routed(lambda received: ran()) as server:  # of ten clients, the process keeps what the last eight had
+            for token in map(str, range(10)):
+                with client_of(server, internal_token=token) as client:
+                    assert client.run_batch(calls[:1], executor=executor).all_success()
+            server.wait_until(lambda: server.open_connections <= 8)
+            assert server.open_connections == 8
 
 
 def test_on_a_pool_of_threads_too_the_calls_share_connections() -> None:
@@ -4136,9 +4196,7 @@ def started(*arguments: Any, **options: Any) -> Iterator[Any]:
     """A Python process that warns of everything, and is killed if it does not end."""
     command = [sys.executable, "-X", "dev", "-W", "error", *map(str, arguments)]
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # or a child of `nohup` ignores it
     with subprocess.Popen(command, **options) as process:
-        signal.signal(signal.SIGINT, before)
         watchdog = threading.Timer(2 * WAIT_SECONDS, process.kill)
         watchdog.start()
         try:
@@ -4898,6 +4956,8 @@ def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, capl
     assert "'words': 2" in out
     assert not re.search("fail", out + err, re.I)
     assert (namespace["batch"].all_success(), namespace["result"].is_success()) == (True, True)
+    left = {path.name for path in Path().iterdir()} - {"a.txt", "b.txt", "programs"}  # those are the fixtures'
+    assert left <= {line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()}
 
 
 def test_the_readmes_have_the_same_code_apart_from_comments() -> None:
@@ -4937,6 +4997,21 @@ def test_no_name_of_the_module_is_used_above_its_definition() -> None:
     used = [(node.id, node.lineno) for top in TREE.body for node in ast.walk(top)
             if isinstance(node, ast.Name) and id(node) not in hinted and defined.get(node.id, 0) > top.lineno]
     assert used == []
+
+
+def test_the_module_keeps_the_limits_that_contributing_names() -> None:
+    assert SDK.stat().st_size <= 160_000
+    for node in ast.walk(TREE):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+            assert node.end_lineno - node.lineno - docstring <= 45, node.name
+
+
+def test_every_section_of_the_module_is_in_the_picture_of_contributing() -> None:
+    sections = re.findall("^# --- (.+?) -+$", SDK.read_text(encoding="utf-8"), re.M)
+    picture = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```text")[2].partition("```")[0]
+    assert [name for name in sections if name.lower() not in picture] == []
+    assert len(sections) > 10
 
 
 def imported_names() -> set[str]:

@@ -15,13 +15,14 @@ from test_gateway_sdk import (
     WAIT_SECONDS,
     _clean,
     _closed,
+    _interruptible,
     client,
     content_file,
     gateway,
     shell,
 )
 
-__all__ = ["_clean", "_closed", "client", "content_file", "gateway", "shell"]  # the fixtures
+__all__ = ["_clean", "_closed", "_interruptible", "client", "content_file", "gateway", "shell"]  # the fixtures
 
 EXAMPLES = ROOT / "examples"
 
