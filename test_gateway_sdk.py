@@ -1051,16 +1051,6 @@ def test_an_error_of_a_call_that_is_no_object_is_its_message(error: Any) -> None
         assert run(client_of(server)).error == {"message": str(error)}
 
 
-def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
-    body = b'{"job_id": "j", "status": "COMPLETED", "results": [{"status": "SUCCESS", "output": {"output": [%b]}}]}'
-    given = answer(body=body % b"NaN, Infinity, -Infinity, 1")
-    with Script(given, given, chunked(b'data: {"type": "content", "data": NaN}\n\n', event("done"))) as server:
-        client = client_of(server)
-        for value in (run(client).get_function_result(), next(run(client, stream=True)).data["output"]):
-            assert math.isnan(value[0]) and value[1:] == [math.inf, -math.inf, 1]
-        assert math.isnan(next(run(client, stream=True)).data)
-
-
 FIELDS = ["status", "output", "error", "job_id"]
 
 
@@ -1095,6 +1085,16 @@ def test_the_results_of_a_batch_are_data_also_where_a_call_raised() -> None:
         assert copied == batch
         assert [type(result.exception) for result in copied.results] == kinds
         assert [result.raw for result in copied.results] == [result.raw for result in batch.results]
+
+
+def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
+    body = b'{"job_id": "j", "status": "COMPLETED", "results": [{"status": "SUCCESS", "output": {"output": [%b]}}]}'
+    given = answer(body=body % b"NaN, Infinity, -Infinity, 1")
+    with Script(given, given, chunked(b'data: {"type": "content", "data": NaN}\n\n', event("done"))) as server:
+        client = client_of(server)
+        for value in (run(client).get_function_result(), next(run(client, stream=True)).data["output"]):
+            assert math.isnan(value[0]) and value[1:] == [math.inf, -math.inf, 1]
+        assert math.isnan(next(run(client, stream=True)).data)
 
 
 def test_a_directory_entry_may_lack_nearly_everything() -> None:
@@ -3269,6 +3269,33 @@ def test_a_streaming_function_called_for_its_result_gives_one(name: str) -> None
     assert result.is_success() == (result.error is None)
 
 
+@cpython_only
+@pytest.mark.parametrize("way", ["break", "with", "error in a with", "close", "drop"])
+def test_leaving_a_stream_frees_its_connection_without_the_garbage_collector(way: str) -> None:
+    with Script(Pause(OPEN_STREAM)) as server, client_of(server) as client:
+        gc.disable()
+        try:
+            stream = run(client, stream=True)
+            if way == "break":
+                opened, stream = [stream], None
+                for _ in opened.pop():
+                    break
+            elif way == "with":
+                with stream as entered:
+                    assert next(entered).data == 1
+            elif way == "error in a with":
+                with contextlib.suppress(LookupError), stream:
+                    raise LookupError
+            elif way == "close":
+                stream.close()
+                stream.close()
+            else:
+                stream = None
+            server.wait_until(lambda: server.open_connections == 0)
+        finally:
+            gc.enable()
+
+
 @pytest.mark.parametrize("name", RESULTS_OF_EVENTS)
 def test_all_events_of_a_result_are_kept_as_they_came(name: str) -> None:
     events = [event("start"), *RESULTS_OF_EVENTS[name][0]]
@@ -3339,33 +3366,6 @@ def test_a_stream_of_ones_own_ends_as_any_other() -> None:
     with pytest.raises(GatewayError, match="cannot be read on"):
         list(broken)
     assert list(EventStream([])) == []
-
-
-@cpython_only
-@pytest.mark.parametrize("way", ["break", "with", "error in a with", "close", "drop"])
-def test_leaving_a_stream_frees_its_connection_without_the_garbage_collector(way: str) -> None:
-    with Script(Pause(OPEN_STREAM)) as server, client_of(server) as client:
-        gc.disable()
-        try:
-            stream = run(client, stream=True)
-            if way == "break":
-                opened, stream = [stream], None
-                for _ in opened.pop():
-                    break
-            elif way == "with":
-                with stream as entered:
-                    assert next(entered).data == 1
-            elif way == "error in a with":
-                with contextlib.suppress(LookupError), stream:
-                    raise LookupError
-            elif way == "close":
-                stream.close()
-                stream.close()
-            else:
-                stream = None
-            server.wait_until(lambda: server.open_connections == 0)
-        finally:
-            gc.enable()
 
 
 # How the server goes on, and what makes the stream end before its end.
@@ -3471,50 +3471,6 @@ def test_a_stream_may_be_closed_at_any_moment_of_being_read(close: Callable[[Any
     assert not unexpected and at > 10
 
 
-def test_closing_a_stream_ends_the_wait_of_another_thread_without_an_error(script: Any) -> None:
-    outcome: queue.Queue[Any] = queue.Queue()
-
-    def read(stream: Any) -> None:
-        try:
-            for received in stream:
-                outcome.put(received.data)
-            outcome.put("end")
-        except BaseException as error:
-            outcome.put(error)
-
-    with script(Pause(OPEN_STREAM), ran()) as server, client_of(server) as client:
-        stream = run(client, stream=True)
-        threading.Thread(target=read, args=(stream,), daemon=True).start()
-        assert [outcome.get(timeout=WAIT_SECONDS) for _ in range(2)] == [1, 2]
-        stream.close()
-        assert outcome.get(timeout=WAIT_SECONDS) == "end"
-        assert run(client).is_success()
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt here")
-def test_a_signal_handler_may_close_the_stream_that_the_loop_waits_for(script: Any) -> None:
-    seen: list[Any] = []
-
-    def close_if_it_waits(_: int, frame: Any) -> None:
-        if frame.f_code.co_filename == socket.__file__ or "ssl" in frame.f_code.co_filename:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            stream.close()
-
-    with script(Pause(OPEN_STREAM), ran()) as server, client_of(server) as client:
-        stream = run(client, stream=True)
-        before = signal.signal(signal.SIGALRM, close_if_it_waits)
-        try:
-            for received in stream:
-                seen.append(received.data)
-                signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        assert seen == [1, 2]
-        server.wait_until(lambda: server.open_connections == 0)
-        assert run(client).is_success()
-
-
 def hang_up(_: socket.socket) -> None:
     raise OSError
 
@@ -3587,6 +3543,50 @@ def test_a_signal_handler_that_reads_the_stream_that_the_loop_waits_for_spoils_n
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
     assert [type(error) for error in errors] == [GatewayError]
+
+
+def test_closing_a_stream_ends_the_wait_of_another_thread_without_an_error(script: Any) -> None:
+    outcome: queue.Queue[Any] = queue.Queue()
+
+    def read(stream: Any) -> None:
+        try:
+            for received in stream:
+                outcome.put(received.data)
+            outcome.put("end")
+        except BaseException as error:
+            outcome.put(error)
+
+    with script(Pause(OPEN_STREAM), ran()) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        threading.Thread(target=read, args=(stream,), daemon=True).start()
+        assert [outcome.get(timeout=WAIT_SECONDS) for _ in range(2)] == [1, 2]
+        stream.close()
+        assert outcome.get(timeout=WAIT_SECONDS) == "end"
+        assert run(client).is_success()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt here")
+def test_a_signal_handler_may_close_the_stream_that_the_loop_waits_for(script: Any) -> None:
+    seen: list[Any] = []
+
+    def close_if_it_waits(_: int, frame: Any) -> None:
+        if frame.f_code.co_filename == socket.__file__ or "ssl" in frame.f_code.co_filename:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            stream.close()
+
+    with script(Pause(OPEN_STREAM), ran()) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        before = signal.signal(signal.SIGALRM, close_if_it_waits)
+        try:
+            for received in stream:
+                seen.append(received.data)
+                signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert seen == [1, 2]
+        server.wait_until(lambda: server.open_connections == 0)
+        assert run(client).is_success()
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -4300,18 +4300,6 @@ def test_a_credential_that_is_refused_from_the_start_is_raised_and_nothing_more_
     assert caught.value.status_code == 401 and 1 <= len(server.received) <= most
 
 
-def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGateway) -> None:
-    before, reported = len(gateway.requests), []
-    calls = [mixed_calls()[0], mixed_calls()[2]]
-    batch = client.run_batch(iter(calls), single_request=True, on_result=lambda index, _: reported.append(index))
-    assert len(gateway.requests) == before + 1 and reported == [0, 1]
-    assert batch.status == "PARTIAL_SUCCESS" and batch.job_id
-    assert {result.job_id for result in batch.results} == {batch.job_id}
-    assert client.run_batch([calls[1]], single_request=True).status == "FAILED"
-    with pytest.raises(PrefabNotFoundError):
-        client.run_batch(mixed_calls(), single_request=True)
-
-
 # An event stream that answers a request with several calls.
 STREAMS_FOR_MANY: dict[str, Answer] = {
     "whole": chunked(A_TEXT, event("done")),
@@ -4338,6 +4326,18 @@ def test_results_that_come_as_an_event_stream_are_those_of_their_calls() -> None
         assert values_of(client.run_batch([call()] * 3, single_request=True)) == ["ok"] * 3
         one = client.run_batch([call()], single_request=True)
     assert values_of(one) == ["a"] and one.results[0].get_files() == {"a": [S3]}
+
+
+def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGateway) -> None:
+    before, reported = len(gateway.requests), []
+    calls = [mixed_calls()[0], mixed_calls()[2]]
+    batch = client.run_batch(iter(calls), single_request=True, on_result=lambda index, _: reported.append(index))
+    assert len(gateway.requests) == before + 1 and reported == [0, 1]
+    assert batch.status == "PARTIAL_SUCCESS" and batch.job_id
+    assert {result.job_id for result in batch.results} == {batch.job_id}
+    assert client.run_batch([calls[1]], single_request=True).status == "FAILED"
+    with pytest.raises(PrefabNotFoundError):
+        client.run_batch(mixed_calls(), single_request=True)
 
 
 @pytest.mark.parametrize("single_request", [False, True])
