@@ -1051,40 +1051,27 @@ def test_an_error_of_a_call_that_is_no_object_is_its_message(error: Any) -> None
         assert run(client_of(server)).error == {"message": str(error)}
 
 
-FIELDS = ["status", "output", "error", "job_id"]
-
-
-def test_a_result_has_four_fields_and_the_rest_stands_beside_them() -> None:
-    assert [field.name for field in dataclasses.fields(PrefabResult)] == FIELDS
-    for beside in ("raw", "exception"):
-        with pytest.raises(TypeError, match=beside):
-            PrefabResult("SUCCESS", **{beside: None})
-    made = PrefabResult("SUCCESS", {"n": 1}, None, "job-1")
-    assert (made.output, made.error, made.job_id, made.exception) == ({"n": 1}, None, "job-1", None)
-    assert PrefabResult("FAILED") == PrefabResult(status=CallStatus.FAILED)
+def test_what_a_result_has_beside_its_four_fields_is_no_argument_and_no_data() -> None:
     with Script(ran(5, new=[1])) as server:
         result = run(client_of(server))
-    entry = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": 5}, "error": None}
-    assert dataclasses.asdict(result) == result.to_dict() == {**entry, "job_id": "job-1"}
-    assert result.raw == {**entry, "new": [1]} and result.exception is None
-    assert result == PrefabResult(**result.to_dict()) and "new" not in repr(result)
+    fields = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": 5}, "error": None}
+    assert result.raw == {**fields, "new": [1]} and result.exception is None
+    assert dataclasses.asdict(result) == result.to_dict() == {**fields, "job_id": "job-1"}
+    assert PrefabResult(*result.to_dict().values()) == PrefabResult(**result.to_dict()) == result
+    for name in ("raw", "exception"):
+        with pytest.raises(TypeError, match=name):
+            PrefabResult("SUCCESS", **{name: None})
 
 
-def test_the_results_of_a_batch_are_data_also_where_a_call_raised() -> None:
-    answers = [ran(1), answer(REASON, 404), ran(status="FAILED", error=coded("E")), UNAVAILABLE]
+def test_the_data_of_a_result_says_whether_a_call_that_raised_may_have_run() -> None:
+    failed = ran(status="FAILED", error=coded("E"))
+    answers = [ran(1), answer(REASON, 404), failed, UNAVAILABLE, HangUp()]
     with Script(*answers) as server:
-        batch = client_of(server).run_batch([call()] * 4, max_workers=1)
-    results = json.loads(json.dumps(dataclasses.asdict(batch)))["results"]
-    assert results == [json.loads(json.dumps(result.to_dict())) for result in batch.results]
-    assert [[*result] for result in results] == [FIELDS] * 4
-    told = [result["error"] and result["error"].get("may_have_run") for result in results]
-    assert told == [None, False, None, True]
-    kinds = [type(result.exception) for result in batch.results]
-    assert kinds == [type(None), PrefabNotFoundError, type(None), ServiceUnavailableError]
-    for copied in (pickle.loads(pickle.dumps(batch)), copy.deepcopy(batch)):
-        assert copied == batch
-        assert [type(result.exception) for result in copied.results] == kinds
-        assert [result.raw for result in copied.results] == [result.raw for result in batch.results]
+        batch = client_of(server).run_batch([call()] * len(answers), max_workers=1)
+    written = json.loads(json.dumps([result.to_dict() for result in batch.results]))
+    assert written == json.loads(json.dumps(dataclasses.asdict(batch)))["results"]
+    told = [result["error"] and result["error"].get("may_have_run") for result in written]
+    assert told == [None, False, None, True, True]
 
 
 def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
@@ -1703,7 +1690,7 @@ COUNT = len(FIRST_BODY)
 LENGTH = b"Content-Length: %d" % COUNT
 LONGER = b"Content-Length: %d" % (COUNT + 1)
 SHORTER = b"Content-Length: %d" % (COUNT - 1)
-CHUNKED = b"Transfer-Encoding: chunked"
+IN_CHUNKS = b"Transfer-Encoding: chunked"
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKS = chunk(FIRST_BODY) + LAST_CHUNK
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -1777,16 +1764,18 @@ WHOLE_ANSWERS: dict[str, bytes] = {
     "tabs around chunked": headed(b"Transfer-Encoding:\tchunked\t", body=CHUNKS),
     "chunked with a blank before the colon": headed(b"Transfer-Encoding : chunked", body=CHUNKS),
     "chunked in capitals": headed(b"TRANSFER-ENCODING: Chunked", body=CHUNKS),
-    "chunked behind odd lines": headed(b"X : 1", b"no colon", CHUNKED, body=CHUNKS),
-    "chunked behind 101 fields": headed(*[b"X: 1"] * 101, CHUNKED, body=CHUNKS),
+    "chunked behind odd lines": headed(b"X : 1", b"no colon", IN_CHUNKS, body=CHUNKS),
+    "chunked behind 101 fields": headed(*[b"X: 1"] * 101, IN_CHUNKS, body=CHUNKS),
     "chunk extensions": headed(
-        CHUNKED, body=in_chunks(b'%X;a;b="c;d"' % COUNT, last=b"0;e=1\r\n\r\n")),
-    "blanks around chunk extensions": headed(CHUNKED, body=in_chunks(b"%x \t; a = b" % COUNT)),
+        IN_CHUNKS, body=in_chunks(b'%X;a;b="c;d"' % COUNT, last=b"0;e=1\r\n\r\n")),
+    "blanks around chunk extensions": headed(IN_CHUNKS, body=in_chunks(b"%x \t; a = b" % COUNT)),
     "chunk sizes with zeros in front": headed(
-        CHUNKED, body=in_chunks(b"000%x" % COUNT, last=b"000\r\n\r\n")),
-    "trailers": headed(CHUNKED, body=in_chunks(last=b"0\r\nX-Sum: 1\r\nX-Count: 2\r\n\r\n")),
-    "odd trailers": headed(CHUNKED, body=in_chunks(last=b"0\r\nX : 1\r\nno colon\r\n two\r\n\r\n")),
-    "length as a trailer": headed(CHUNKED, body=in_chunks(last=b"0\r\nContent-Length: 3\r\n\r\n")),
+        IN_CHUNKS, body=in_chunks(b"000%x" % COUNT, last=b"000\r\n\r\n")),
+    "trailers": headed(IN_CHUNKS, body=in_chunks(last=b"0\r\nX-Sum: 1\r\nX-Count: 2\r\n\r\n")),
+    "odd trailers": headed(
+        IN_CHUNKS, body=in_chunks(last=b"0\r\nX : 1\r\nno colon\r\n two\r\n\r\n")),
+    "length as a trailer": headed(
+        IN_CHUNKS, body=in_chunks(last=b"0\r\nContent-Length: 3\r\n\r\n")),
     "keep-alive": headed(LENGTH, b"Connection: keep-alive"),
     "no reason": headed(LENGTH, start=b"HTTP/1.1 200"),
     "blank and no reason": headed(LENGTH, start=b"HTTP/1.1 200 "),
@@ -1811,10 +1800,10 @@ def test_an_answer_that_says_where_it_ends_is_read_and_leaves_its_connection(nam
 
 # Answers that can be read, but behind which something else may follow than the next one.
 DOUBTFUL_ANSWERS: dict[str, Answer] = {
-    "length in front of chunks": headed(LENGTH, CHUNKED, body=CHUNKS),
-    "length behind chunks": headed(CHUNKED, b"Content-Length: 3", body=CHUNKS),
-    "two lengths beside chunks": headed(LENGTH, CHUNKED, LONGER, body=CHUNKS),
-    "length beside chunks with a blank": headed(LENGTH, CHUNKED + b" ", body=CHUNKS),
+    "length in front of chunks": headed(LENGTH, IN_CHUNKS, body=CHUNKS),
+    "length behind chunks": headed(IN_CHUNKS, b"Content-Length: 3", body=CHUNKS),
+    "two lengths beside chunks": headed(LENGTH, IN_CHUNKS, LONGER, body=CHUNKS),
+    "length beside chunks with a blank": headed(LENGTH, IN_CHUNKS + b" ", body=CHUNKS),
     "close behind keep-alive": headed(LENGTH, b"Connection: keep-alive", b"Connection: close"),
     "close in front of keep-alive": headed(LENGTH, b"Connection: close", b"Connection: keep-alive"),
     "close in the third line": headed(
@@ -1825,7 +1814,7 @@ DOUBTFUL_ANSWERS: dict[str, Answer] = {
     "close behind odd lines": headed(LENGTH, b"X : 1", b"no colon", b"Connection: close"),
     "close behind 101 fields": headed(LENGTH, *[b"X: 1"] * 101, b"Connection: close"),
     "close beside chunks": headed(
-        CHUNKED, b"Connection: keep-alive", b"Connection: close", body=CHUNKS),
+        IN_CHUNKS, b"Connection: keep-alive", b"Connection: close", body=CHUNKS),
     "HTTP/1.0": headed(LENGTH, start=b"HTTP/1.0 200 OK"),
     "HTTP/1.0 and close behind keep-alive": headed(
         LENGTH, b"Connection: keep-alive", b"Connection: close", start=b"HTTP/1.0 200 OK"),
@@ -1848,28 +1837,28 @@ def test_what_can_be_read_is_read_but_a_doubtful_connection_is_not_used_again(na
 HEX = b"%x" % COUNT
 # Answers whose end cannot be told, or only by a guess.
 BROKEN_ANSWERS: dict[str, bytes] = {
-    "size with 0x": headed(CHUNKED, body=in_chunks(b"0x" + HEX)),
-    "size with 0X and zeros": headed(CHUNKED, body=in_chunks(b"0X00" + HEX)),
-    "size with an underscore": headed(CHUNKED, body=in_chunks(HEX[:1] + b"_" + HEX[1:])),
-    "size with a plus": headed(CHUNKED, body=in_chunks(b"+" + HEX)),
-    "size with a blank in front": headed(CHUNKED, body=in_chunks(b" " + HEX)),
-    "size with a tab in front": headed(CHUNKED, body=in_chunks(b"\t" + HEX)),
-    "size with a form feed in front": headed(CHUNKED, body=in_chunks(b"\x0c" + HEX)),
-    "size with 0x and an extension": headed(CHUNKED, body=in_chunks(b"0x" + HEX + b";a=b")),
-    "size and words": headed(CHUNKED, body=in_chunks(HEX + b" bytes")),
-    "size +0 at the end": headed(CHUNKED, body=in_chunks(last=b"+0\r\n\r\n")),
-    "size -0 at the end": headed(CHUNKED, body=in_chunks(last=b"-0\r\n\r\n")),
-    "size 0x0 at the end": headed(CHUNKED, body=in_chunks(last=b"0x0\r\n\r\n")),
-    "size 0_0 at the end": headed(CHUNKED, body=in_chunks(last=b"0_0\r\n\r\n")),
-    "two other bytes behind a chunk": headed(CHUNKED, body=in_chunks(end=b"XX")),
-    "two line feeds behind a chunk": headed(CHUNKED, body=in_chunks(end=b"\n\n")),
-    "LF and CR behind a chunk": headed(CHUNKED, body=in_chunks(end=b"\n\r")),
-    "CR and another byte behind a chunk": headed(CHUNKED, body=in_chunks(end=b"\rX")),
-    "LF behind a chunk": headed(CHUNKED, body=in_chunks(end=b"\n")),
-    "nothing behind a chunk": headed(CHUNKED, body=in_chunks(end=b"")),
+    "size with 0x": headed(IN_CHUNKS, body=in_chunks(b"0x" + HEX)),
+    "size with 0X and zeros": headed(IN_CHUNKS, body=in_chunks(b"0X00" + HEX)),
+    "size with an underscore": headed(IN_CHUNKS, body=in_chunks(HEX[:1] + b"_" + HEX[1:])),
+    "size with a plus": headed(IN_CHUNKS, body=in_chunks(b"+" + HEX)),
+    "size with a blank in front": headed(IN_CHUNKS, body=in_chunks(b" " + HEX)),
+    "size with a tab in front": headed(IN_CHUNKS, body=in_chunks(b"\t" + HEX)),
+    "size with a form feed in front": headed(IN_CHUNKS, body=in_chunks(b"\x0c" + HEX)),
+    "size with 0x and an extension": headed(IN_CHUNKS, body=in_chunks(b"0x" + HEX + b";a=b")),
+    "size and words": headed(IN_CHUNKS, body=in_chunks(HEX + b" bytes")),
+    "size +0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"+0\r\n\r\n")),
+    "size -0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"-0\r\n\r\n")),
+    "size 0x0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"0x0\r\n\r\n")),
+    "size 0_0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"0_0\r\n\r\n")),
+    "two other bytes behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"XX")),
+    "two line feeds behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\n\n")),
+    "LF and CR behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\n\r")),
+    "CR and another byte behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\rX")),
+    "LF behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\n")),
+    "nothing behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"")),
     "gzip, chunked": headed(b"Transfer-Encoding: gzip, chunked", body=CHUNKS),
-    "gzip and chunked in two fields": headed(b"Transfer-Encoding: gzip", CHUNKED, body=CHUNKS),
-    "chunked and gzip in two fields": headed(CHUNKED, b"Transfer-Encoding: gzip", body=CHUNKS),
+    "gzip and chunked in two fields": headed(b"Transfer-Encoding: gzip", IN_CHUNKS, body=CHUNKS),
+    "chunked and gzip in two fields": headed(IN_CHUNKS, b"Transfer-Encoding: gzip", body=CHUNKS),
     "chunked, chunked": headed(b"Transfer-Encoding: chunked, chunked", body=CHUNKS),
     "unknown coding": headed(b"Transfer-Encoding: x-own"),
     "unknown coding beside a length": headed(b"Transfer-Encoding: x-own", LENGTH),
@@ -1881,7 +1870,7 @@ BROKEN_ANSWERS: dict[str, bytes] = {
     "length with a plus": headed(b"Content-Length: +%d" % COUNT),
     "length with an underscore": headed(b"Content-Length: %d_%d" % divmod(COUNT, 10)),
     "length with 0x": headed(b"Content-Length: 0x" + HEX),
-    "chunks of HTTP/1.0": headed(CHUNKED, body=CHUNKS, start=b"HTTP/1.0 200 OK"),
+    "chunks of HTTP/1.0": headed(IN_CHUNKS, body=CHUNKS, start=b"HTTP/1.0 200 OK"),
     "100 times status 100 first": CONTINUE * 100 + headed(LENGTH),
     "100 times status 103 first": HINTS * 100 + headed(LENGTH),
     "100 times both statuses first": (CONTINUE + HINTS) * 50 + headed(LENGTH),
@@ -1904,14 +1893,14 @@ EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
 # Event streams whose connection is not used again, and the data of the events that they have.
 DOUBTFUL_STREAMS: dict[str, tuple[bytes, list[Any]]] = {
     "length beside chunks": (
-        headed(STREAM_TYPE, LENGTH, CHUNKED, body=EVENT_CHUNKS + LAST_CHUNK), [1, None]),
+        headed(STREAM_TYPE, LENGTH, IN_CHUNKS, body=EVENT_CHUNKS + LAST_CHUNK), [1, None]),
     "close in a second line": (
-        headed(STREAM_TYPE, CHUNKED, b"Connection: keep-alive", b"Connection: close",
+        headed(STREAM_TYPE, IN_CHUNKS, b"Connection: keep-alive", b"Connection: close",
                body=EVENT_CHUNKS + LAST_CHUNK), [1, None]),
     "size with 0x behind done": (
-        headed(STREAM_TYPE, CHUNKED, body=EVENT_CHUNKS + b"0x0\r\n\r\n"), [1, None]),
+        headed(STREAM_TYPE, IN_CHUNKS, body=EVENT_CHUNKS + b"0x0\r\n\r\n"), [1, None]),
     "other bytes behind done": (
-        headed(STREAM_TYPE, CHUNKED, body=EVENT_CHUNKS[:-2] + b"XX" + LAST_CHUNK), [1, None]),
+        headed(STREAM_TYPE, IN_CHUNKS, body=EVENT_CHUNKS[:-2] + b"XX" + LAST_CHUNK), [1, None]),
     "two lengths": (
         headed(STREAM_TYPE, b"Content-Length: 5, 6", body=event("content", 1) + event("done")),
         [1, None]),
@@ -1977,7 +1966,7 @@ def test_a_head_of_more_than_64_kib_is_an_error(lines: list[bytes]) -> None:
     "sent",
     [b"x" * 60_000 + b"\r\n\r\n", b"<html>" * 20_000, b"\x16\x03\x01\x02" * 15_000 + b"\n",
      b"RTSP/1.0 200 " + b"x" * 60_000 + b"\r\n\r\n", b"HTTP/1.1 " + b"2" * 60_000 + b"\r\n\r\n",
-     headed(CHUNKED, body=b"x" * 60_000 + b"\r\n\r\n"),
+     headed(IN_CHUNKS, body=b"x" * 60_000 + b"\r\n\r\n"),
      headed(b"Content-Length: " + b"9" * 60_000)],
     ids=["a line", "no line", "bytes", "another protocol", "status", "chunk size", "length"],
 )  # fmt: skip
@@ -2094,7 +2083,7 @@ TUNNEL_HEADS: dict[str, bytes] = {
     "odd lines": headed(b"X-Proxy : 1", b"no colon", b"X: 1", b" two", body=b""),
     "101 fields": headed(*[b"X: 1"] * 101, body=b""),
     "length": headed(b"Content-Length: 5", body=b""),
-    "two lengths and chunks": headed(b"Content-Length: 5, 6", CHUNKED, body=b""),
+    "two lengths and chunks": headed(b"Content-Length: 5, 6", IN_CHUNKS, body=b""),
     "interim answers first": CONTINUE + HINTS + headed(body=b""),
     "no reason": headed(start=b"HTTP/1.0 200", body=b""),
 }
@@ -2477,7 +2466,8 @@ def test_a_new_token_that_is_refused_too_is_an_error() -> None:
                                               {"internal_token": {"value": "hush-hush"}})),
      *((answer({"internal_token": token}), None) for token in ("", "hush\nhush")),
      *((answer(body=body), 200) for body in (
-         b"<html>", b"hush-hush", b'{"internal_token": "hush-hush', b'{"internal_token": "hush-hush"} x')),
+         b"<html>", b"hush-hush", b'{"internal_token": "hush-hush',
+         b'{"internal_token": "hush-hush"} x')),
      (answer(body=b'{"internal_token": "hush-hush\xff"}'), None)],
     ids=ascii,
 )  # fmt: skip
@@ -3327,7 +3317,7 @@ def test_a_result_of_a_stream_that_broke_is_no_result() -> None:
             PrefabResult.from_events(run(client_of(server), stream=True))
 
 
-OWN_EVENTS = [
+MADE_EVENTS = [
     StreamEvent(StreamEventType.START, None),
     StreamEvent(StreamEventType.CONTENT, "a"),
     StreamEvent.from_dict({"type": "content", "data": "b"}),
@@ -3339,23 +3329,23 @@ OWN_EVENTS = [
     "kind", [list, tuple, iter, collections.deque, EventStream], ids=lambda kind: kind.__name__
 )
 def test_a_stream_can_be_made_of_events_of_ones_own(kind: Any) -> None:
-    stream = EventStream(kind(OWN_EVENTS))
+    stream = EventStream(kind(MADE_EVENTS))
     assert isinstance(stream, EventStream) and iter(stream) is stream
-    assert next(stream) == OWN_EVENTS[0]
+    assert next(stream) == MADE_EVENTS[0]
     rest = [("content", "a"), ("content", "b"), ("done", {"n": 1})]
     assert [(received.type, received.data) for received in stream] == rest
     stream.close()
     assert list(stream) == [] and next(stream, None) is None
-    result = PrefabResult.from_events(EventStream(kind(OWN_EVENTS)))
+    result = PrefabResult.from_events(EventStream(kind(MADE_EVENTS)))
     assert result.is_success() and result.get_function_result() == "ab"
 
 
 def test_a_stream_of_ones_own_ends_as_any_other() -> None:
     def breaking() -> Iterator[StreamEvent]:
-        yield OWN_EVENTS[0]
+        yield MADE_EVENTS[0]
         raise ServiceUnavailableError("it broke")
 
-    stream = EventStream(OWN_EVENTS)
+    stream = EventStream(MADE_EVENTS)
     with stream as entered:
         assert entered is stream and next(stream).type == "start"
     with pytest.raises(GatewayError, match="closed before its end"):
