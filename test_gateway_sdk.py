@@ -741,6 +741,8 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "odd code": ({"error_code": {"a": 1}, "message": 3, "details": "x"}, {"error_code": {"a": 1}}),
     "odd fields": ({"detail": {"limit": "x", "used": [], "quota_type": 3, "prefab_id": {}, "x": 1}}, {"x": 1}),
     "surrogate": ({"detail": "\ud800"}, {}),
+    "raw control characters": (
+        b'{"error_code": "E", "message": "the reason\t\x01"}', {"error_code": "E"}),
     "braces": ({"detail": {"prefab_id": "{0}{x!r}", "message": "%s {}"}}, {}),
     **{name: (body, {}) for name, body in NOT_JSON.items()},
 }
@@ -960,10 +962,120 @@ def test_a_byte_order_mark_in_front_of_json_does_no_harm() -> None:
         assert client_of(server).list_prefabs() == []
 
 
+LONG_NUMBER = b"9" * 5000  # more digits than `int` takes from a text unless it is told to
+RUN_BODY = (
+    b'{"job_id": "j", "status": "COMPLETED", "results": '
+    b'[{"status": "SUCCESS", "output": {"status": "SUCCESS", "output": %b}}]}'
+)
+# What a function gave, as it stands in the answer, and what is read of it.
+ODD_VALUES: dict[str, tuple[bytes, Any]] = {
+    "tab": (b'"a\tb"', "a\tb"),
+    "line ends": (b'"a\r\nb\nc"', "a\r\nb\nc"),
+    "control characters": (b'"a\x00\x01\x0b\x1f\x7fb"', "a\x00\x01\x0b\x1f\x7fb"),
+    "colour of a terminal": (b'["\x1b[31mred\x1b[0m"]', ["\x1b[31mred\x1b[0m"]),
+    "tab in a key": (b'{"a\tb": 1}', {"a\tb": 1}),
+    "long integer": (LONG_NUMBER, 10**5000 - 1),
+    "long negative integer": (b"-" + LONG_NUMBER, 1 - 10**5000),
+    "long integer in an object": (b'{"n": [1, %b]}' % LONG_NUMBER, {"n": [1, 10**5000 - 1]}),
+    "byte that is not UTF-8": (b'"caf\xe9!"', "caf\ufffd!"),
+    "byte that is not UTF-8 in a key": (b'{"caf\xe9": 1}', {"caf\ufffd": 1}),
+    "half a character": (b'"caf\xc3"', "caf\ufffd"),
+    "all of them": (b'["\t", %b, "\xff"]' % LONG_NUMBER, ["\t", 10**5000 - 1, "\ufffd"]),
+}
+
+
+@pytest.mark.parametrize("name", ODD_VALUES)
+def test_what_json_does_not_allow_does_not_cost_a_paid_answer(name: str) -> None:
+    written, value = ODD_VALUES[name]
+    given = answer(body=RUN_BODY % written)
+    behind_a_mark = answer(body=b"\xef\xbb\xbf" + RUN_BODY % written)
+    with Script(given, behind_a_mark, given) as server, client_of(server) as client:
+        assert run(client).get_function_result() == value
+        assert run(client).get_function_result() == value
+        assert next(run(client, stream=True)).data["output"] == value
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_VALUES if name != "line ends"])
+def test_an_event_may_have_in_its_json_what_json_does_not_allow(name: str) -> None:
+    written, value = ODD_VALUES[name]
+    given = chunked(b'data: {"type": "content", "data": [%b]}\n\n' % written, event("done"))
+    with Script(given, given) as server, client_of(server) as client:
+        assert next(run(client, stream=True)).data == [value]
+        assert run(client).get_function_result() == [[value]]
+
+
+# The answer to a call with an integer of 5,000 digits in it, and whether the call succeeded.
+LONG_NUMBERS: dict[str, tuple[bytes, bool]] = {
+    "status": (b'{"results": [{"status": %b}]}', False),
+    "error": (b'{"results": [{"status": "FAILED", "error": %b}]}', False),
+    "message": (b'{"results": [{"status": "FAILED", "error": {"message": %b}}]}', False),
+    "job_id": (b'{"results": [{"status": "SUCCESS"}], "job_id": %b}', True),
+    "files": (b'{"results": [{"status": "SUCCESS", "files": %b}]}', True),
+    "business message": (
+        b'{"results": [{"status": "SUCCESS", "output": {"message": [%b]}}]}', True),
+    "error event": (b'data: {"type": "error", "data": %b}\n\n', False),
+    "error event in an object": (b'data: {"type": "error", "data": {"message": %b}}\n\n', False),
+    "error code": (b'data: {"type": "error", "error_code": %b}\n\n', False),
+    "done event": (b'data: {"type": "done", "data": {"n": %b}}\n\n', True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", LONG_NUMBERS)
+def test_a_long_number_costs_no_result_wherever_it_stands(place: str) -> None:
+    payload, succeeded = LONG_NUMBERS[place]
+    kind = STREAM if payload.startswith(b"data:") else "application/json"
+    with Script(whole(payload % LONG_NUMBER, kind)) as server:
+        result = run(client_of(server))
+    assert result.is_success() == succeeded and result.get_files() == {}
+    assert isinstance(result.get_business_message(), str)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"detail": %s}', '{"detail": {"n": %s}}', '{"message": %s, "error_code": %s}',
+     '{"detail": [{"loc": ["body", %s], "msg": %s}]}'],
+)  # fmt: skip
+def test_a_long_number_in_an_error_leaves_it_what_its_status_says(body: str) -> None:
+    text = body.replace("%s", LONG_NUMBER.decode()).encode()
+    error = error_of(run, answer(body=text, status=422))
+    assert type(error) is ValidationError and error.status_code == 422
+    assert "422" in str(error) and ENDPOINTS["run"].asked in str(error)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_may_come_in_any_of_its_encodings(encoding: str) -> None:
+    body = (RUN_BODY % '"\u4f60 ok"'.encode()).decode().encode(encoding)
+    with Script(answer(body=body)) as server:
+        assert run(client_of(server)).get_function_result() == "\u4f60 ok"
+
+
 @pytest.mark.parametrize("error", ["text", ["list"], 5], ids=repr)
 def test_an_error_of_a_call_that_is_no_object_is_its_message(error: Any) -> None:
     with Script(ran(status="FAILED", error=error)) as server:
         assert run(client_of(server)).error == {"message": str(error)}
+
+
+def test_what_a_result_has_beside_its_four_fields_is_no_argument_and_no_data() -> None:
+    with Script(ran(5, new=[1])) as server:
+        result = run(client_of(server))
+    fields = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": 5}, "error": None}
+    assert result.raw == {**fields, "new": [1]} and result.exception is None
+    assert dataclasses.asdict(result) == result.to_dict() == {**fields, "job_id": "job-1"}
+    assert PrefabResult(*result.to_dict().values()) == PrefabResult(**result.to_dict()) == result
+    for name in ("raw", "exception"):
+        with pytest.raises(TypeError, match=name):
+            PrefabResult("SUCCESS", **{name: None})
+
+
+def test_the_data_of_a_result_says_whether_a_call_that_raised_may_have_run() -> None:
+    failed = ran(status="FAILED", error=coded("E"))
+    answers = [ran(1), answer(REASON, 404), failed, UNAVAILABLE, HangUp()]
+    with Script(*answers) as server:
+        batch = client_of(server).run_batch([call()] * len(answers), max_workers=1)
+    written = json.loads(json.dumps([result.to_dict() for result in batch.results]))
+    assert written == json.loads(json.dumps(dataclasses.asdict(batch)))["results"]
+    told = [result["error"] and result["error"].get("may_have_run") for result in written]
+    assert told == [None, False, None, True, True]
 
 
 def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
@@ -1557,6 +1669,35 @@ def test_a_connection_is_kept_alive_below_http_while_a_call_takes_its_time(scrip
             assert 0 < sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
 
 
+def test_a_socket_option_that_is_refused_costs_no_call() -> None:
+    code = """if True:
+        import errno, socket, sys
+
+        class Sandboxed(socket.socket):
+            def setsockopt(self, level, option, *value):
+                if option in refused:
+                    raise reason
+                super().setsockopt(level, option, *value)
+
+        socket.socket = Sandboxed
+        import gateway_sdk
+
+        names = ["TCP_NODELAY", "SO_KEEPALIVE", "TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL"]
+        options = [{getattr(socket, name)} for name in names if hasattr(socket, name)]
+        results = []
+        for number in (errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOPROTOOPT, errno.ENOSYS):
+            reason = OSError(number, "refused")
+            for refused in (*options, set.union(*options)):
+                with gateway_sdk.GatewayClient(sys.argv[1], timeout=10) as client:
+                    results.append(client.run("p", "1", "f").get_function_result())
+        assert len(results) >= 10
+        print(*sorted(set(results)))
+    """
+    with Routed(lambda received: ran()) as server:
+        ended = python(code, server.url)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("ok\n", "", 0)
+
+
 # The first answer, with which the server sends more, in one TLS record; and how the client gets it.
 FIRST: dict[str, tuple[bytes, Callable[[GatewayClient], Any]]] = {
     "length": (ran("first"), run),
@@ -1578,6 +1719,345 @@ def test_bytes_behind_an_answer_are_never_the_next_calls_answer(first: str, stra
         act(client)
         assert run(client).get_function_result() == run(client).get_function_result() == "second"
     assert [received.connection for received in server.received] == [0, 1, 1]
+
+
+FIRST_BODY = ran("first").partition(b"\r\n\r\n")[2]
+COUNT = len(FIRST_BODY)
+LENGTH = b"Content-Length: %d" % COUNT
+LONGER = b"Content-Length: %d" % (COUNT + 1)
+SHORTER = b"Content-Length: %d" % (COUNT - 1)
+IN_CHUNKS = b"Transfer-Encoding: chunked"
+LAST_CHUNK = b"0\r\n\r\n"
+CHUNKS = chunk(FIRST_BODY) + LAST_CHUNK
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+
+
+def headed(*lines: bytes, body: bytes = FIRST_BODY, start: bytes = b"HTTP/1.1 200 OK") -> bytes:
+    """An answer with these lines in its head, and no others."""
+    return b"\r\n".join((start, *lines, b"", body))
+
+
+def in_chunks(
+    size: bytes = b"%x" % COUNT, *, end: bytes = b"\r\n", last: bytes = LAST_CHUNK
+) -> bytes:
+    """A body in one chunk, of which the size, the end, and what follows are written so."""
+    return size + b"\r\n" + FIRST_BODY + end + last
+
+
+# What stands in front of the length.
+ODD_LINES: dict[str, list[bytes]] = {
+    "blank before the colon": [b"X-Frame-Options : DENY"],
+    "tab before the colon": [b"X-Frame-Options\t: DENY"],
+    "blank in the name": [b"X Frame Options: DENY"],
+    "length of another name": [b"Not A Content-Length: 3"],
+    "no colon": [b"DENY"],
+    "words without a colon": [b"this server says hello"],
+    "no name": [b": DENY"],
+    "only a colon": [b":"],
+    "blank in front": [b" Content-Length: 3"],
+    "tab in front": [b"\tX-Frame-Options: DENY"],
+    "folded": [b"X-Note: one", b" two"],
+    "folded with a tab, twice": [b"X-Note: one", b"\ttwo: three", b" four"],
+    "folded without a text": [b"X-Note: one", b" ", b"X-More: 1"],
+    "folded like a length": [b"X-Note : one", b" Content-Length: 3"],
+    "folded without a colon": [b"no colon", b" Content-Length: 3"],
+    "control characters": [b"X-\x01Note: \x00\x7f", b"\x00"],
+    "other line separators": [b"X-Note: a\x0bb\x0cc\x1cd\x85e"],
+    "length behind a bare CR": [b"X-Note: one\rContent-Length: 3"],
+    "UTF-8": ["X-Note: \u4f60".encode(), "\u4f60: 1".encode()],
+    "not UTF-8": [b"X-Note: \xff\xfe", b"\xff\xfe"],
+    "head of a mail": [b"From mailer Thu Jan  1 00:00:00 1970", b"Subject: =?utf-8?q?x?="],
+    "101 fields": [b"X-Field: 1"] * 101,
+    "1,000 fields": [b"X-%d: 1" % number for number in range(1000)],
+    "101 odd lines": [b"X : 1", b"no colon"] * 51,
+    "6,000 short fields": [b"X: 1234"] * 6000,
+    "field of 60,000 characters": [b"X-Note: " + b"x" * 60_000],
+}
+
+
+@pytest.mark.parametrize("name", ODD_LINES)
+def test_an_odd_line_of_a_head_costs_neither_the_answer_nor_its_connection(name: str) -> None:
+    with Script(headed(*ODD_LINES[name], LENGTH), ran("second")) as server:
+        client = client_of(server, timeout=3)
+        assert run(client).get_function_result() == "first"
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 0]
+
+
+# Answers that say where they end, each in its way.
+WHOLE_ANSWERS: dict[str, bytes] = {
+    "length with blanks around": headed(b"Content-Length: \t%d \t" % COUNT),
+    "length without a blank": headed(b"Content-Length:%d" % COUNT),
+    "length with a blank before the colon": headed(b"Content-Length : %d" % COUNT),
+    "length in other letters": headed(b"CONTENT-length: %d" % COUNT),
+    "length with zeros in front": headed(b"Content-Length: 000%d" % COUNT),
+    "length twice in a field": headed(b"Content-Length: %d, %d" % (COUNT, COUNT)),
+    "length three times in a field": headed(b"Content-Length: %d,%d , %d" % (COUNT, COUNT, COUNT)),
+    "length in two fields": headed(LENGTH, b"X: 1", LENGTH),
+    "length in three fields": headed(LENGTH, LENGTH, b"content-length : %d" % COUNT),
+    "blank behind chunked": headed(b"Transfer-Encoding: chunked ", body=CHUNKS),
+    "tabs around chunked": headed(b"Transfer-Encoding:\tchunked\t", body=CHUNKS),
+    "chunked with a blank before the colon": headed(b"Transfer-Encoding : chunked", body=CHUNKS),
+    "chunked in capitals": headed(b"TRANSFER-ENCODING: Chunked", body=CHUNKS),
+    "chunked behind odd lines": headed(b"X : 1", b"no colon", IN_CHUNKS, body=CHUNKS),
+    "chunked behind 101 fields": headed(*[b"X: 1"] * 101, IN_CHUNKS, body=CHUNKS),
+    "chunk extensions": headed(
+        IN_CHUNKS, body=in_chunks(b'%X;a;b="c;d"' % COUNT, last=b"0;e=1\r\n\r\n")),
+    "blanks around chunk extensions": headed(IN_CHUNKS, body=in_chunks(b"%x \t; a = b" % COUNT)),
+    "chunk sizes with zeros in front": headed(
+        IN_CHUNKS, body=in_chunks(b"000%x" % COUNT, last=b"000\r\n\r\n")),
+    "trailers": headed(IN_CHUNKS, body=in_chunks(last=b"0\r\nX-Sum: 1\r\nX-Count: 2\r\n\r\n")),
+    "odd trailers": headed(
+        IN_CHUNKS, body=in_chunks(last=b"0\r\nX : 1\r\nno colon\r\n two\r\n\r\n")),
+    "length as a trailer": headed(
+        IN_CHUNKS, body=in_chunks(last=b"0\r\nContent-Length: 3\r\n\r\n")),
+    "keep-alive": headed(LENGTH, b"Connection: keep-alive"),
+    "no reason": headed(LENGTH, start=b"HTTP/1.1 200"),
+    "blank and no reason": headed(LENGTH, start=b"HTTP/1.1 200 "),
+    "reason in UTF-8": headed(LENGTH, start="HTTP/1.1 200 \u597d".encode()),
+    "99 times status 100 first": CONTINUE * 99 + headed(LENGTH),
+    "99 times status 103 first": HINTS * 99 + headed(LENGTH),
+    "both statuses first": (CONTINUE + HINTS) * 49 + headed(LENGTH),
+    "odd interim answer first": b"HTTP/1.1 103 Hints\r\nX : 1\r\nno colon\r\n\r\n" + headed(LENGTH),
+    "interim answer with a length first": (
+        b"HTTP/1.1 100 Continue\r\nContent-Length: 0\r\n\r\n" + headed(LENGTH)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE_ANSWERS)
+def test_an_answer_that_says_where_it_ends_is_read_and_leaves_its_connection(name: str) -> None:
+    with Script(WHOLE_ANSWERS[name], ran("second")) as server:
+        client = client_of(server, timeout=3)
+        assert run(client).get_function_result() == "first"
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 0]
+
+
+# Answers that can be read, but behind which something else may follow than the next one.
+DOUBTFUL_ANSWERS: dict[str, Answer] = {
+    "length in front of chunks": headed(LENGTH, IN_CHUNKS, body=CHUNKS),
+    "length behind chunks": headed(IN_CHUNKS, b"Content-Length: 3", body=CHUNKS),
+    "two lengths beside chunks": headed(LENGTH, IN_CHUNKS, LONGER, body=CHUNKS),
+    "length beside chunks with a blank": headed(LENGTH, IN_CHUNKS + b" ", body=CHUNKS),
+    "close behind keep-alive": headed(LENGTH, b"Connection: keep-alive", b"Connection: close"),
+    "close in front of keep-alive": headed(LENGTH, b"Connection: close", b"Connection: keep-alive"),
+    "close in the third line": headed(
+        LENGTH, b"Connection: keep-alive", b"Connection: x-own", b"X: 1", b"Connection: x , CLOSE"),
+    "close in a list": headed(LENGTH, b"Connection: keep-alive,close"),
+    "close in capitals": headed(LENGTH, b"CONNECTION: Close"),
+    "close with a blank before the colon": headed(LENGTH, b"Connection : close"),
+    "close behind odd lines": headed(LENGTH, b"X : 1", b"no colon", b"Connection: close"),
+    "close behind 101 fields": headed(LENGTH, *[b"X: 1"] * 101, b"Connection: close"),
+    "close beside chunks": headed(
+        IN_CHUNKS, b"Connection: keep-alive", b"Connection: close", body=CHUNKS),
+    "HTTP/1.0": headed(LENGTH, start=b"HTTP/1.0 200 OK"),
+    "HTTP/1.0 and close behind keep-alive": headed(
+        LENGTH, b"Connection: keep-alive", b"Connection: close", start=b"HTTP/1.0 200 OK"),
+    "two lengths, then the end": HangUp(headed(LENGTH, LONGER)),
+    "the longer length first, then the end": HangUp(headed(LONGER, LENGTH)),
+    "the shorter length first, then the end": HangUp(headed(SHORTER, LENGTH)),
+    "two lengths in a field, then the end": HangUp(headed(LENGTH + b", %d" % (COUNT + 1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOUBTFUL_ANSWERS)
+def test_what_can_be_read_is_read_but_a_doubtful_connection_is_not_used_again(name: str) -> None:
+    with Script(DOUBTFUL_ANSWERS[name], ran("second")) as server:
+        client = client_of(server, timeout=3, max_retries=0)
+        assert run(client).get_function_result() == "first"
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 1]
+
+
+HEX = b"%x" % COUNT
+# Answers whose end cannot be told, or only by a guess.
+BROKEN_ANSWERS: dict[str, bytes] = {
+    "size with 0x": headed(IN_CHUNKS, body=in_chunks(b"0x" + HEX)),
+    "size with 0X and zeros": headed(IN_CHUNKS, body=in_chunks(b"0X00" + HEX)),
+    "size with an underscore": headed(IN_CHUNKS, body=in_chunks(HEX[:1] + b"_" + HEX[1:])),
+    "size with a plus": headed(IN_CHUNKS, body=in_chunks(b"+" + HEX)),
+    "size with a blank in front": headed(IN_CHUNKS, body=in_chunks(b" " + HEX)),
+    "size with a tab in front": headed(IN_CHUNKS, body=in_chunks(b"\t" + HEX)),
+    "size with a form feed in front": headed(IN_CHUNKS, body=in_chunks(b"\x0c" + HEX)),
+    "size with 0x and an extension": headed(IN_CHUNKS, body=in_chunks(b"0x" + HEX + b";a=b")),
+    "size and words": headed(IN_CHUNKS, body=in_chunks(HEX + b" bytes")),
+    "size +0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"+0\r\n\r\n")),
+    "size -0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"-0\r\n\r\n")),
+    "size 0x0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"0x0\r\n\r\n")),
+    "size 0_0 at the end": headed(IN_CHUNKS, body=in_chunks(last=b"0_0\r\n\r\n")),
+    "two other bytes behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"XX")),
+    "two line feeds behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\n\n")),
+    "LF and CR behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\n\r")),
+    "CR and another byte behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\rX")),
+    "LF behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"\n")),
+    "nothing behind a chunk": headed(IN_CHUNKS, body=in_chunks(end=b"")),
+    "gzip, chunked": headed(b"Transfer-Encoding: gzip, chunked", body=CHUNKS),
+    "gzip and chunked in two fields": headed(b"Transfer-Encoding: gzip", IN_CHUNKS, body=CHUNKS),
+    "chunked and gzip in two fields": headed(IN_CHUNKS, b"Transfer-Encoding: gzip", body=CHUNKS),
+    "chunked, chunked": headed(b"Transfer-Encoding: chunked, chunked", body=CHUNKS),
+    "unknown coding": headed(b"Transfer-Encoding: x-own"),
+    "unknown coding beside a length": headed(b"Transfer-Encoding: x-own", LENGTH),
+    "almost chunked": headed(b"Transfer-Encoding: xchunked", body=CHUNKS),
+    "two lengths": headed(LENGTH, LONGER),
+    "the shorter length first": headed(SHORTER, LENGTH),
+    "two lengths in a field": headed(LENGTH + b", %d" % (COUNT - 1)),
+    "5, 6": headed(b"Content-Length: 5, 6"),
+    "length with a plus": headed(b"Content-Length: +%d" % COUNT),
+    "length with an underscore": headed(b"Content-Length: %d_%d" % divmod(COUNT, 10)),
+    "length with 0x": headed(b"Content-Length: 0x" + HEX),
+    "chunks of HTTP/1.0": headed(IN_CHUNKS, body=CHUNKS, start=b"HTTP/1.0 200 OK"),
+    "100 times status 100 first": CONTINUE * 100 + headed(LENGTH),
+    "100 times status 103 first": HINTS * 100 + headed(LENGTH),
+    "100 times both statuses first": (CONTINUE + HINTS) * 50 + headed(LENGTH),
+    "1,000 times status 100 first": CONTINUE * 1000 + headed(LENGTH),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_ANSWERS)
+def test_behind_an_answer_whose_end_cannot_be_told_the_next_call_gets_its_own(name: str) -> None:
+    with Script(BROKEN_ANSWERS[name], ran("second")) as server:
+        client = client_of(server, max_retries=0)
+        with contextlib.suppress(GatewayError):  # as far as it can be read, it is
+            assert run(client, timeout=SHORT_SECONDS).get_function_result() == "first"
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 1]
+
+
+STREAM_TYPE = b"Content-Type: text/event-stream"
+EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
+# Event streams whose connection is not used again, and the data of the events that they have.
+DOUBTFUL_STREAMS: dict[str, tuple[bytes, list[Any]]] = {
+    "length beside chunks": (
+        headed(STREAM_TYPE, LENGTH, IN_CHUNKS, body=EVENT_CHUNKS + LAST_CHUNK), [1, None]),
+    "close in a second line": (
+        headed(STREAM_TYPE, IN_CHUNKS, b"Connection: keep-alive", b"Connection: close",
+               body=EVENT_CHUNKS + LAST_CHUNK), [1, None]),
+    "size with 0x behind done": (
+        headed(STREAM_TYPE, IN_CHUNKS, body=EVENT_CHUNKS + b"0x0\r\n\r\n"), [1, None]),
+    "other bytes behind done": (
+        headed(STREAM_TYPE, IN_CHUNKS, body=EVENT_CHUNKS[:-2] + b"XX" + LAST_CHUNK), [1, None]),
+    "two lengths": (
+        headed(STREAM_TYPE, b"Content-Length: 5, 6", body=event("content", 1) + event("done")),
+        [1, None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOUBTFUL_STREAMS)
+def test_a_stream_is_handed_over_but_its_doubtful_connection_is_not_used_again(name: str) -> None:
+    given, told = DOUBTFUL_STREAMS[name]
+    with Script(given, ran("second")) as server:
+        client = client_of(server, max_retries=0)
+        stream = run(client, stream=True, timeout=0.2)
+        assert [received.data for received in stream] == told
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 1]
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN_ANSWERS if " times " in name])
+def test_a_hundred_interim_answers_are_too_many(name: str) -> None:
+    error = error_of(run, BROKEN_ANSWERS[name])
+    assert type(error) is ServiceUnavailableError and error.may_have_run
+
+
+# The head of an answer that can have no body, and whether its connection is used again.
+BODILESS: dict[str, tuple[bytes, bool]] = {
+    "204": (b"204 No Content\r\n\r\n", True),
+    "204 with a length of none": (b"204 No Content\r\nContent-Length: 0\r\n\r\n", True),
+    "204 with a length": (b"204 No Content\r\nContent-Length: 5\r\n\r\n", False),
+    "204 with chunks": (b"204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n", False),
+    "204 with a length behind others": (b"204 On\r\nX : 1\r\nContent-Length: 5\r\n\r\n", False),
+    "204 with two lengths": (b"204 On\r\nContent-Length: 0\r\nContent-Length: 5\r\n\r\n", False),
+    "304 with a length": (b"304 Not Modified\r\nContent-Length: 5\r\n\r\n", False),
+    "304 with chunks": (b"304 Not Modified\r\nTransfer-Encoding: chunked\r\n\r\n", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODILESS)
+def test_a_body_that_comes_late_behind_204_or_304_is_never_the_next_calls_answer(name: str) -> None:
+    head, kept = BODILESS[name]
+    with Script(b"HTTP/1.1 " + head, ran("second")) as server:
+        client = client_of(server, max_retries=0)
+        with pytest.raises(GatewayError) if b"304" in head else contextlib.nullcontext():
+            client.delete_secret("p", "KEY")
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 0 if kept else 1]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[b"X: " + b"x" * 1000] * 80, [b"X: 1"] * 15_000, [b"x" * 1000] * 80, [b"X: " + b"x" * 80_000]],
+    ids=["80 long fields", "15,000 short ones", "80 odd lines", "one"],
+)  # fmt: skip
+def test_a_head_of_more_than_64_kib_is_an_error(lines: list[bytes]) -> None:
+    with Script(headed(*lines, LENGTH), ran("second")) as server:
+        client = client_of(server, max_retries=0)
+        with pytest.raises(ServiceUnavailableError) as caught:
+            run(client)
+        assert caught.value.may_have_run and len(str(caught.value)) < 1000
+        assert run(client).get_function_result() == "second"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"x" * 60_000 + b"\r\n\r\n", b"<html>" * 20_000, b"\x16\x03\x01\x02" * 15_000 + b"\n",
+     b"RTSP/1.0 200 " + b"x" * 60_000 + b"\r\n\r\n", b"HTTP/1.1 " + b"2" * 60_000 + b"\r\n\r\n",
+     headed(IN_CHUNKS, body=b"x" * 60_000 + b"\r\n\r\n"),
+     headed(b"Content-Length: " + b"9" * 60_000)],
+    ids=["a line", "no line", "bytes", "another protocol", "status", "chunk size", "length"],
+)  # fmt: skip
+def test_what_is_not_http_makes_a_short_message(sent: bytes) -> None:
+    error = error_of(run, HangUp(sent))
+    assert type(error) is ServiceUnavailableError and error.may_have_run
+    assert len(str(error)) < 1000 and len(text_of(error)) < 20_000
+
+
+def half_a_record(
+    certificate: Path, cut: int, lying: threading.Event
+) -> Callable[[socket.socket], None]:
+    """Answers a call over TLS and begins a record, the end of which waits for another request."""
+
+    def serve(sock: socket.socket) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = tls_context(certificate).wrap_bio(incoming, outgoing, server_side=True)
+
+        def exchange(act: Callable[[], Any]) -> Any:
+            while True:
+                try:
+                    return act()
+                except ssl.SSLWantReadError:
+                    sock.sendall(outgoing.read())
+                    received = sock.recv(65536)
+                    if not received:
+                        raise OSError from None
+                    incoming.write(received)
+
+        exchange(tls.do_handshake)
+        exchange(lambda: tls.read(65536))
+        tls.write(ran("second" if lying.is_set() else "first"))
+        given = outgoing.read()
+        tls.write(ran("stray"))
+        record = outgoing.read()
+        sock.sendall(given + record[:cut])
+        lying.set()
+        exchange(lambda: tls.read(65536))
+        sock.sendall(record[cut:])
+
+    return serve
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30, -1])
+def test_half_a_tls_record_is_never_the_beginning_of_the_next_calls_answer(
+    cut: int, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    lying = threading.Event()
+    with Raw(half_a_record(certificate, cut, lying)) as server:
+        url = f"https://localhost:{server.port}"
+        client = GatewayClient(url, ssl_context=trusting, timeout=WAIT_SECONDS, max_retries=0)
+        assert run(client).get_function_result() == "first"
+        assert lying.wait(WAIT_SECONDS) and run(client).get_function_result() == "second"
+        assert server.connections == 2
+        client.close()
 
 
 def test_a_5xx_whose_connection_dies_unannounced_costs_no_other_call_of_a_batch() -> None:
@@ -1632,6 +2112,34 @@ def test_https_goes_through_a_tunnel(certificate: Path, trusting: ssl.SSLContext
     assert connect[:2] == ("CONNECT", "localhost:9") and "x-api-key" not in connect.headers
     assert connect.headers["proxy-authorization"] == "Basic " + base64.b64encode(b"user:p@ss").decode()
     assert b"proxy-auth" not in inside[0].lower() and inside[0].startswith(b"POST /v1/run HTTP/1.1")
+
+
+# What a proxy answers to CONNECT.
+TUNNEL_HEADS: dict[str, bytes] = {
+    "odd lines": headed(b"X-Proxy : 1", b"no colon", b"X: 1", b" two", body=b""),
+    "101 fields": headed(*[b"X: 1"] * 101, body=b""),
+    "length": headed(b"Content-Length: 5", body=b""),
+    "two lengths and chunks": headed(b"Content-Length: 5, 6", IN_CHUNKS, body=b""),
+    "interim answers first": CONTINUE + HINTS + headed(body=b""),
+    "no reason": headed(start=b"HTTP/1.0 200", body=b""),
+}
+
+
+@pytest.mark.parametrize("name", TUNNEL_HEADS)
+def test_what_a_proxy_says_beside_its_yes_costs_no_tunnel(
+    name: str, certificate: Path, trusting: ssl.SSLContext, monkeypatch: Patch
+) -> None:
+    def serve(sock: socket.socket) -> None:
+        with tls_context(certificate).wrap_socket(sock.dup(), server_side=True) as tls:
+            tls.recv(65536)
+            tls.sendall(ran())
+            tls.recv(1)
+
+    with Script(Steps((send(TUNNEL_HEADS[name]), serve))) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        client = GatewayClient("https://localhost:9", ssl_context=trusting, timeout=3)
+        assert run(client).is_success()
+        client.close()
 
 
 def test_a_tunnel_to_an_ipv6_address_has_its_brackets(monkeypatch: Patch) -> None:
@@ -1720,6 +2228,7 @@ def test_a_retry_opens_a_fresh_connection_though_another_one_is_idle() -> None:
 @pytest.mark.parametrize(
     ("value", "delay"),
     [("7", 7), ("0", 0), ("60", 60), ("61", None), ("99999999999", None), ("soon", ...),
+     ("7 ", 7), ("\t7\t", 7), ("Wed, 21 Oct 2015 07:28:00 GMT \t", 0),
      ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Fri, 31 Dec 9999 23:59:59 GMT", None)],
 )  # fmt: skip
 def test_retry_after_is_obeyed_up_to_a_minute(value: str, delay: Any, delays: list[float]) -> None:
@@ -1788,8 +2297,9 @@ def test_a_redirect_is_followed_also_to_another_host_but_not_from_https_to_http(
 @pytest.mark.parametrize(
     ("location", "target"),
     [("/b\u00fccket/\u4f60.bin?sig=\u00e9", "/b%C3%BCcket/%E4%BD%A0.bin?sig=%C3%A9"),
-     ("/a%20b/%C3%BC", "/a%20b/%C3%BC"), ("/a b", "/a%20b")],
-    ids=["UTF-8", "encoded", "space"],
+     ("/a%20b/%C3%BC", "/a%20b/%C3%BC"), ("/a b", "/a%20b"),
+     ("/a?sig=1 ", "/a?sig=1"), ("\t/a \t", "/a")],
+    ids=["UTF-8", "encoded", "space", "space behind", "tabs around"],
 )  # fmt: skip
 def test_a_redirect_leads_where_its_location_says_also_in_raw_utf_8(location: str, target: str, tmp_path: Path) -> None:
     with Script(LINK, moved(location.encode().decode("latin-1")), answer(body=b"data")) as server:
@@ -1834,6 +2344,98 @@ def test_each_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -
     assert len(requests) == 4 and all(map(re.match, expected, requests)), requests
     (reason,) = [line for line in lines if " ms" not in line]
     assert "503" in reason and "down" in reason and "page-2" not in caplog.text
+
+
+SDK_LOGGER = logging.getLogger("gateway_sdk")
+
+
+class Troubled:
+    """Raises, whatever it is asked for: stands for what others have made of `logging`."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise self._error
+
+
+def add_handler(error: Exception) -> None:
+    """One that raises this, and not only where `logging` would catch it."""
+    SDK_LOGGER.addHandler(type("Handler", (logging.Handler,), {"emit": Troubled(error)})())
+
+
+def half_imported(**attributes: Any) -> types.ModuleType:
+    """`logging` as another thread finds it that imports it at this moment."""
+    module = types.ModuleType("logging")
+    vars(module).update(attributes)
+    return module
+
+
+# What is wrong with the log.
+LOG_TROUBLES: dict[str, Callable[[Patch], object]] = {
+    "handler": lambda patch: add_handler(LookupError("x")),
+    "full disk": lambda patch: add_handler(OSError(28, "No space left on device")),
+    "slow handler": lambda patch: add_handler(TimeoutError("x")),
+    "handler over HTTP": lambda patch: add_handler(ServiceUnavailableError("x")),
+    "filter": lambda patch: SDK_LOGGER.addFilter(Troubled(AttributeError("x"))),
+    "record": lambda patch: patch.setattr(logging.Logger, "makeRecord", Troubled(TypeError("x"))),
+    "level": lambda patch: patch.setattr(logging.Logger, "isEnabledFor", Troubled(ValueError("x"))),
+    "getLogger": lambda patch: patch.setattr(logging, "getLogger", Troubled(NameError("x"))),
+    "half imported": lambda patch: patch.setitem(sys.modules, "logging", half_imported()),
+    "half imported, no root": lambda patch: patch.setitem(
+        sys.modules, "logging", half_imported(getLogger=Troubled(NameError("x")), DEBUG=10)),
+    "half imported, no methods": lambda patch: patch.setitem(
+        sys.modules, "logging", half_imported(getLogger=lambda name: object())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOG_TROUBLES)
+def test_trouble_with_the_log_costs_no_call(name: str) -> None:
+    answers = [ran(), UNAVAILABLE, answer([]), WHOLE_STREAM, ran(), ran(), answer(REASON, 404)]
+    before = SDK_LOGGER.level, SDK_LOGGER.handlers[:], SDK_LOGGER.filters[:]
+    SDK_LOGGER.setLevel(logging.DEBUG)
+    try:
+        with Patch.context() as patch, Script(*answers) as server, client_of(server) as client:
+            LOG_TROUBLES[name](patch)
+            assert run(client).get_function_result() == "ok"
+            assert client.list_prefabs() == []
+            assert [received.data for received in run(client, stream=True)] == [1, None]
+            assert values_of(client.run_batch([call(), call()])) == ["ok", "ok"]
+            with pytest.raises(PrefabNotFoundError):
+                run(client)
+    finally:
+        level, SDK_LOGGER.handlers, SDK_LOGGER.filters = before
+        SDK_LOGGER.setLevel(level)
+    assert len(server.received) == len(answers)
+
+
+def test_a_call_in_the_middle_of_an_import_of_logging_is_not_lost() -> None:
+    """As in a thread while another imports `requests`, say. Here: before each line of `logging`."""
+    code = """if True:
+        import sys, gateway_sdk
+        for name in [name for name in sys.modules if name.partition(".")[0] == "logging"]:
+            del sys.modules[name]
+        client = gateway_sdk.GatewayClient(sys.argv[1], timeout=10)
+        results = []
+
+        def enter(frame, kind, value):
+            if frame.f_globals.get("__name__") == "logging" and frame.f_code.co_name == "<module>":
+                return at_line
+
+        def at_line(frame, kind, value):
+            if kind == "line":
+                results.append(client.run("p", "1", "f").get_function_result())
+            return at_line
+
+        sys.settrace(enter)
+        import logging
+        sys.settrace(None)
+        assert len(results) > 100 and hasattr(logging, "getLogger")
+        print(*sorted(set(results)))
+    """
+    with Routed(lambda received: ran()) as server:
+        ended = python(code, server.url)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("ok\n", "", 0)
 
 
 def test_an_expired_token_is_exchanged_again_once_however_many_threads_see_it() -> None:
@@ -1915,8 +2517,9 @@ def test_a_new_token_that_is_refused_too_is_an_error() -> None:
                                               {"internal_token": {"value": "hush-hush"}})),
      *((answer({"internal_token": token}), None) for token in ("", "hush\nhush")),
      *((answer(body=body), 200) for body in (
-         b"<html>", b"hush-hush", b'{"internal_token": "hush-hush', b'{"internal_token": "hush-hush\xff"}',
-         b'{"internal_token": "hush-hush"} x'))],
+         b"<html>", b"hush-hush", b'{"internal_token": "hush-hush',
+         b'{"internal_token": "hush-hush"} x')),
+     (answer(body=b'{"internal_token": "hush-hush\xff"}'), None)],
     ids=ascii,
 )  # fmt: skip
 def test_an_exchange_that_gives_no_good_token_is_an_error_that_shows_none_and_keeps_no_connection(
@@ -2059,6 +2662,52 @@ def test_the_status_of_an_encoded_error_counts_and_identity_is_no_encoding() -> 
         with pytest.raises(AuthenticationError):
             run(client)
         assert client.list_prefabs() == client.list_prefabs() == []
+
+
+# A content type, and whether it is that of a stream.
+MEDIA_TYPES: dict[str, bool] = {
+    "application/json, text/event-stream": False,
+    "application/json,text/event-stream;charset=utf-8": False,
+    "APPLICATION/JSON ; charset=UTF-8": False,
+    'application/json; profile="text/event-stream"': False,
+    "text/json": False,
+    "text/event-streams": False,
+    "text/event-stream, application/json": True,
+    "text/event-stream,text/event-stream": True,
+    "text/event-stream;charset=utf-8": True,
+    "Text/Event-Stream ; charset=utf-8": True,
+    " \ttext/event-stream \t": True,
+    "text/event-stream;": True,
+    'text/event-stream; a="b,c"': True,
+}
+
+
+@pytest.mark.parametrize("media_type", MEDIA_TYPES)
+def test_a_media_type_is_read_up_to_its_first_mark(media_type: str) -> None:
+    is_stream = MEDIA_TYPES[media_type]
+    payload = event("content", "first") + event("done") if is_stream else FIRST_BODY
+    given = whole(payload, media_type)
+    with Script(given, given, ran("second")) as server, client_of(server) as client:
+        assert run(client).get_function_result() == "first"
+        content, done = run(client, stream=True)
+        assert (content.data if is_stream else content.data["output"]) == "first"
+        assert done.type == "done" and run(client).get_function_result() == "second"
+
+
+@pytest.mark.parametrize(
+    "encoding", ["UTF-8", "utf-8", "none", "None", "identity", "IDENTITY \t", "", " "]
+)
+def test_an_encoding_that_is_none_costs_no_answer(encoding: str, tmp_path: Path) -> None:
+    plain = answer(body=FIRST_BODY, Content_Encoding=encoding)
+    events = event("content", "first") + event("done")
+    stream = answer(body=events, Content_Type=STREAM, Content_Encoding=encoding)
+    missing = answer({"detail": coded("GONE")}, 404, Content_Encoding=encoding)
+    with Script(plain, stream, stream, missing) as server, client_of(server) as client:
+        assert [run(client).get_function_result() for _ in range(2)] == ["first", "first"]
+        assert next(run(client, stream=True)).data == "first"
+        with pytest.raises(PrefabNotFoundError) as caught:
+            run(client)
+    assert caught.value.error_code == "GONE"
 
 
 def test_a_file_that_was_stored_encoded_comes_as_it_is(tmp_path: Path) -> None:
@@ -2235,13 +2884,29 @@ A_EVENT, HALF = b"data: %b\n\n" % A, b'data: {"type": "content", "data": "b'
 ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], type[GatewayError] | None]] = {
     "chunked-done": (chunked(A_EVENT, event("done")), [*content("a"), DONE], None),
     "chunked-without-last-blank-line": (chunked(A_EVENT[:-2]), content("a"), None),
-    "chunked-nothing": (chunked(), [], None),
     "length-done": (whole(A_EVENT + event("done"), STREAM), [*content("a"), DONE], None),
     "unframed-done": (unframed(A_EVENT + event("done"), STREAM), [*content("a"), DONE], None),
     "unframed-done-without-blank-line": (
         unframed(A_EVENT + event("done").strip(), STREAM), [*content("a"), DONE], None),
     "unframed-error": (unframed(A_EVENT + event("error", "x"), STREAM), [*content("a"), ERROR], None),
     "unframed-without-done": (unframed(A_EVENT, STREAM), content("a"), ServiceUnavailableError),
+    "unframed-error-and-content": (
+        unframed(event("error", "x") + A_EVENT, STREAM),
+        [ERROR, *content("a")], ServiceUnavailableError),
+    "unframed-error-and-progress": (
+        unframed(event("error", "x") + event("progress"), STREAM),
+        [ERROR, ("progress", None)], ServiceUnavailableError),
+    "unframed-done-and-content": (
+        unframed(event("done") + A_EVENT, STREAM),
+        [DONE, *content("a")], ServiceUnavailableError),
+    "unframed-content-and-start": (
+        unframed(A_EVENT + event("start"), STREAM),
+        [*content("a"), ("start", None)], ServiceUnavailableError),
+    "unframed-two-dones": (
+        unframed(event("done") + A_EVENT + event("done"), STREAM),
+        [DONE, *content("a"), DONE], None),
+    "unframed-error-and-comment": (
+        unframed(event("error", "x") + b": bye\n\n", STREAM), [ERROR], None),
     "unframed-nothing": (unframed(b"", STREAM), [], ServiceUnavailableError),
     "unframed-in-an-event": (unframed(A_EVENT + HALF, STREAM), content("a"), ServiceUnavailableError),
     "events-after-done": (chunked(event("done"), A_EVENT), [DONE, *content("a")], None),
@@ -2256,6 +2921,29 @@ ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], type[GatewayError] | None]]
     "error-then-cut": (HangUp(chunked(event("error", "x"), end=False)), [ERROR], None),
     "error-and-content-then-cut": (
         HangUp(chunked(event("error", "x"), A_EVENT, end=False)), [ERROR, *content("a")], ServiceUnavailableError),
+    "done-and-content-then-cut": (
+        HangUp(chunked(event("done"), A_EVENT, end=False)),
+        [DONE, *content("a")], ServiceUnavailableError),
+    "done-and-progress-then-cut": (
+        HangUp(chunked(event("done"), event("progress"), end=False)),
+        [DONE, ("progress", None)], ServiceUnavailableError),
+    "done-and-content-then-silence": (
+        Pause(chunked(event("done"), A_EVENT, end=False)),
+        [DONE, *content("a")], GatewayTimeoutError),
+    "error-then-silence": (Pause(chunked(event("error", "x"), end=False)),
+        [ERROR], None),
+    "error-and-content-then-silence": (
+        Pause(chunked(event("error", "x"), A_EVENT, end=False)),
+        [ERROR, *content("a")], GatewayTimeoutError),
+    "error-and-done-then-cut": (
+        HangUp(chunked(event("error", "x"), event("done"), end=False)),
+        [ERROR, DONE], None),
+    "done-content-done-then-cut": (
+        HangUp(chunked(event("done"), A_EVENT, event("done"), end=False)),
+        [DONE, *content("a"), DONE], None),
+    "done-then-cut-in-a-comment": (
+        HangUp(chunked(A_EVENT, event("done"), b": keep-al", end=False)),
+        [*content("a"), DONE], None),
     "done-cut-before-the-blank-line": (
         HangUp(chunked(A_EVENT, event("done")[:-1], end=False)), content("a"), ServiceUnavailableError),
 }
@@ -2286,22 +2974,239 @@ def test_a_stream_never_just_ends_as_if_it_were_complete(given: Answer, events: 
             assert result.get_function_result() == "".join(contents)
 
 
-@pytest.mark.parametrize(("timeout", "after_done"), [(None, SHORT_SECONDS), (SHORT_SECONDS, 10 * WAIT_SECONDS)])
-def test_after_done_the_shorter_of_two_times_is_waited(
-    timeout: float | None, after_done: float, monkeypatch: Patch
+@pytest.mark.parametrize(
+    ("timeout", "after_done"), [(None, SHORT_SECONDS), (SHORT_SECONDS, 10 * WAIT_SECONDS)]
+)
+@pytest.mark.parametrize("last", ["done", "error"])
+def test_after_done_or_error_the_timeout_is_waited_or_a_minute_where_there_is_none(
+    last: str, timeout: float | None, after_done: float, monkeypatch: Patch
 ) -> None:
-    """The client's timeout, or that for what has said that it is done; then the client hangs up."""
+    """And then the client hangs up."""
     hung_up = []
 
     def serve(sock: socket.socket) -> None:
-        sock.sendall(chunked(event("done"), end=False))
+        sock.sendall(chunked(event(last), end=False))
         sock.settimeout(WAIT_SECONDS)
         hung_up.append(sock.recv(1))
 
     monkeypatch.setattr(gateway_sdk, "_AFTER_DONE_SECONDS", after_done)
     with Script(Steps((serve,))) as server, client_of(server, timeout=timeout) as client:
-        assert [event.type for event in run(client, stream=True)] == ["done"]
+        assert [event.type for event in run(client, stream=True)] == [last]
     assert hung_up == [b""]
+
+
+@pytest.mark.parametrize("last", ["done", "error"])
+def test_what_follows_done_or_error_after_a_while_is_handed_over_too(
+    last: str, monkeypatch: Patch
+) -> None:
+    """As the gateway's file URLs do, which it sends when its uploads are finished."""
+    # Which is only for a client that has no timeout.
+    monkeypatch.setattr(gateway_sdk, "_AFTER_DONE_SECONDS", SHORT_SECONDS)
+    never = threading.Event()
+    steps = (
+        send(chunked(A_TEXT, event(last, {"n": 1}), end=False)),
+        lambda _: never.wait(2 * SHORT_SECONDS),
+        send(chunk(event("done", WITH_FILES)) + LAST_CHUNK),
+    )
+    with Script(Steps(steps)) as server:
+        events = list(run(client_of(server), stream=True))
+    told = [("content", "a"), (last, {"n": 1}), ("done", WITH_FILES)]
+    assert [(received.type, received.data) for received in events] == told
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [[event("done", 1)] * 6,
+     [event("done", 1) + event("content", 1), *[b": keep-alive\n\n"] * 5, event("done", 1)]],
+    ids=["events all the time", "no longer done"],
+)  # fmt: skip
+def test_an_event_after_done_starts_the_wait_anew(pieces: list[bytes]) -> None:
+    never = threading.Event()
+    steps: list[Any] = [send(HEAD)]
+    for piece in pieces:
+        steps += [send(chunk(piece)), lambda _: never.wait(0.1)]
+    with Script(Steps((*steps, send(LAST_CHUNK)))) as server:
+        events = list(run(client_of(server), stream=True, timeout=0.4))
+    assert len(events) == b"".join(pieces).count(b"data:")
+
+
+# What a server may send that is no event.
+NO_EVENTS = {
+    "silence": b"",
+    "comments": b": keep-alive\n\n",
+    "blank lines": b"\r\n\r\n",
+    "a name": b"event: ping\n\n",
+    "other fields": b"id: 7\nretry: 1\n\n",
+    "data without an end": b"data: 1\n",
+    "a line without an end": b"x",
+}
+
+
+def going_on(last: str, filler: str, hung_up: list[str]) -> Steps:
+    """Sends `done` or `error`, then what is no event again and again, until the client hangs up."""
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(chunked(A_TEXT, event(last), end=False))
+        sock.settimeout(0.02)
+        for _ in range(int(WAIT_SECONDS / 2 / 0.02)):
+            try:
+                if NO_EVENTS[filler]:
+                    sock.sendall(chunk(NO_EVENTS[filler]))
+                if not sock.recv(1):
+                    break
+            except socket.timeout:
+                continue
+            except OSError:
+                break
+        else:
+            return  # it would read on for ever
+        hung_up.append(f"{last}, {filler}")
+
+    return Steps((serve,))
+
+
+@pytest.mark.parametrize("last", ["done", "error"])
+def test_a_stream_ends_when_the_timeout_has_brought_no_event_after_done_or_error(last: str) -> None:
+    hung_up: list[str] = []
+    with Script(going_on(last, "comments", hung_up)) as server:
+        stream = run(client_of(server), stream=True, timeout=0.3)
+        assert [received.type for received in stream] == ["content", last]
+        server.wait_until(lambda: server.open_connections == 0)
+    assert hung_up == [f"{last}, comments"]
+
+
+def test_a_result_is_there_when_the_timeout_has_brought_no_event_after_done_or_error() -> None:
+    """Whatever else comes. All at once, as each takes its time."""
+    cases = [*itertools.product(("done", "error"), NO_EVENTS)]
+    hung_up: list[str] = []
+
+    def choose(received: Received) -> Answer:
+        return going_on(*cases[received.json["calls"][0]["inputs"]["parameters"]["n"]], hung_up)
+
+    with Routed(choose) as server, client_of(server) as client:
+        calls = [call(number) for number in range(len(cases))]
+        batch = client.run_batch(calls, max_workers=len(calls), timeout=0.4)
+        server.wait_until(lambda: server.open_connections == 0)
+    assert [result.get_function_result() for result in batch.results] == ["a"] * len(cases)
+    succeeded = [result.is_success() for result in batch.results]
+    assert succeeded == [last == "done" for last, _ in cases]
+    assert sorted(hung_up) == sorted(f"{last}, {filler}" for last, filler in cases)
+
+
+THREE_RESULTS = json.dumps({"results": [{"status": "SUCCESS", "output": {"output": "ok"}}] * 3})
+ONE_RESULT = RUN_BODY % b'"ok"'
+# A body that comes as an event stream, but has no event in it.
+NO_STREAMS: dict[str, bytes] = {
+    "nothing": b"",
+    "blank lines": b"\r\n\n\n",
+    "byte order mark": b"\xef\xbb\xbf",
+    "comments": b": welcome\n\n: keep-alive\n\n",
+    "event without data": b"event: done\n\n",
+    "unknown event with empty data": b"event: ping\ndata:\n\ndata: \n\n",
+    "id and retry": b"id: 1\nretry: 1000\n\n",
+    "JSON lines": b'{"type": "content", "data": "a"}\n{"type": "done", "data": null}\n',
+    "JSON lines with blank lines": b'{"type": "content", "data": "a"}\n\n{"type": "done"}\n\n',
+    "an event as bare JSON": b'{"type": "content", "data": "a"}',
+    "page": b"<html>\n<title>Bad gateway</title>\n</html>\n",
+    "text": b"Internal Server Error",
+    "half of a result": ONE_RESULT[:-3],
+    "other JSON": b'{"results": []}',
+    "list": b"[1, 2]",
+    "null": b"null",
+    "error": b'{"detail": "the function is gone"}',
+    "coded error": b'{"error_code": "E", "message": "the function is gone"}',
+}
+
+
+@pytest.mark.parametrize("name", NO_STREAMS)
+def test_a_stream_without_an_event_is_an_error_that_shows_what_came(name: str) -> None:
+    payload = NO_STREAMS[name]
+    given = chunked(*filter(None, [payload[:9], payload[9:]]))
+    with Script(given, given, whole(payload, STREAM), ran("second")) as server:
+        client = client_of(server, max_retries=0)
+        for act in (run, lambda c: list(run(c, stream=True)), run):
+            with pytest.raises(GatewayError) as caught:
+                act(client)
+            error = caught.value
+            assert type(error) is GatewayError and error.status_code == 200 and error.may_have_run
+            shown = payload.decode("utf-8-sig").strip()[:20].partition("\n")[0]
+            assert (shown in str(error) or "error" in name) and ENDPOINTS["run"].asked in str(error)
+            assert "gone" in str(error) or "error" not in name
+        assert run(client).get_function_result() == "second"
+
+
+# How one result is written into a body that comes as an event stream.
+RESULT_BODIES: dict[str, bytes] = {
+    "one line": ONE_RESULT,
+    "line end behind it": ONE_RESULT + b"\r\n",
+    "blanks in front": b"\n\n  " + ONE_RESULT,
+    "indented": json.dumps(json.loads(ONE_RESULT), indent=2).encode(),
+    "blank lines inside": ONE_RESULT.replace(b", ", b",\n\n"),
+    "byte order mark": b"\xef\xbb\xbf" + ONE_RESULT,
+    "carriage returns": json.dumps(json.loads(ONE_RESULT), indent=0).replace("\n", "\r").encode(),
+    "raw tab": ONE_RESULT.replace(b'"j"', b'"\t"'),
+}
+
+
+@pytest.mark.parametrize("name", RESULT_BODIES)
+def test_a_result_that_comes_as_an_event_stream_is_no_less_a_result(name: str) -> None:
+    payload = RESULT_BODIES[name]
+    given = chunked(payload[:9], payload[9:])
+    ended = unframed(payload, STREAM)
+    with Script(given, given, whole(payload, STREAM), ended, ended) as server:
+        client = client_of(server)
+        for stream in (False, True, False, True, False):
+            if stream:
+                content, done = run(client, stream=True)
+                assert (content.data["output"], done.type) == ("ok", "done")
+            else:
+                result = run(client)
+                assert result.is_success() and result.get_function_result() == "ok"
+
+
+def test_a_failed_result_that_comes_as_an_event_stream_is_its_error() -> None:
+    given = whole(b'{"results": [{"status": "FAILED", "error": {"message": "m"}}]}', STREAM)
+    with Script(given, given) as server, client_of(server) as client:
+        assert run(client).error == {"message": "m"}
+        (failed,) = run(client, stream=True)
+    assert (failed.type, failed.data) == ("error", {"message": "m"})
+
+
+# Events whose data is empty, or a marker, and the types that they have. All end their stream.
+EMPTY_EVENTS: dict[str, tuple[bytes, list[str]]] = {
+    "error": (b"event: error\ndata:\n\n", ["error"]),
+    "error without a colon": (b"event: error\ndata\n\n", ["error"]),
+    "error with a blank": (b"event:error\ndata: \n\n", ["error"]),
+    "error, data first": (b"data:\nevent: error\n\n", ["error"]),
+    "error with CRLF": (b"event: error\r\ndata:\r\n\r\n", ["error"]),
+    "error and done": (b"event: error\ndata:\n\nevent: done\ndata:\n\n", ["error", "done"]),
+    "done": (b"event: done\ndata:\n\n", ["done"]),
+    "done without a colon": (b"event: done\ndata\n\n", ["done"]),
+    "start and done": (b"event: start\ndata:\n\nevent: done\ndata: \n\n", ["start", "done"]),
+    "progress and done": (
+        b"event: progress\ndata:\n\nevent: done\ndata:\n\n", ["progress", "done"]),
+    "content and done": (b"event: content\ndata:\n\nevent: done\ndata:\n\n", ["content", "done"]),
+    "unknown and done": (b"event: ping\ndata:\n\nevent: done\ndata:\n\n", ["done"]),
+    "marker": (b"data: [DONE]\n\n", ["done"]),
+    "marker with a blank behind": (b"data: [DONE] \n\n", ["done"]),
+    "marker with a blank in front": (b"data:  [DONE]\n\n", ["done"]),
+    "marker with tabs around": (b"data:\t[DONE] \t\n\n", ["done"]),
+    "marker with CRLF": (b"data: [DONE] \r\n\r\n", ["done"]),
+    "marker of an event": (b"event: done\ndata: [DONE] \n\n", ["done"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("framed", [True, False], ids=["framed", "unframed"])
+@pytest.mark.parametrize("name", EMPTY_EVENTS)
+def test_an_event_may_say_all_by_its_name(name: str, framed: bool) -> None:
+    written, types_ = EMPTY_EVENTS[name]
+    given = whole(A_TEXT + written, STREAM) if framed else unframed(A_TEXT + written, STREAM)
+    with Script(given, given) as server, client_of(server) as client:
+        events = list(run(client, stream=True))
+        result = run(client)
+    assert [received.type for received in events] == ["content", *types_]
+    assert all(not received.data or received.data.strip() == "[DONE]" for received in events[1:])
+    assert result.is_success() == ("error" not in types_) and result.get_function_result() == "a"
 
 
 def test_all_ways_to_read_a_stream_can_be_mixed() -> None:
@@ -2329,6 +3234,9 @@ def test_a_stream_of_a_plain_function_is_its_result(client: GatewayClient) -> No
 A_TEXT = event("content", "a")
 WITH_FILES = {"n": 1, "files": {"a": [S3]}}
 CODED = {"message": "m", "error_code": "E"}
+HEARTBEAT = b'data: {"type": "ping"}\n\n'
+done_with = functools.partial(event, "done")
+BROUGHT = done_with({"job_id": "job-1", "files": {"a": [S3]}})  # the gateway's, after its uploads
 # The events of a call for a result; and its value, its files, and its error.
 RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "texts": ([event("content", "a "), event("content", "b")], "a b", {}, None),
@@ -2346,6 +3254,50 @@ RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "error with a list": ([A_TEXT, event("error", ["x"])], "a", {}, {"message": "['x']"}),
     "error with a message beside": ([A_TEXT, event("error", message="m")], "a", {}, {"message": "m"}),
     "error with a code beside": ([event("error", {"message": "m"}, error_code="E")], "", {}, CODED),
+    "content and a summary": ([A_TEXT, event("content", "b"), done_with({"n": 1})], "ab", {}, None),
+    "two dones": ([done_with({"n": 1}), done_with({"m": 2})], {"n": 1, "m": 2}, {}, None),
+    "two dones with the same field": (
+        [done_with({"n": 1, "m": 1}), done_with({"n": 2})], {"n": 2, "m": 1}, {}, None),
+    "three dones": (
+        [done_with({"n": 1}), event("done"), done_with({"m": 2})], {"n": 1, "m": 2}, {}, None),
+    "done, then files": ([done_with({"n": 1}), BROUGHT], {"n": 1}, {"a": [S3]}, None),
+    "files, then done": ([BROUGHT, done_with({"n": 1})], {"n": 1}, {"a": [S3]}, None),
+    "content, done, then files": (
+        [A_TEXT, done_with({"n": 1}), BROUGHT], "a", {"a": [S3]}, None),
+    "done with nothing, then files": ([event("done"), BROUGHT], "", {"a": [S3]}, None),
+    "files of two dones": (
+        [done_with({"files": {"a": [S3]}}), done_with({"files": {"b": [S3]}})],
+        "", {"a": [S3], "b": [S3]}, None),
+    "job_id only": ([done_with({"n": 1}), done_with({"job_id": "job-1"})], {"n": 1}, {}, None),
+    "done with a text, then files": ([done_with("text"), BROUGHT], "text", {"a": [S3]}, None),
+    "done with a text, then an object": (
+        [done_with("text"), done_with({"n": 1})], {"n": 1}, {}, None),
+    "done with an object, then a text": (
+        [done_with({"n": 1}), done_with("text")], "text", {}, None),
+    "two dones with texts": ([done_with("a"), done_with("b")], "b", {}, None),
+    "done with a text, then nothing": ([done_with("text"), done_with("")], "text", {}, None),
+    "done with a list": ([done_with([1, 2])], [1, 2], {}, None),
+    "done with zero": ([done_with(0)], 0, {}, None),
+    "done with false, then a marker": ([done_with(False), done_with("[DONE]")], False, {}, None),
+    "done, then a marker": ([done_with({"n": 1}), done_with("[DONE]")], {"n": 1}, {}, None),
+    "a marker, then files": ([done_with("[DONE]"), BROUGHT], "", {"a": [S3]}, None),
+    "progress and done": (
+        [event("progress", 1), event("progress", {"p": 2}), done_with({"n": 1})],
+        {"n": 1}, {}, None),
+    "progress only": ([event("progress", {"p": 1})], "", {}, None),
+    "heartbeats": (
+        [HEARTBEAT, A_TEXT, event("heartbeat"), event("content", "b"), HEARTBEAT], "ab", {}, None),
+    "heartbeats and done": (
+        [HEARTBEAT, event("keep-alive", time=1), done_with({"n": 1})], {"n": 1}, {}, None),
+    "heartbeats only": ([HEARTBEAT, event("done")], "", {}, None),
+    "objects and heartbeats": ([event("content", {"n": 1}), HEARTBEAT], [{"n": 1}], {}, None),
+    "unknown types with data": ([event("thought", "a"), event("thought", "b")], "ab", {}, None),
+    "error, then files": (
+        [A_TEXT, event("error", "x"), BROUGHT], "a", {"a": [S3]}, {"message": "x"}),
+    "error, then content": (
+        [A_TEXT, event("error", "x"), event("content", "b")], "ab", {}, {"message": "x"}),
+    "done, then an error": (
+        [done_with({"n": 1}), event("error", "x")], {"n": 1}, {}, {"message": "x"}),
 }
 
 
@@ -2383,6 +3335,78 @@ def test_leaving_a_stream_frees_its_connection_without_the_garbage_collector(way
             server.wait_until(lambda: server.open_connections == 0)
         finally:
             gc.enable()
+
+
+@pytest.mark.parametrize("name", RESULTS_OF_EVENTS)
+def test_all_events_of_a_result_are_kept_as_they_came(name: str) -> None:
+    events = [event("start"), *RESULTS_OF_EVENTS[name][0]]
+    with Script(chunked(*events)) as server:
+        result = run(client_of(server))
+    decoded = [json.loads(sent.removeprefix(b"data: ")) for sent in events]
+    assert result.raw["events"] == decoded
+    named = any(b'"job_id"' in sent for sent in events)
+    assert result.job_id == ("job-1" if named else None)
+
+
+@pytest.mark.parametrize("name", RESULTS_OF_EVENTS)
+def test_a_stream_that_was_read_gives_the_result_that_the_call_would_have_given(name: str) -> None:
+    given = chunked(event("start"), *RESULTS_OF_EVENTS[name][0])
+    with Script(given, given, given) as server, client_of(server) as client:
+        result = run(client)
+        events = list(run(client, stream=True))
+        made = [PrefabResult.from_events(run(client, stream=True))]
+    forms = (events, tuple(events), iter(events), EventStream(events))
+    made += [PrefabResult.from_events(form) for form in forms]
+    assert made == [result] * 5
+    assert [one.raw["events"] for one in made] == [result.raw["events"]] * 5
+    assert [one.get_files() for one in made] == [result.get_files()] * 5
+
+
+def test_a_result_of_a_stream_that_broke_is_no_result() -> None:
+    with Script(HangUp(chunked(A_TEXT, end=False))) as server:
+        with pytest.raises(ServiceUnavailableError):
+            PrefabResult.from_events(run(client_of(server), stream=True))
+
+
+MADE_EVENTS = [
+    StreamEvent(StreamEventType.START, None),
+    StreamEvent(StreamEventType.CONTENT, "a"),
+    StreamEvent.from_dict({"type": "content", "data": "b"}),
+    StreamEvent.from_dict({"type": "done", "data": {"n": 1}}),
+]
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, iter, collections.deque, EventStream], ids=lambda kind: kind.__name__
+)
+def test_a_stream_can_be_made_of_events_of_ones_own(kind: Any) -> None:
+    stream = EventStream(kind(MADE_EVENTS))
+    assert isinstance(stream, EventStream) and iter(stream) is stream
+    assert next(stream) == MADE_EVENTS[0]
+    rest = [("content", "a"), ("content", "b"), ("done", {"n": 1})]
+    assert [(received.type, received.data) for received in stream] == rest
+    stream.close()
+    assert list(stream) == [] and next(stream, None) is None
+    result = PrefabResult.from_events(EventStream(kind(MADE_EVENTS)))
+    assert result.is_success() and result.get_function_result() == "ab"
+
+
+def test_a_stream_of_ones_own_ends_as_any_other() -> None:
+    def breaking() -> Iterator[StreamEvent]:
+        yield MADE_EVENTS[0]
+        raise ServiceUnavailableError("it broke")
+
+    stream = EventStream(MADE_EVENTS)
+    with stream as entered:
+        assert entered is stream and next(stream).type == "start"
+    with pytest.raises(GatewayError, match="closed before its end"):
+        next(stream)
+    broken = EventStream(breaking())
+    with pytest.raises(ServiceUnavailableError, match="it broke"):
+        list(broken)
+    with pytest.raises(GatewayError, match="cannot be read on"):
+        list(broken)
+    assert list(EventStream([])) == []
 
 
 # How the server goes on, and what makes the stream end before its end.
@@ -2486,6 +3510,80 @@ def test_a_stream_may_be_closed_at_any_moment_of_being_read(close: Callable[[Any
             if not reached or at == 2000:
                 break
     assert not unexpected and at > 10
+
+
+def hang_up(_: socket.socket) -> None:
+    raise OSError
+
+
+def say_more_and_hang_up(sock: socket.socket) -> None:
+    sock.sendall(chunk(event("content", 2)))
+    raise OSError
+
+
+# What comes while two threads want the next event, and what becomes of the one that waits for it.
+TWO_READERS: dict[str, tuple[Callable[[socket.socket], object], Any]] = {
+    "the rest": (send(chunk(event("content", 2) + event("done")) + LAST_CHUNK), [2, None]),
+    "an event, then a break": (say_more_and_hang_up, ServiceUnavailableError),
+    "a break": (hang_up, ServiceUnavailableError),
+    "a bad chunk": (send(b"xyz\r\n"), ServiceUnavailableError),
+    "silence": (lambda sock: sock.recv(1), GatewayTimeoutError),
+}
+
+
+@pytest.mark.parametrize("name", TWO_READERS)
+def test_a_second_reader_of_a_stream_gets_an_error_of_its_own_and_spoils_nothing(name: str) -> None:
+    comes, outcome = TWO_READERS[name]
+    gate = threading.Event()
+    outcomes: queue.Queue[Any] = queue.Queue()
+
+    def read() -> None:
+        try:
+            outcomes.put([received.data for received in stream])
+        except BaseException as error:
+            outcomes.put(error)
+
+    steps = (send(HEAD + chunk(event("content", 1))), lambda _: gate.wait(WAIT_SECONDS), comes)
+    with Script(Steps(steps)) as server, client_of(server) as client:
+        stream = run(client, stream=True, timeout=0.5 if name == "silence" else WAIT_SECONDS)
+        assert next(stream).data == 1
+        for _ in range(2):
+            threading.Thread(target=read, daemon=True).start()
+        second = outcomes.get(timeout=WAIT_SECONDS)
+        gate.set()
+        first = outcomes.get(timeout=WAIT_SECONDS)
+    assert type(second) is GatewayError, second
+    assert (first if isinstance(outcome, list) else type(first)) == outcome
+    assert "cannot be read on" not in str(first)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt here")
+def test_a_signal_handler_that_reads_the_stream_that_the_loop_waits_for_spoils_nothing() -> None:
+    gate = threading.Event()
+    errors: list[BaseException] = []
+
+    def read_too(_: int, frame: Any) -> None:
+        if frame.f_code.co_filename == socket.__file__:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            try:
+                next(stream)
+            except BaseException as error:
+                errors.append(error)
+            gate.set()
+
+    rest = chunk(event("content", 2) + event("done")) + LAST_CHUNK
+    steps = (send(HEAD + chunk(event("content", 1))), lambda _: gate.wait(WAIT_SECONDS), send(rest))
+    with Script(Steps(steps)) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        assert next(stream).data == 1
+        before = signal.signal(signal.SIGALRM, read_too)
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        try:
+            assert [received.data for received in stream] == [2, None]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert [type(error) for error in errors] == [GatewayError]
 
 
 def test_closing_a_stream_ends_the_wait_of_another_thread_without_an_error(script: Any) -> None:
@@ -2894,6 +3992,11 @@ TRANSFERS = {
     "only-a-part-of-the-rest-without-total": Transfer(
         [CUT, {"end": 9000, "span": "bytes 1000-8999/*"}, {}], [None, 1000, None]),
     "only-a-part-of-the-rest-without-a-word": Transfer([CUT, {"end": 9000}, {}], [None, 1000, 9000]),
+    "blanks-behind-the-span": Transfer([CUT, {"span": "bytes 1000-10239/10240 \t"}], [None, 1000]),
+    "blanks-behind-the-etag": Transfer(
+        [{"cut": 1000, "etag": '"1" '}, {"etag": '"1"\t', "if_range": False}], [None, 1000]),
+    "blanks-around-the-etag": Transfer(
+        [{"cut": 1000, "etag": ' \t"1" '}, {"if_range": False}], [None, 1000]),
     "neither-length-nor-chunks": Transfer([{"framed": "close"}], [None], None),
     "empty": Transfer([{"content": b""}], [None], b""),
 }
@@ -3236,6 +4339,34 @@ def test_a_credential_that_is_refused_from_the_start_is_raised_and_nothing_more_
             client_of(server).run_batch([call(number) for number in range(20)], **ways[way])
     most = {"threads": 8, "an executor": 2}.get(way, 1)
     assert caught.value.status_code == 401 and 1 <= len(server.received) <= most
+
+
+# An event stream that answers a request with several calls.
+STREAMS_FOR_MANY: dict[str, Answer] = {
+    "whole": chunked(A_TEXT, event("done")),
+    "with an object": whole(event("done", {"n": 1}), STREAM),
+    "unframed": unframed(A_TEXT + event("done"), STREAM),
+    "failed": chunked(event("error", "x")),
+}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", STREAMS_FOR_MANY)
+def test_one_event_stream_is_not_the_result_of_several_calls(name: str, count: int) -> None:
+    with Script(STREAMS_FOR_MANY[name], ran("second")) as server:
+        client = client_of(server, max_retries=0)
+        with pytest.raises(GatewayError) as caught:
+            client.run_batch([call()] * count, single_request=True)
+        assert type(caught.value) is GatewayError and caught.value.may_have_run
+        assert len(server.received) == 1 and run(client).get_function_result() == "second"
+
+
+def test_results_that_come_as_an_event_stream_are_those_of_their_calls() -> None:
+    answers = [whole(THREE_RESULTS.encode(), STREAM), chunked(A_TEXT, BROUGHT)]
+    with Script(*answers) as server, client_of(server) as client:
+        assert values_of(client.run_batch([call()] * 3, single_request=True)) == ["ok"] * 3
+        one = client.run_batch([call()], single_request=True)
+    assert values_of(one) == ["a"] and one.results[0].get_files() == {"a": [S3]}
 
 
 def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGateway) -> None:
