@@ -986,7 +986,7 @@ def test_what_an_error_says_is_read_in_its_own_letters(name: str, status: int) -
     [
         b"no gzip",
         gzip.compress(REASON_TEXT.encode())[:-12],
-        gzip.compress(b"x" * 2**22),
+        gzip.compress(json.dumps(coded("E", more="x" * 2**22)).encode()),
         gzip.compress(b"x" * 9) * 9,
     ],
     ids=["none", "cut", "bomb", "members"],
@@ -3394,8 +3394,6 @@ HOLDING: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
         lambda server, url=url: GatewayClient(server).download_file(S3, "f"),
         [answer({"presigned_url": url})])
        for url in (f"ftp://h/?s={WORD}", f"http://[h/?s={WORD}", f"/b/k?s={WORD}")},
-    "download: bad target": (
-        lambda url: GatewayClient(url).download_file(S3, "missing\0"), []),
     "upload: 403": (
         lambda url: GatewayClient(url).upload_input_file(ROOT / "LICENSE"),
         [link(f"X-Sig={WORD}"), answer({"detail": WHO_IS}, 403)]),
