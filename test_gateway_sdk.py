@@ -17,11 +17,13 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import email.utils
 import functools
 import gc
+import gzip
 import hashlib
 import hmac
 import html
@@ -53,11 +55,14 @@ import time
 import traceback
 import types
 import unicodedata
+import unittest.mock
 import urllib.parse
 import urllib.request
+import uuid
 import weakref
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -685,6 +690,14 @@ MAPPING = [
      {"error_code": "MISSING_AGENT_CONTEXT"}),
     ("list files", 400, coded("MISSING_AGENT_CONTEXT"), AgentContextRequiredError, {}),
     ("run", 400, {"detail": coded("OTHER")}, GatewayError, {"error_code": "OTHER"}),
+    ("run", 400, {"detail": coded("MISSING_SECRET")}, MissingSecretError,
+     {"prefab_id": "p", "secret_name": "unknown", "instructions": None}),
+    ("list files", 400, coded("MISSING_SECRET"), MissingSecretError,
+     {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}),
+    ("run", 429, {"detail": coded("Q", limit=0, used=3)}, QuotaExceededError,
+     {"limit": 0, "used": 3, "quota_type": "unknown"}),
+    ("run", 400, {"detail": coded("E", status_code=1, may_have_run=True, retry_after=5, request_id="x")},
+     GatewayError, {"may_have_run": False, "retry_after": None, "request_id": None}),
     ("run", 409, {"detail": coded("MISSING_SECRET", **SECRET)}, GatewayError, {}),
     ("run", 418, REASON, GatewayError, {"error_code": None}),
     ("run", 500, b"the reason", ServiceUnavailableError, {}),
@@ -731,6 +744,8 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "object without code": ({"detail": {"message": "the reason"}}, {}),
     "list": ({"detail": [{"loc": ["body"], "msg": "the reason"}]}, {}),
     "text in latin-1": (b"the reason \xff", {}),
+    "byte order mark": (b"\xef\xbb\xbf" + json.dumps({"detail": coded("E", more=1)}).encode(),
+                        {"error_code": "E", "more": 1}),
     "empty object": ({}, {}),
     "null detail": ({"detail": None}, {}),
     "number detail": ({"detail": 3}, {}),
@@ -801,6 +816,201 @@ def test_of_what_is_not_json_the_first_500_characters_are_shown(status: int) -> 
 )  # fmt: skip
 def test_an_error_names_its_remedy(status: int, detail: Any, remedy: str) -> None:
     assert remedy in str(error_of(run, answer({"detail": detail}, status)))
+
+
+# What is asked, how it is answered, the advice to a program, and the same for the shell.
+ADVICE: dict[str, tuple[Callable[[GatewayClient], Any], Answer, str, str]] = {
+    "no such prefab": (run, answer(REASON, 404), "client.list_prefabs()", "gateway-sdk list"),
+    "no such function": (run, answer(REASON, 404), "client.get_prefab_spec(", "gateway-sdk spec"),
+    "no such spec": (
+        lambda c: c.get_prefab_spec("p"), answer([]), "client.list_prefabs()", "gateway-sdk list"),
+    "missing secret": (
+        run, answer({"detail": coded("MISSING_SECRET", **SECRET)}, 400),
+        "client.set_secret('q', 'KEY'", "gateway-sdk secret set q KEY"),
+    "missing secret in plain words": (
+        run, answer({"detail": PLAIN_SECRET}, 400),
+        "client.set_secret('q', 'KEY'", "gateway-sdk secret set q KEY"),
+    "no agent": (
+        lambda c: c.list_files(), answer({"detail": coded("MISSING_AGENT_CONTEXT")}, 400),
+        "upload_input_file(", "gateway-sdk upload --input"),
+    "no agent's token": (
+        lambda c: c.list_files(), answer({"detail": coded("MISSING_AGENT_CONTEXT")}, 400),
+        "internal_token=", "X_INTERNAL_TOKEN"),
+    "no such endpoint": (run, answer({"detail": "Not Found"}, 404), "base_url", "--base-url"),
+    "redirect": (run, moved("http://elsewhere/"), "base_url", "--base-url"),
+    "timeout": (lambda c: run(c, timeout=SHORT_SECONDS), Pause(), "timeout=", "--timeout"),
+    "no connection": (
+        lambda c: run(GatewayClient("http://127.0.0.1:1", max_retries=0)), NO_BODY, "base_url",
+        "--base-url"),
+    "a token as base_url": (
+        lambda c: GatewayClient("token-of-mine"), NO_BODY, "internal_token=", "X_INTERNAL_TOKEN"),
+    "a local file": (
+        lambda c: run(c, files={"v": ["a.mp4"]}), NO_BODY, "upload_input_file(",
+        "gateway-sdk upload --input"),
+}  # fmt: skip
+PYTHON_ADVICE = r"client\.|\b[a-z_]+=|_file\(|\bbase_url\b"
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_is_worded_for_python_and_for_the_shell(name: str) -> None:
+    act, given, in_python, in_shell = ADVICE[name]
+    error = error_of(act, given)
+    assert in_python in str(error) and not re.search(r"gateway-sdk |--[a-z]", str(error))
+    for same in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert in_shell in same._in_shell()
+        assert not re.search(PYTHON_ADVICE, same._in_shell()), same._in_shell()
+
+
+@pytest.mark.parametrize(
+    ("error", "in_shell"),
+    [(MissingSecretError("p", "KEY"), "gateway-sdk secret set p KEY"),
+     (MissingSecretError("p", "KEY", instructions="Ask for one"), "Ask for one"),
+     (AgentContextRequiredError(), "gateway-sdk upload --input")],
+    ids=repr,
+)  # fmt: skip
+def test_errors_that_a_program_makes_have_advice_for_the_shell_too(
+    error: Any, in_shell: str
+) -> None:
+    assert in_shell in error._in_shell() and not re.search(PYTHON_ADVICE, error._in_shell())
+
+
+OWN_WORDS = [
+    error for error, _ in MADE if type(error) is not MissingSecretError and len(str(error)) < 40
+]
+
+
+@pytest.mark.parametrize("error", OWN_WORDS, ids=repr)
+def test_what_the_maker_of_an_error_says_is_said_in_the_shell_too(error: Any) -> None:
+    assert str(error) in error._in_shell()
+
+
+# What sounds like advice of the SDK, but is the gateway's own message.
+LIKE_ADVICE = [
+    "Call client.list_prefabs() first",
+    "larger timeout= than base_url has",
+    "upload_input_file(x) failed",
+    "client.set_secret('a', 'b', value)",
+    "Is base_url right?",
+]
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 503])
+def test_what_the_gateway_says_is_not_reworded_for_the_shell(status: int) -> None:
+    for said in LIKE_ADVICE:
+        for content in ({"detail": said}, {"error_code": "E", "message": said}):
+            error = error_of(run, answer(content, status))
+            assert said in str(error) and said in error._in_shell()
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "$(reboot)", "a;b", "-x"])
+def test_a_name_in_the_advice_for_the_shell_is_quoted_as_the_shell_needs_it(name: str) -> None:
+    asked = {"prefab_id": "q", "secret_name": name}
+    error = error_of(run, answer({"detail": coded("MISSING_SECRET", **asked)}, 400))
+    assert f"set q {shlex.quote(name)}" in error._in_shell().replace(" -- ", " ")
+
+
+def test_an_error_has_the_id_of_its_request() -> None:
+    statuses = (400, 401, 404, 422, 429, 500, 503, 307)
+    bodies = [(b"{}", status) for status in statuses] + [(b"<html>", 200), (b"[1]", 200)]
+    for name in ("X-Request-ID", "x-request-id", "X_REQUEST_ID"):
+        for body, status in bodies:
+            error = error_of(run, answer(status=status, body=body, **{name: "req-7"}))
+            assert (error.status_code, error.request_id) == (status, "req-7")
+            assert pickle.loads(pickle.dumps(error)).request_id == "req-7"
+
+
+def test_an_error_without_an_answer_or_an_id_has_none() -> None:
+    assert error_of(run, REFUSED).request_id is None
+    assert error_of(run, HangUp()).request_id is None
+    assert all(error.request_id is None for error, _ in MADE)
+    error = GatewayError("m")
+    assert (error.status_code, error.retry_after, error.may_have_run) == (None, None, False)
+
+
+def test_of_a_batch_too_each_error_has_the_id_of_its_request() -> None:
+    answers = [answer(REASON, 400, X_Request_ID=f"req-{number}") for number in range(3)]
+    with Script(*answers) as server, client_of(server) as client:
+        batch = client.run_batch([call(number) for number in range(3)], max_workers=1)
+    found = [result.exception and result.exception.request_id for result in batch.results]
+    assert found == ["req-0", "req-1", "req-2"]
+
+
+CHINESE = "\u7f51\u5173\u9519\u8bef"  # "gateway error"
+REASON_TEXT = json.dumps({"detail": coded("E", more=CHINESE)}, ensure_ascii=False)
+# An error's body, its headers, and what the message shows of it.
+PAGES: dict[str, tuple[bytes, dict[str, str], str]] = {
+    "GBK": (
+        f"<h1>{CHINESE}</h1>".encode("gbk"), {"Content_Type": "text/html; charset=gbk"}, CHINESE),
+    "GB18030, quoted": (
+        CHINESE.encode("gb18030"), {"Content_Type": 'text/html; charset="GB18030"'}, CHINESE),
+    "upper case": (CHINESE.encode("gbk"), {"Content_Type": "TEXT/HTML;CHARSET=GBK"}, CHINESE),
+    "another parameter first": (
+        CHINESE.encode("big5", "replace"), {"Content_Type": "text/html; level=1; charset=big5"},
+        CHINESE[:1]),
+    "JSON in GBK": (
+        REASON_TEXT.encode("gbk"), {"Content_Type": "application/json; charset=gbk"}, "the reason"),
+    "Latin-1": (
+        "gesch\u00fctzt".encode("latin-1"), {"Content_Type": "text/plain; charset=iso-8859-1"},
+        "gesch\u00fctzt"),
+    "UTF-16": (CHINESE.encode("utf-16"), {"Content_Type": "text/plain; charset=utf-16"}, CHINESE),
+    "GBK without a word": (
+        b"the reason " + CHINESE.encode("gbk"), {"Content_Type": "text/html"}, "the reason"),
+    **{f"charset {name!r}": (
+        b"the reason", {"Content_Type": f"text/plain; charset={name}"}, "the reason")
+       for name in ("", "x-odd", "base64", "undefined", "unicode_escape", "\xe4", "utf-8\0")},
+    "gzip": (gzip.compress(REASON_TEXT.encode()), {"Content_Encoding": "gzip"}, "the reason"),
+    "GZIP": (gzip.compress(REASON_TEXT.encode()), {"Content_Encoding": "GZIP"}, "the reason"),
+    "x-gzip": (gzip.compress(REASON_TEXT.encode()), {"Content_Encoding": "x-gzip"}, "the reason"),
+    "deflate": (zlib.compress(REASON_TEXT.encode()), {"Content_Encoding": "deflate"}, "the reason"),
+    "page in gzip": (
+        gzip.compress(f"<h1>{CHINESE}</h1>".encode()), {"Content_Encoding": "gzip"}, CHINESE),
+    "GBK in gzip": (
+        gzip.compress(CHINESE.encode("gbk")),
+        {"Content_Encoding": "gzip", "Content_Type": "text/html; charset=gbk"}, CHINESE),
+    "byte order mark": (b"\xef\xbb\xbf" + REASON_TEXT.encode(), {}, "the reason"),
+    "byte order mark in front of a page": (
+        b"\xef\xbb\xbf<h1>the reason</h1>", {}, ": <h1>the reason"),
+    "byte order mark in gzip": (
+        gzip.compress(b"\xef\xbb\xbf" + REASON_TEXT.encode()), {"Content_Encoding": "gzip"},
+        "the reason"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [400, 502])
+@pytest.mark.parametrize("name", PAGES)
+def test_what_an_error_says_is_read_in_its_own_letters(name: str, status: int) -> None:
+    body, headers, shown = PAGES[name]
+    error = error_of(run, answer(body=body, status=status, **headers))
+    assert error.status_code == status and shown in str(error)
+    assert "\ufeff" not in str(error) and ("\ufffd" not in str(error) or "without" in name)
+    if shown == "the reason" and not name.startswith(("charset", "GBK")):
+        assert error.error_code == "E" and error.details["more"] == CHINESE
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"no gzip",
+        gzip.compress(REASON_TEXT.encode())[:-12],
+        gzip.compress(json.dumps(coded("E", more="x" * 2**22)).encode()),
+        gzip.compress(b"x" * 9) * 9,
+    ],
+    ids=["none", "cut", "bomb", "members"],
+)
+def test_the_status_counts_where_what_was_packed_cannot_be_read(body: bytes) -> None:
+    error = error_of(run, answer(body=body, status=403, Content_Encoding="gzip"))
+    assert type(error) is AuthenticationError and len(str(error)) < 2000
+    assert len(repr(error.details)) < 2**18
+
+
+@pytest.mark.parametrize("value", ["group/prefab", "/", "a/b/c"])
+def test_a_bare_404_of_a_path_with_an_encoded_slash_says_that(value: str) -> None:
+    not_found = answer({"detail": "Not Found"}, 404)
+    for take in ID_TAKERS.values():
+        for given in (value, "plain-name"):
+            error = error_of(lambda client, take=take, given=given: take(client, given), not_found)
+            assert type(error) is GatewayError and error.status_code == 404
+            assert ("slash" in str(error).lower()) == (given == value)
 
 
 @pytest.mark.parametrize("name", ["run", "stream", "directory", "spec", "list files", "delete a secret"])
@@ -1088,6 +1298,101 @@ def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
         assert math.isnan(next(run(client, stream=True)).data)
 
 
+evaluates_unions = pytest.mark.skipif(
+    sys.version_info < (3, 10), reason="the notation `X | Y` cannot be evaluated there"
+)
+RESULT_FIELDS = ["status", "output", "error", "job_id"]
+
+
+def batch_of_all_kinds() -> BatchResult:
+    """Results of a call that ran, one that failed, one that was refused, one that was lost."""
+    failed = {"status": "FAILED", "output": None, "error": {"message": "m", "type": "t"}}
+    answers = [ran({"a": [1]}), answer({"results": [failed]}), answer(coded("E"), 422), HangUp()]
+    with Script(*answers) as server, client_of(server, max_retries=0) as client:
+        batch = client.run_batch([call(number) for number in range(4)], max_workers=1)
+    assert [bool(result.exception) for result in batch.results] == [False, False, True, True]
+    return batch
+
+
+def test_a_result_has_four_fields_and_beside_them_what_it_came_from() -> None:
+    assert [field.name for field in dataclasses.fields(PrefabResult)] == RESULT_FIELDS
+    made = PrefabResult("SUCCESS", {"a": 1}, None, "j")
+    assert (made.raw, made.exception) == ({}, None)
+    assert made == PrefabResult("SUCCESS", {"a": 1}, job_id="j")
+    ran_, _, refused, _ = batch_of_all_kinds().results
+    for again in (copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))):
+        assert again(refused) == refused and isinstance(again(refused).exception, ValidationError)
+        assert again(ran_) == ran_ and again(ran_).raw["output"]["output"] == {"a": [1]}
+
+
+def test_a_batch_can_be_written_as_json_also_if_calls_raised() -> None:
+    batch = batch_of_all_kinds()
+    written = json.loads(json.dumps(dataclasses.asdict(batch)))
+    assert written["status"] == "PARTIAL_SUCCESS" and len(written["results"]) == 4
+    for document, result in zip(written["results"], batch.results):
+        assert list(document) == RESULT_FIELDS
+        assert document["status"] == result.status and document["output"] == result.output
+        assert document["error"] == result.error
+        assert json.loads(json.dumps(result.to_dict())) == document
+    assert written["results"][2]["error"]["type"] == "ValidationError"
+
+
+def test_events_calls_and_entries_of_the_directory_can_be_written_as_json_too() -> None:
+    entry = PrefabInfo._from_dict(
+        {"id": "p", "version": "1", "deployment_status": "deployed", "x": [1]}
+    )
+    happened = StreamEvent.from_dict({"type": "content", "data": {"a": 1}, "metadata": {}})
+    for value in (entry, happened, call(3), PrefabCall("p", "1", "f", {"a": 1}, {"v": [S3]})):
+        assert json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+@evaluates_unions
+def test_results_are_fields_of_pydantic_models() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    batch = batch_of_all_kinds()
+    model = pydantic.create_model("Report", batch=(BatchResult, ...), first=(PrefabResult, ...))
+    written = json.loads(model(batch=batch, first=batch.results[0]).model_dump_json())
+    assert written["batch"] == json.loads(json.dumps(dataclasses.asdict(batch)))
+    assert list(written["first"]) == RESULT_FIELDS and model.model_json_schema()
+    assert model.model_validate(written).batch.results[2].error == batch.results[2].error
+
+
+@evaluates_unions
+def test_results_are_response_models_of_fastapi() -> None:
+    fastapi = pytest.importorskip("fastapi")
+    batch, app = batch_of_all_kinds(), fastapi.FastAPI()
+
+    async def give_batch() -> Any:
+        return batch
+
+    async def give_last() -> Any:
+        return batch.results[3]
+
+    async def ask(path: str) -> Any:
+        sent: list[Any] = []
+        scope = {
+            "type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "headers": [],
+            "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        }  # fmt: skip
+        asked = iter([{"type": "http.request", "body": b""}])
+
+        async def receive() -> Any:
+            return next(asked, {"type": "http.disconnect"})
+
+        async def keep(message: Any) -> None:
+            sent.append(message)
+
+        await app(scope, receive, keep)
+        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
+
+    app.get("/batch", response_model=BatchResult)(give_batch)
+    app.get("/last", response_model=PrefabResult)(give_last)
+    written = json.loads(json.dumps(dataclasses.asdict(batch)))
+    assert asyncio.run(ask("/batch")) == (200, written)
+    assert asyncio.run(ask("/last")) == (200, written["results"][3])
+    assert app.openapi()["components"]["schemas"]["PrefabResult"]
+
+
 def test_a_directory_entry_may_lack_nearly_everything() -> None:
     same = {"version": "1.0.0", "name": "P", "description": "d", "tags": ["t"], "functions": [{"name": "f"}],
             "requires_secrets": True, "secrets": [{"name": "KEY"}], "is_official": True, "author": "a"}  # fmt: skip
@@ -1139,10 +1444,12 @@ BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"prefab_id": ""}, ["prefab_id"]), ({"version": None}, ["version"]), ({"version": 1.1}, ["version", "1.1"]),
     ({"function_name": 77}, ["function_name", "77"]), ({"parameters": ["list"]}, ["parameters"]),
     ({"parameters": {"fine": 1, "culprit": LOOP}}, ["culprit"]),
-    *(({"parameters": PLACES["rows[0].when"](value)}, [" rows[0].when ", *words]) for value, words in NO_JSON.values()),
-    *(({"parameters": fill(date(2024, 1, 1))}, [f" {place} ", "isoformat()"]) for place, fill in PLACES.items()),
+    *(({"parameters": PLACES["rows[0].when"](value)}, ["rows[0].when", *words]) for value, words in NO_JSON.values()),
+    *(({"parameters": fill(date(2024, 1, 1))}, [place, "isoformat()"]) for place, fill in PLACES.items()),
     ({"files": [S3]}, ["files"]), ({"files": S3}, ["files"]),
     *(({"files": files}, ["upload_input_file"]) for files in NO_FILES),
+    *(({"files": files}, ["files", "upload_input_file"]) for files in (
+        ["report.txt"], "report.txt", Path("report.txt"), ("a.mp4", "b.mp4"), [Path("a.mp4")], b"report.txt")),
 ]  # fmt: skip
 
 
@@ -1320,6 +1627,137 @@ def test_an_exchanged_key_allows_no_second_credential(options: Any) -> None:
     assert not server.received
 
 
+# What is wrong with the call of index 500, and how the message begins to tell so.
+BAD_AT_500: dict[str, tuple[Any, str]] = {
+    "parameter": (dataclasses.replace(call(), parameters={"when": date(2024, 1, 1)}),
+                  r"\bcalls\[500\]\.inputs\.parameters\.when\b.*isoformat"),
+    "parameter inside": (dataclasses.replace(call(), parameters={"rows": [{"a": {1}}]}),
+                         r"\bcalls\[500\]\.inputs\.parameters\.rows\[0\]\.a\b.*list\("),
+    "not a number": (dataclasses.replace(call(), parameters={"x": [0, float("nan")]}),
+                     r"\bcalls\[500\]\.inputs\.parameters\.x\[1\].*nan"),
+    "file": (
+        dataclasses.replace(call(), files={"v": ["a.mp4"]}), r"calls\[500\]: .*upload_input_file"),
+    "files": (
+        dataclasses.replace(call(), files=["report.txt"]), r"calls\[500\]: .*upload_input_file"),
+    "name": (dataclasses.replace(call(), prefab_id=""), r"calls\[500\]: .*prefab_id"),
+    "version": (dataclasses.replace(call(), version=1.1), r"calls\[500\]: .*version.*1\.1"),
+    "dict": ({"prefab_id": "p"}, r"calls\[500\]: .*PrefabCall\(\*\*"),
+    "nothing": (None, r"calls\[500\]: .*PrefabCall"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("single_request", [False, True])
+@pytest.mark.parametrize("name", BAD_AT_500)
+def test_the_bad_call_of_a_batch_is_named(name: str, single_request: bool) -> None:
+    bad, said = BAD_AT_500[name]
+    calls = (bad if number == 500 else call(number) for number in range(600))
+    with Script() as server, client_of(server) as client:
+        with pytest.raises(ValidationError, match=said):
+            client.run_batch(calls, single_request=single_request)
+    assert not server.received
+
+
+class Yielding:
+    """It has every attribute, as a `Prefab`, a mock or the proxy of a remote object."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_: None
+
+
+@pytest.mark.parametrize(
+    "value", [GatewayClient("http://h").prefab("p", "1"), unittest.mock.MagicMock(), Yielding()],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_what_has_every_attribute_gets_no_advice_for_a_date(value: Any) -> None:
+    with Script() as server, client_of(server) as client:
+        with pytest.raises(ValidationError, match=r"\bwhen\b") as caught:
+            client.run("p", "1", "f", {"when": value})
+    assert type(value).__name__ in str(caught.value)
+    assert not re.search(r"isoformat|model_dump|tolist", str(caught.value)) and not server.received
+
+
+URL_FOR_TOKEN = ["http://gateway", "https://gateway:8443/x", "HTTP://gateway", " https://gateway"]
+
+
+@pytest.mark.parametrize("url", URL_FOR_TOKEN)
+@pytest.mark.parametrize("name", [*NAMES, "from_api_key", *VARIABLES])
+def test_a_url_as_a_credential_is_an_error_that_names_base_url(
+    name: str, url: str, monkeypatch: Patch
+) -> None:
+    with Script() as server, pytest.raises(ValidationError, match="base_url="):
+        if name in VARIABLES:
+            monkeypatch.setenv(name, url)
+            GatewayClient.from_env(base_url=server.url)
+        elif name == "from_api_key":
+            GatewayClient.from_api_key(url, server.url)
+        else:
+            GatewayClient(server.url, **{name: url})  # type: ignore[arg-type]
+    assert not server.received
+
+
+def test_the_order_of_the_older_sdk_is_an_error_that_names_what_goes_where() -> None:
+    with pytest.raises(ValidationError, match="base_url="):
+        GatewayClient(None, "http://my-gateway")
+    for arguments in (("some-token", "http://my-gateway"), ("some-token",)):
+        with pytest.raises(ValidationError, match="internal_token="):
+            GatewayClient(*arguments)
+
+
+@pytest.mark.parametrize("bad", ["", ".", "..", "a\nb", "\t", "\x7f", None, 3, b"KEY"], ids=repr)
+def test_a_secret_that_could_not_be_deleted_cannot_be_set(bad: Any) -> None:
+    with Script() as server, client_of(server) as client:
+        for names in ((bad, "KEY"), ("p", bad)):
+            for act in (lambda names=names: client.set_secret(*names, "value"),
+                        lambda names=names: client.delete_secret(*names)):  # fmt: skip
+                with pytest.raises(ValidationError):
+                    act()
+    assert not server.received
+
+
+@pytest.mark.parametrize("name", ["MY_KEY", "a/b", "a b", "\u4f60", "...", "%2F"])
+def test_a_secret_that_can_be_deleted_can_be_set(name: str) -> None:
+    with Script(GONE, GONE) as server, client_of(server) as client:
+        client.set_secret("p", name, "value")
+        client.delete_secret("p", name)
+    set_, deleted = server.received
+    assert set_.json["secret_name"] == name
+    assert urllib.parse.unquote(deleted.target) == f"/v1/secrets/p/{name}"
+
+
+# A presigned URL where something else belongs.
+MISTAKEN = "https://s3.example/b/k.bin?X-Amz-Credential=hush-id&X-Amz-Signature=hush-hush-hush"
+MISTAKES: dict[str, Callable[[GatewayClient, str], Any]] = {
+    "download": lambda c, url: c.download_file(url, "k.bin"),
+    "presigned URL": lambda c, url: c.get_presigned_url(url),
+    "file of a call": lambda c, url: run(c, files={"v": [url]}),
+    "second file of a call": lambda c, url: run(c, files={"v": [S3, url]}),
+    "bare file of a call": lambda c, url: run(c, files={"v": url}),
+    "files of a call": lambda c, url: run(c, files=[url]),
+    "text as files": lambda c, url: run(c, files=url),
+    "stream": lambda c, url: run(c, files={"v": [url]}, stream=True),
+    "name of a file": lambda c, url: run(c, files={url: ["a.mp4"]}),
+    "batch": lambda c, url: c.run_batch([call(), PrefabCall("p", "1", "f", {}, {"v": [url]})]),
+    "upload": lambda c, url: c.upload_file(url),
+    "input": lambda c, url: c.upload_input_file(url),
+    "base_url": lambda c, url: GatewayClient(url),
+    "target": lambda c, url: c.download_file(S3, f"{url}/"),
+    "version": lambda c, url: c.get_prefab_spec("p", url + "\n"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_presigned_url_given_by_mistake_is_not_shown(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with Script() as server, client_of(server) as client:
+        with pytest.raises((GatewayError, OSError)) as caught:
+            MISTAKES[name](client, MISTAKEN)
+    assert "hush" not in all_of(caught.value) and "hush" not in caplog.text and not server.received
+
+
 # --- Requests -------------------------------------------------------------------------------------
 
 
@@ -1460,6 +1898,54 @@ def test_ipv6_addresses_work() -> None:
     with server:
         assert run(GatewayClient(f"http://[::1]:{server.port}/")).is_success()
     assert server.received[0].headers["host"] == f"[::1]:{server.port}"
+
+
+EMPTY: dict[str, tuple[Callable[[GatewayClient], Any], Answer]] = {
+    "token": (lambda c: c.list_files(continuation_token=""), PAGE),
+    "token and session": (lambda c: c.list_temp_files(session_id="", continuation_token=""), PAGE),
+    "session of all pages": (lambda c: list(c.iter_temp_files(session_id="")), PAGE),
+    "status": (lambda c: c.list_prefabs(status=""), answer([])),
+    "session of an upload": (
+        lambda c: c.upload_temp_file(ROOT / "LICENSE", session_id=""),
+        answer({"s3_url": S3}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_token_session_or_status_is_not_sent(name: str) -> None:
+    act, given = EMPTY[name]
+    with Script(given) as server, client_of(server) as client:
+        act(client)
+    (received,) = server.received
+    assert not re.search("session_id|continuation_token|status", received.target)
+    assert b'name="session_id"' not in received.body
+
+
+def link_local_address() -> str:
+    """One of this machine, with its zone."""
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as table:
+        for digits, _, _, scope, _, interface in map(str.split, table):
+            if scope == "20":
+                return f"{':'.join(re.findall('....', digits))}%{interface}"
+    return pytest.skip("no link-local address here")
+
+
+@pytest.mark.parametrize("zone", ["number", "name", "link-local"])
+def test_an_ipv6_zone_chooses_the_interface_and_is_not_sent(zone: str) -> None:
+    """RFC 6874 writes `%` as `%25`; RFC 9110 has no zones in `Host`."""
+    address = link_local_address() if zone == "link-local" else "::1"
+    try:
+        server = Script(ran(), host=address)
+        loopback = socket.if_nametoindex("lo")
+        named = {"number": f"::1%{loopback}", "name": "::1%lo", "link-local": address}[zone]
+        socket.getaddrinfo(named, server.port, type=socket.SOCK_STREAM)
+    except OSError:
+        pytest.skip("this machine does not know such an address")
+    with server:
+        url = f"http://[{named.replace('%', '%25')}]:{server.port}"
+        assert run(GatewayClient(url, timeout=WAIT_SECONDS, max_retries=0)).is_success()
+    assert server.received[0].headers["host"] == f"[{address.partition('%')[0]}]:{server.port}"
 
 
 @pytest.mark.parametrize(
@@ -2171,6 +2657,404 @@ def test_an_error_of_the_proxy_names_it_without_its_password(
     assert "hush" not in all_of(caught.value) and login not in all_of(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("variables", "secure"),
+    [({"ALL_PROXY": "http://{proxy}"}, False), ({"all_proxy": "http://{proxy}"}, False),
+     ({"ALL_PROXY": "{proxy}"}, False), ({"ALL_PROXY": "http://user:p%40ss@{proxy}"}, False),
+     ({"ALL_PROXY": "http://{proxy}"}, True), ({"all_proxy": "http://{proxy}"}, True),
+     ({"HTTP_PROXY": "http://{proxy}", "ALL_PROXY": "http://{other}"}, False),
+     ({"HTTPS_PROXY": "http://{other}", "ALL_PROXY": "http://{proxy}"}, False),
+     ({"HTTPS_PROXY": "http://{proxy}", "ALL_PROXY": "http://{other}"}, True),
+     ({"ALL_PROXY": "http://{proxy}", "NO_PROXY": "else.invalid"}, False)],
+    ids=str,
+)  # fmt: skip
+def test_all_proxy_counts_where_the_scheme_has_no_proxy_of_its_own(
+    variables: dict[str, str], secure: bool, monkeypatch: Patch
+) -> None:
+    given = answer({"detail": "no tunnel"}, 403) if secure else ran("through the proxy")
+    with Script(given) as proxy, Script() as other:
+        for name, value in variables.items():
+            places = {"proxy": f"127.0.0.1:{proxy.port}", "other": f"127.0.0.1:{other.port}"}
+            monkeypatch.setenv(name, value.format(**places))
+        client = GatewayClient(f"http{'s' * secure}://gateway.invalid", max_retries=0)
+        with pytest.raises(GatewayError) if secure else contextlib.nullcontext():
+            assert run(client).get_function_result() == "through the proxy"
+    (received,) = proxy.received
+    assert received.method == ("CONNECT" if secure else "POST") and not other.connections
+    login = "Basic " + base64.b64encode(b"user:p@ss").decode() if "@" in str(variables) else None
+    assert received.headers.get("proxy-authorization") == login
+
+
+# Hosts that are asked for, and a NO_PROXY with which they are asked straight.
+STRAIGHT = [
+    *(("127.0.0.1", value) for value in (
+        "127.0.0.1", "127.0.0.0/8", "127.0.0.1/32", "10.0.0.0/8,127.0.0.0/8", "0.0.0.0/0",
+        " x.example , 127.0.0.0/8 ,", "127.0.0.1:{port}", "*")),
+    *(("[::1]", value) for value in (
+        "[::1]", "::1", "::1/128", "[::1]:{port}", "::/0", "0:0:0:0:0:0:0:1", "1.0.0.0/8, [::1]",
+        "*")),
+    *(("api.example.invalid", value) for value in (
+        "api.example.invalid", "example.invalid", ".example.invalid", "API.Example.Invalid",
+        "invalid", "api.example.invalid:{port}", "x, .example.invalid,", "*")),
+    *(("api.example.invalid.", value) for value in ("api.example.invalid", ".example.invalid")),
+]  # fmt: skip
+# The same, with which they are asked through the proxy.
+THROUGH = [
+    *(("127.0.0.1", value) for value in (
+        "", ",", "10.0.0.0/8", "128.0.0.0/1", "127.0.0.1:1", "127.0.0.1/99", "127.0.0.0/x",
+        "127.0.0.0/", "/8", "/", "7.0.0.1", ".0.0.1", "::1", "::/0", "[::1]", "[", "]", "[]",
+        "\u4f60", "1.2.3.4.5/8")),
+    *(("[::1]", value) for value in (
+        "127.0.0.1", "0.0.0.0/0", "fe80::/10", "[::1]:1", "::2", "[::2]", "::1/129", "1")),
+    *(("api.example.invalid", value) for value in (
+        "ple.invalid", "other.invalid", "api.example", "api.example.invalid:1",
+        "x.api.example.invalid", "10.0.0.0/8", "::/0")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("host", "no_proxy", "straight"),
+    [*((*row, True) for row in STRAIGHT), *((*row, False) for row in THROUGH)],
+)
+def test_no_proxy_takes_names_suffixes_addresses_and_networks(
+    host: str, no_proxy: str, straight: bool, monkeypatch: Patch
+) -> None:
+    try:
+        server = Script(ran("straight"), host="::1" if host == "[::1]" else "127.0.0.1")
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with server, Script(ran("proxy")) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", no_proxy.format(port=server.port))
+        client = GatewayClient(f"http://{host}:{server.port}", max_retries=0, timeout=WAIT_SECONDS)
+        with contextlib.suppress(ServiceUnavailableError):  # such a name leads nowhere
+            assert run(client).get_function_result() == ("straight" if straight else "proxy")
+    assert proxy.connections == (0 if straight else 1)
+    assert server.connections == (1 if straight and "invalid" not in host else 0)
+
+
+# What is no proxy for us, and what reading it as a URL may stumble over.
+NO_PROXIES = [
+    "socks5://user:hush@proxy.example:1080", "socks5h://user:hush@proxy.example",
+    "SOCKS4://hush@proxy.example", "https://user:hush@proxy.example",
+    "ftp://user:hush@proxy.example", "http://user:hush@", "http://", "http:///x",
+    "http://user:hush@[::1", "http://user:hush@::1]", "http://user:[hush]@proxy.example",
+    "http://user:hush@proxy.example:port", "http://user:hush@proxy.example:99999",
+    "http://user:hush@proxy.example:-1", "http://user:hush\u2100@proxy.example",
+    "http://user:hush@proxy.example\u2100", "http://user:hush/hush@proxy.example",
+    "http://user:hush#hush@proxy.example", "http://user:hush?hush@proxy.example",
+    "http://user:hush@pro xy.example", "user:hush@[proxy",
+    f"http://user:hush@{'p' * 70}.example",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("proxy", NO_PROXIES, ids=ascii)
+def test_a_proxy_that_cannot_be_used_is_an_error_that_names_the_variable_alone(
+    proxy: str, scheme: str, monkeypatch: Patch
+) -> None:
+    for variable in (f"{scheme.upper()}_PROXY", "ALL_PROXY", "all_proxy"):
+        with monkeypatch.context() as patched:
+            patched.setenv(variable, proxy)
+            client = GatewayClient(f"{scheme}://gateway.invalid", max_retries=0)
+            for act in (run, lambda c: c.list_prefabs(), lambda c: run(c, stream=True)):
+                with pytest.raises(GatewayError, match=f"(?i){variable}") as caught:
+                    act(client)
+                assert "hush" not in all_of(caught.value) and not caught.value.may_have_run
+
+
+def test_a_proxy_that_cannot_be_used_harms_nobody_who_is_not_to_use_it(monkeypatch: Patch) -> None:
+    with Script(ran(), ran()) as server:
+        monkeypatch.setenv("HTTPS_PROXY", "socks5://proxy.example")
+        assert run(client_of(server)).is_success()
+        monkeypatch.setenv("ALL_PROXY", "socks5://proxy.example")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.0/8")
+        assert run(client_of(server)).is_success()
+
+
+# What a proxy answers, or the gateway behind it: the error cannot tell.
+PROXIED: dict[str, tuple[Callable[[GatewayClient], Any], Answer]] = {
+    **{f"{status}": (run, answer({"detail": "no"}, status))
+       for status in (400, 401, 403, 404, 407, 422, 429, 503)},
+    "no such route": (run, answer({"detail": "Not Found"}, 404)),
+    "page": (run, answer(body=b"<html>blocked</html>", status=403, Content_Type="text/html")),
+    "bad gateway": (
+        lambda c: c.list_prefabs(), answer(body=b"<html>Bad Gateway</html>", status=502)),
+    "of a stream": (lambda c: run(c, stream=True), answer(body=b"", status=504)),
+    "of an upload": (lambda c: c.upload_file(ROOT / "LICENSE"), answer(body=b"", status=413)),
+    "of a batch": (
+        lambda c: values_of(c.run_batch([call(), call()])), answer(body=b"", status=503)),
+    "redirect": (run, moved("http://login.example/")),
+    "hang-up": (run, HangUp()),
+    "hang-up in the answer": (run, HangUp(ran()[:-3])),
+    "timeout": (lambda c: run(c, timeout=SHORT_SECONDS), Pause()),
+    "not HTTP": (run, HangUp(b"220 ftp.example ready\r\n")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROXIED)
+def test_a_failure_through_a_proxy_names_it_and_no_proxy(name: str, monkeypatch: Patch) -> None:
+    act, given = PROXIED[name]
+    with Script(given, given) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://user:hush@127.0.0.1:{proxy.port}")
+        with pytest.raises(GatewayError, match="NO_PROXY") as caught:
+            act(GatewayClient("http://gateway.invalid", max_retries=0, timeout=WAIT_SECONDS))
+    assert f"127.0.0.1:{proxy.port}" in str(caught.value) and "hush" not in all_of(caught.value)
+    monkeypatch.delenv("HTTP_PROXY")
+    error = error_of(act, given, given)
+    assert "NO_PROXY" not in str(error) and "proxy" not in str(error)
+
+
+@pytest.mark.parametrize("status", [403, 407, 502])
+def test_a_tunnel_that_fails_names_the_proxy_and_no_proxy(
+    status: int, refusing: str, monkeypatch: Patch
+) -> None:
+    with Script(answer({"detail": "no"}, status)) as proxy:
+        for address in (f"127.0.0.1:{proxy.port}", refusing):
+            monkeypatch.setenv("HTTPS_PROXY", f"http://user:hush@{address}")
+            with pytest.raises(ServiceUnavailableError, match="NO_PROXY") as caught:
+                run(GatewayClient("https://gateway.invalid", max_retries=0))
+            assert address in str(caught.value) and "hush" not in all_of(caught.value)
+            assert not caught.value.may_have_run
+
+
+@pytest.mark.parametrize("name", ["download_file", "upload_input_file"])
+def test_a_failure_of_the_storage_through_a_proxy_names_it_too(
+    name: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    url = "http://storage.invalid/o?X-Sig=1"
+    given = answer({"presigned_url": url, "upload_url": url, "s3_url": S3})
+    arguments = [S3, tmp_path / "f"] if name == "download_file" else [ROOT / "LICENSE"]
+    with Script(answer(body=b"blocked", status=403)) as proxy, Script(given) as server:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with pytest.raises(GatewayError, match="NO_PROXY") as caught:
+            getattr(client_of(server, max_retries=0), name)(*arguments)
+    assert f"127.0.0.1:{proxy.port}" in str(caught.value)
+
+
+@pytest.mark.parametrize("reused", [False, True], ids=["first request", "on its connection"])
+@pytest.mark.parametrize("act", [run, lambda c: run(c, stream=True), lambda c: c.list_prefabs()],
+                         ids=["run", "stream", "GET"])  # fmt: skip
+def test_the_login_of_a_proxy_is_hidden_on_a_connection_that_is_used_again_too(
+    act: Any, reused: bool, monkeypatch: Patch
+) -> None:
+    login = base64.b64encode(b"user:hush/hush-hush").decode()
+    echo = f"who is user:hush/hush-hush, user:hush%2Fhush-hush, Basic {login}?"
+    refused = answer({"detail": {"message": echo, "given": [echo]}}, 407)
+    with Script(*[ran()] * reused, refused) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", f"http://user:hush%2Fhush-hush@127.0.0.1:{proxy.port}")
+        client = GatewayClient("http://gateway.invalid", max_retries=0)
+        if reused:
+            run(client)
+        with pytest.raises(GatewayError, match="who is") as caught:
+            act(client)
+    assert "hush" not in all_of(caught.value) and login not in all_of(caught.value)
+    assert proxy.connections == 1
+
+
+def test_a_host_with_a_dot_at_its_end_has_the_certificate_of_the_host(
+    certificate: Path, trusting: ssl.SSLContext, monkeypatch: Patch
+) -> None:
+    """The proxy leads to it, as not every machine finds `localhost.` by itself."""
+    asked: list[Any] = []
+    context = tls_context(certificate)
+    context.sni_callback = lambda _socket, name, _context: asked.append(name)
+
+    def serve(sock: socket.socket) -> None:
+        with context.wrap_socket(sock.dup(), server_side=True) as tls:
+            tls.recv(65536)
+            tls.sendall(ran())
+            tls.recv(1)
+
+    with Script(Steps((send(b"HTTP/1.1 200 Connected\r\n\r\n"), serve))) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        with GatewayClient("https://localhost.:9", ssl_context=trusting, max_retries=0) as client:
+            assert run(client).is_success()
+    assert asked == ["localhost"]
+
+
+@pytest.mark.parametrize("place", ["missing/folder/keys.log", "."])
+def test_a_place_for_tls_keys_that_cannot_be_written_costs_no_call_or_is_named(
+    place: str, certificate: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with TlsScript(certificate, ran("it works")) as server:
+        monkeypatch.setenv("SSLKEYLOGFILE", str(tmp_path / place))
+        try:
+            outcome = run(GatewayClient(server.url, max_retries=0)).get_function_result()
+        except GatewayError as error:
+            outcome = str(error)
+            assert not error.may_have_run and "base_url" not in outcome
+    assert outcome == "it works" or "SSLKEYLOGFILE" in outcome
+
+
+OUT_OF_FILES = """if True:
+    import os, resource, ssl, sys, urllib.request, gateway_sdk
+    context = ssl.create_default_context(cafile=sys.argv[1])
+    options = {"max_retries": 0, "ssl_context": context}
+    clients = [gateway_sdk.GatewayClient(url, **options) for url in sys.argv[2:]]
+    for client in clients:
+        assert client.list_prefabs() == []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    while True:
+        try:
+            os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            break
+    for client in clients:
+        try:
+            client.list_prefabs()
+        except gateway_sdk.GatewayError as error:
+            print(error.may_have_run, " ".join(str(error).split()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of open files")
+def test_too_many_open_files_are_no_matter_of_base_url(certificate: Path) -> None:
+    closing = answer([], Connection="close")
+    with Script(closing, closing) as plain, TlsScript(certificate, closing) as secure:
+        urls = (plain.url, "http://gateway.invalid", secure.url)
+        done = python(OUT_OF_FILES, certificate, *urls, HTTP_PROXY=plain.url, NO_PROXY="127.0.0.1")
+    assert done.stderr == ""
+    failed = done.stdout.splitlines()
+    assert len(failed) == 3
+    for line in failed:
+        assert line.startswith("False ") and "open files" in line
+        assert "base_url" not in line and "gateway run?" not in line
+
+
+# What stands for `socket.socket` in programs that replace it, as seen from outside.
+REPLACED_SOCKETS = """
+import socket
+real = socket.socket
+
+class Green:
+    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
+        self._fd = real(family, type, proto, fileno)
+
+    def __getattr__(self, name):
+        return getattr(self._fd, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def makefile(self, mode="r", BUFFERING=-1):
+        return self._fd.makefile(mode, BUFFERING)
+
+socket.socket = socket.SocketType = Green
+"""
+WORLDS = {
+    "like eventlet": REPLACED_SOCKETS.replace("BUFFERING", "buffering"),
+    "like httpretty": REPLACED_SOCKETS.replace("BUFFERING", "bufsize"),
+    "eventlet": "import eventlet; eventlet.monkey_patch()",
+    "gevent": "from gevent import monkey; monkey.patch_all()",
+}
+IN_ANY_WORLD = """
+import json, sys, gateway_sdk
+outcomes = []
+
+def outcome(act):
+    try:
+        outcomes.append(act())
+    except gateway_sdk.GatewayError as error:
+        outcomes.append([type(error).__name__, error.status_code])
+
+def leave_a_stream(end):
+    stream = client.run("p", "1", "f", stream=True)
+    first = next(stream).data
+    end(stream)
+    return first
+
+def run(**options):
+    return client.run("p", "1", "f", {}, **options).get_function_result()
+
+client = gateway_sdk.GatewayClient(sys.argv[1], timeout=10)
+outcome(run)
+outcome(run)
+outcome(run)
+outcome(lambda: run(timeout=0.2))
+outcome(client.list_prefabs)
+outcome(lambda: leave_a_stream(gateway_sdk.EventStream.close))
+outcome(lambda: leave_a_stream(list))
+outcome(run)
+calls = [gateway_sdk.PrefabCall("p", "1", "f")] * 3
+outcome(lambda: [result.get_function_result() for result in client.run_batch(calls).results])
+client.close()
+print(json.dumps(outcomes))
+"""
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_replaced_sockets_serve_as_well(world: str) -> None:
+    if world in ("eventlet", "gevent"):
+        pytest.importorskip(world)
+    quiet = "import warnings; warnings.simplefilter('ignore')"
+    answers = [
+        ran("one"), ran("two"), answer({"detail": "no"}, 500), Pause(), UNAVAILABLE, answer([]),
+        Pause(HEAD + chunk(event("content", "a"))), HangUp(HEAD + chunk(event("content", "b"))),
+        HangUp(), *[ran("batch")] * 3,
+    ]  # fmt: skip
+    with Script(*answers) as server:
+        done = python(f"{quiet}\n{WORLDS[world]}\n{IN_ANY_WORLD}", server.url, NO_PROXY="*")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == [
+        "one", "two", ["ServiceUnavailableError", 500], ["GatewayTimeoutError", None], [], "a",
+        ["ServiceUnavailableError", None], ["ServiceUnavailableError", None], ["batch"] * 3,
+    ]  # fmt: skip
+    assert len(server.received) == len(answers)
+
+
+# Pyodide has the module, but a connection is refused, or seems to come about and takes no byte.
+NO_SOCKETS = """if True:
+    import http.client, socket, sys, time, urllib.request
+    time.sleep = lambda seconds: None
+
+    def fail(*_):
+        raise BlockingIOError(26, "Operation in progress")
+
+    class Socket(socket.socket):
+        def connect(self, address):
+            if refused:
+                fail()
+            self.send = self.sendall = self.recv = self.recv_into = fail
+
+    socket.socket = Socket
+    sys.platform = "emscripten"
+    import gateway_sdk
+    client = gateway_sdk.GatewayClient("http://127.0.0.1:1", max_retries=0)
+    calls = [gateway_sdk.PrefabCall("p", "1", "f")]
+    for refused in (True, False):
+        for act in (
+            lambda: client.run("p", "1", "f"), lambda: client.run("p", "1", "f", stream=True),
+            lambda: client.list_prefabs(), lambda: client.upload_file(gateway_sdk.__file__),
+            lambda: client.run_batch(calls, single_request=True),
+            lambda: gateway_sdk.GatewayClient.from_api_key("k", client.base_url, max_retries=0),
+        ):
+            try:
+                act()
+            except gateway_sdk.GatewayError as error:
+                print(error.may_have_run, "socket" in str(error), "may have run" in str(error))
+"""
+
+
+def test_in_a_browser_it_is_said_that_there_are_no_sockets() -> None:
+    done = python(NO_SOCKETS)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["False True False"] * 12
+
+
+def test_a_wrong_certificate_is_told_in_the_words_of_the_shell_too(certificate: Path) -> None:
+    with TlsScript(certificate) as server, pytest.raises(ServiceUnavailableError) as caught:
+        GatewayClient(server.url).list_prefabs()
+    assert "ssl_context=" in str(caught.value) and "SSL_CERT_FILE" in caught.value._in_shell()
+    assert not re.search(PYTHON_ADVICE, caught.value._in_shell())
+
+
 def test_https_uses_the_given_ssl_context(certificate: Path, tmp_path: Path) -> None:
     (tmp_path / "f.bin").write_bytes(os.urandom(700_000))
     answers = [ran(), answer({"s3_url": S3}), chunked(event("done")), ran()]
@@ -2568,6 +3452,7 @@ ECHOES: dict[str, Callable[[str], Answer]] = {
     "location": lambda s: answer({}, 307, Location=f"ftp://h/{s}?{QUOTED}"),
     "not JSON": lambda s: answer(body=s.encode()),
     "other results": lambda s: answer({"results": [s, {"given": s}], "files": 1}),
+    "request id": lambda s: answer({"detail": "no"}, 400, X_Request_ID=s),
 }  # fmt: skip
 TOLD = [(who, echo) for number, who in enumerate(WHO) for place, echo in enumerate(ECHOES) if number < 3 or place < 4]
 
@@ -2759,6 +3644,576 @@ def test_both_urls_of_a_redirect_are_hidden_but_not_their_short_words(echo: str,
     with Script(*answers) as server, pytest.raises(GatewayError, match=re.escape(f"it was {shown}")) as caught:
         client_of(server).download_file(S3, tmp_path / "f")
     assert "HUSH" not in text_of(caught.value)
+
+
+# One level of escapes, as a server writes a text into another.
+LEVELS: dict[str, Callable[[str], str]] = {
+    "repr": lambda text: repr(text)[1:-1],
+    "repr of bytes": lambda text: repr(text.encode())[2:-1],
+    "JSON": lambda text: json.dumps(text)[1:-1],
+    "URL": lambda text: urllib.parse.quote(text, safe=""),
+    "HTML": html.escape,
+}
+# A secret with all that an escape may change: "hush" is left of it wherever it is not recognized.
+PRIVATE_KEY = """-----BEGIN KEY-----
+hush/Aa+0=
+\thush"hush'hush\\n\\hush<&amp;%41>\r
+\u00fc\u4f60hush==
+-----END KEY-----
+"""
+DEEP = [
+    ("JSON",) * 7, ("repr",) * 6, ("URL",) * 9, ("HTML",) * 9, ("repr", "repr", "JSON", "URL"),
+    ("repr", "JSON", "URL", "HTML") * 2, ("HTML", "URL", "JSON", "repr") * 2,
+]  # fmt: skip
+
+
+def dressed(text: str, levels: Iterable[str]) -> str:
+    for level in levels:
+        text = LEVELS[level](text)
+    return text
+
+
+@pytest.mark.parametrize("outer", LEVELS)
+@pytest.mark.parametrize("middle", LEVELS)
+def test_a_secret_is_recognized_at_any_depth_of_escapes(middle: str, outer: str) -> None:
+    chains = [(inner, middle, outer) for inner in LEVELS] + DEEP * (middle == outer == "repr")
+    for levels in chains:
+        shown = dressed(PRIVATE_KEY, levels)
+        said = f"cannot parse '{shown}' here"
+        page = answer(body=said.encode(), status=400)
+        for given in (page, answer({"detail": {"message": said, "given": [shown]}}, 422)):
+            error = error_of(lambda client: client.set_secret("p", "KEY", PRIVATE_KEY), given)
+            assert "hush" not in all_of(error), levels
+            assert re.search(r"(?s)cannot parse '.*\*\*\*.*' here", str(error)), levels
+
+
+CARRIED = {
+    "internal token": 'hush"/hush\\hush<&>%41hush', "JWT": "hush-hush.e30.hush'+hush==",
+    "API key": "hush-hush \u00fc 'hush'", "exchanged API key": "hush&hush/+hush=",
+    "secret": '{"hush": "hush\\n"}\n',
+}  # fmt: skip
+# What is done with it: not in the lines above, as a traceback shows the lines of the code.
+CARRIERS: dict[str, Callable[[str, str], Any]] = {
+    "internal token": lambda url, secret: run(GatewayClient(url, internal_token=secret)),
+    "JWT": lambda url, secret: run(GatewayClient(url, jwt_token=f"Bearer {secret}")),
+    "API key": lambda url, secret: GatewayClient(url, api_key=secret).list_files(),
+    "exchanged API key": lambda url, secret: GatewayClient.from_api_key(secret, url),
+    "secret": lambda url, secret: GatewayClient(url).set_secret("p", "KEY", secret),
+}
+
+
+@pytest.mark.parametrize(
+    "levels", [(), ("JSON", "repr"), ("URL", "repr", "JSON"), ("HTML", "URL", "JSON")], ids=" ".join
+)
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_secrets_of_every_kind_are_recognized_in_nested_escapes(
+    carrier: str, levels: tuple[str, ...]
+) -> None:
+    secret = CARRIED[carrier]
+    shown = dressed(secret, levels)
+    with Script(answer({"detail": f"it was {shown}; no more"}, 400)) as server:
+        with pytest.raises(GatewayError, match=r"(?s)it was .*\*\*\*.*; no more") as caught:
+            CARRIERS[carrier](server.url, secret)
+    assert "hush" not in all_of(caught.value)
+
+
+@pytest.mark.parametrize(
+    "levels", [("URL",), ("URL", "JSON", "repr"), ("HTML", "URL"), ("repr", "repr")], ids=" ".join
+)
+def test_the_query_of_a_presigned_url_is_recognized_in_nested_escapes(
+    levels: tuple[str, ...], tmp_path: Path
+) -> None:
+    query = "X-Credential=hush%2Fhush%2Fs3&X-Signature=hush+hush/hush%3Dhush"
+    signature = urllib.parse.unquote(query.rpartition("=")[2])
+    shown = " ".join(dressed(text, levels) for text in (query, signature))
+    with Script(link(query), answer({"detail": f"it was {shown}"}, 403)) as server:
+        with pytest.raises(GatewayError, match="it was") as caught:
+            client_of(server).download_file(S3, tmp_path / "f")
+    assert "hush" not in all_of(caught.value)
+
+
+# A credential or a secret, and how a server echoes it.
+TIDIED: dict[str, tuple[dict[str, str], str]] = {
+    "blanks in front": ({"internal_token": "   hush-hush-hush"}, "hush-hush-hush"),
+    "blanks behind": ({"api_key": "hush-hush-hush  "}, "hush-hush-hush"),
+    "quotes": ({"internal_token": '"hush-hush-hush"'}, "hush-hush-hush"),
+    "single quotes": ({"api_key": "'hush-hush-hush'"}, "hush-hush-hush"),
+    "quotes in blanks": ({"internal_token": " \"'hush-hush-hush'\" "}, "hush-hush-hush"),
+    "Bearer": ({"jwt_token": "Bearer hush.hush.hush"}, "hush.hush.hush"),
+    "bearer in blanks": ({"jwt_token": "  bearer   hush.hush.hush  "}, "hush.hush.hush"),
+    "quoted JWT": ({"jwt_token": '"hush.hush.hush"'}, "hush.hush.hush"),
+    "blanks inside": ({"internal_token": "hush  hush  hush"}, "hush hush hush"),
+    "line end of a secret": ({"secret": "hush-hush-hush\n"}, "hush-hush-hush"),
+    "quoted line of a secret": ({"secret": '"hush-hush-hush"\r\n'}, "hush-hush-hush"),
+    "lines of a secret": ({"secret": PRIVATE_KEY}, " ".join(PRIVATE_KEY.split())),
+    "other line ends": ({"secret": PRIVATE_KEY}, PRIVATE_KEY.replace("\n", "\r\n")),
+    "no line ends": ({"secret": PRIVATE_KEY}, "".join(PRIVATE_KEY.split())),
+    "quotes inside": ({"internal_token": 'hush "hush" hush'}, "hush hush hush"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIDIED)
+def test_a_secret_is_recognized_without_the_blanks_and_quotes_around_it(name: str) -> None:
+    options, shown = TIDIED[name]
+    secret = options.get("secret")
+    act = (lambda client: client.set_secret("p", "KEY", secret)) if secret else run
+    credential = {} if secret else {"internal_token": None, **options}
+    said = f"it was <{shown}>!"
+    for content in ({"detail": said}, {"detail": {"message": said, "token": shown}}):
+        error = error_of(act, answer(content, 401), **credential)
+        assert re.search(r"(?s)it was <.*\*\*\*.*>!", str(error)) and "hush" not in all_of(error)
+
+
+# Secrets with few of the characters that no escape changes, or none.
+BARE = [
+    "!!!???***###", "p@$$w0rd!#%&", "\u5bc6\u7801\u4f60\u597d\u4e16\u754c\u5bc6\u5319",
+    "\U0001f511\U0001f512\U0001f510\U0001f5dd\U0001f50f\U0001f513",
+    "\u043a\u043b\u044e\u0447-\u043f\u0430\u0440\u043e\u043b\u044c",
+    "\u5bc6ab\u7801c1\u5319", "\u00fc\u00e4\u00f6\u00df\u00e9\u00e8\u00ea\u00ee\u00f4",
+    "<<<^^^>>>|||", "%%%&&&;;;===",
+    "~^~|/(){}[];:",
+]  # fmt: skip
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "as it is": str,
+    "JSON": lambda text: json.dumps(text)[1:-1],
+    "JSON of JSON": lambda text: json.dumps(json.dumps(text)[1:-1])[1:-1],
+    "URL": lambda text: urllib.parse.quote(text, safe=""),
+    "URL in lower case": lambda text: lower_case_codes(urllib.parse.quote(text, safe="")),
+    "URL of URL": lambda text: urllib.parse.quote(urllib.parse.quote(text, safe="")),
+    "HTML": html.escape,
+    "HTML by number": lambda text: html.escape(text).encode("ascii", "xmlcharrefreplace").decode(),
+    "ascii": lambda text: ascii(text)[1:-1],
+    "repr of bytes": lambda text: repr(text.encode())[2:-1],
+}
+
+
+@pytest.mark.parametrize("secret", BARE, ids=ascii)
+def test_a_secret_of_few_letters_and_digits_or_none_is_hidden_too(secret: str) -> None:
+    for spelling, spell in SPELLINGS.items():
+        shown = spell(secret)
+        alone = {"error_code": "E", "message": shown}
+        for status, content in ((400, {"detail": f"it was {shown} here"}), (422, alone)):
+            given = answer(content, status)
+            error = error_of(lambda client: client.set_secret("p", "KEY", secret), given)
+            left = text_of(error) + str(vars(error))
+            assert "***" in str(error) and shown not in left, spelling
+            assert repr(shown)[1:-1] not in left, spelling
+            assert shown[: 2 * len(shown) // 3] not in left, spelling
+            assert shown[len(shown) // 3 :] not in left, spelling
+            assert status == 422 or re.search("it was .* here", str(error))
+
+
+@pytest.mark.parametrize("token", [word for word in BARE if word.isascii()], ids=repr)
+def test_a_token_of_symbols_is_hidden_too(token: str) -> None:
+    error = error_of(run, answer({"detail": f"it was {token} here"}, 401), internal_token=token)
+    assert token not in all_of(error) and token[:-2] not in str(error)
+
+
+# A short secret, a text, and what is shown of it.
+SHORT_SECRETS = [
+    *(("test", text, text) for text in (
+        "no prefab test-tools", "the latest one", "test_mode is on", "my-test failed", "contest",
+        "test2", "test.tools", "unit_test", "t e s t", "Testing")),
+    *(("id", text, text) for text in (
+        "invalid", "prefab_id is missing", "session-id: 5", "id_token", "idle")),
+    *((word, text, text) for word, text in (
+        ("k-1", "task-12 failed"), ("-id-", "invalid"), ("!", "invalid"), ("-", "test-tools"),
+        (".", "no file a.txt"), ("/", "no path a/b"), ("1", "code 1001 of v1.1"),
+        ("\u4f60", "\u4f60\u597d"))),
+    *(("test", text, text.replace("test", "***")) for text in (
+        "bad token test", "'test'", '"test"', "who is test?", "(test)", "test: unknown",
+        "test, that is who", "<b>test</b>", "token=test", "it was test.", "test")),
+    ("id", "id", "***"), ("id", "invalid id", "invalid ***"),
+    ("k-1", "key k-1 is bad", "key *** is bad"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("secret", "said", "shown"), SHORT_SECRETS)
+def test_a_short_secret_is_hidden_where_it_stands_alone_and_changes_no_other_word(
+    secret: str, said: str, shown: str
+) -> None:
+    other_words = {"error_code": "E_TEST_1", "name": "test-tools.v1/id-1"}
+    given = answer({"detail": {"message": said, **other_words}}, 400)
+    acts = {"secret": lambda client: client.set_secret("p", "KEY", secret), "token": run}
+    for kind, act in acts.items():
+        if kind == "token" and not secret.isascii():
+            continue
+        error = error_of(act, given, **({"internal_token": secret} if kind == "token" else {}))
+        assert str(error).partition(" answered 400: ")[2] == shown
+        assert error.details["name"] == "test-tools.v1/id-1" and error.error_code == "E_TEST_1"
+
+
+@pytest.mark.parametrize(
+    "token", ["test", "id", "tools", "p", "1", "1.0.0", "KEY", "v1", "POST", "404", "secret"]
+)
+def test_what_code_reads_is_never_changed_by_a_short_secret(token: str) -> None:
+    names = ("test-tools", "1.0.0")
+    missing = {"error_code": "MISSING_SECRET", "prefab_id": "p", "secret_name": "KEY"}
+    quota = coded("KEY", limit=1, used=404, quota_type="id")
+    not_found = error_of(lambda c: c.run(*names, "f"), answer(REASON, 404), internal_token=token)
+    assert (not_found.prefab_id, not_found.version, not_found.status_code) == (*names, 404)
+    assert "POST /v1/internal/run answered 404" in str(not_found)
+    no_secret = error_of(run, answer({"detail": missing}, 400), internal_token=token)
+    assert (no_secret.prefab_id, no_secret.secret_name) == ("p", "KEY")
+    assert no_secret.error_code == no_secret.details["error_code"] == "MISSING_SECRET"
+    used_up = error_of(run, answer({"detail": quota}, 429), internal_token=token)
+    assert (used_up.limit, used_up.used) == (1, 404)
+    assert (used_up.quota_type, used_up.error_code) == ("id", "KEY")
+    set_ = error_of(lambda c: c.set_secret("test-tools", "KEY", token), answer(REASON, 400))
+    assert str(set_).startswith("POST /v1/secrets answered 400")
+    failed = {"status": "FAILED", "output": {"id": "test", "test": 1}}
+    failed["error"] = {"message": "id test", "type": "KEY"}
+    with Script(answer({"results": [failed]})) as server:
+        result = run(client_of(server, internal_token=token))
+    assert (result.output, result.error) == (failed["output"], failed["error"])
+
+
+@pytest.mark.parametrize("status", [200, 400, 502])
+def test_a_secret_across_the_500th_character_is_hidden(status: int) -> None:
+    secret = "hush-" * 8 + "end"
+    for start in (460, 480, 495, 499):
+        body = "<p>" + "x " * (start // 2) + secret + " y" * 50
+        error = error_of(run, answer(body=body.encode(), status=status), internal_token=secret)
+        assert "hush" not in all_of(error)
+
+
+@pytest.mark.parametrize("kind", ["gzip", "GBK", "byte order mark", "request id", "retry-after"])
+def test_a_secret_is_hidden_in_whatever_an_error_is_read_from(kind: str) -> None:
+    secret = "hush-hush/hush"
+    detail = {"message": f"{CHINESE}: {secret}", "given": secret}
+    text = json.dumps({"detail": detail}, ensure_ascii=False)
+    given = {
+        "gzip": answer(body=gzip.compress(text.encode()), status=400, Content_Encoding="gzip"),
+        "GBK": answer(body=text.encode("gbk"), status=400, Content_Type="text/html; charset=gbk"),
+        "byte order mark": answer(body=b"\xef\xbb\xbf" + text.encode(), status=400),
+        "request id": answer(REASON, 400, X_Request_ID=secret),
+        "retry-after": answer(REASON, 503, Retry_After=secret),
+    }[kind]
+    assert "hush" not in all_of(error_of(run, given, internal_token=secret))
+
+
+# Secrets and texts that nearly have them: the time must not be that of one times the other.
+HOSTILE_TIME = """if True:
+    import faulthandler, json, sys, gateway_sdk
+    faulthandler.dump_traceback_later(40, exit=True)
+    client = gateway_sdk.GatewayClient(sys.argv[1], max_retries=0)
+    with open(sys.argv[2], encoding="utf-8") as file:
+        secrets = json.load(file)
+    for secret in secrets:
+        try:
+            client.set_secret("p", "KEY", secret)
+        except gateway_sdk.GatewayError as error:
+            assert "told" in str(error), error
+    try:
+        client.download_file("s3://b/k", sys.argv[2] + ".new")
+    except gateway_sdk.GatewayError as error:
+        assert "told" in str(error), error
+    print("done")
+"""
+
+
+def test_no_secret_and_no_text_take_long_to_tell_from_each_other(tmp_path: Path) -> None:
+    size, count = 60_000, 10_000
+    pieces = ["ab", "\\", '\\"', "%2", "%25", "&amp;", "&#", "\\u", "\\u005c", "!?", "\u4f60", " "]
+    frozen = "{" + '\\"a' * 24
+    told: list[tuple[str, Any]] = [(frozen, f"{frozen}x"), (f"{frozen * 4}x", frozen * 5)]
+    for piece in pieces:
+        long = piece * (count // len(piece))
+        told.append((f"{long}END", [piece * (size // len(json.dumps(piece))), f"{long}EN"]))
+    halves = "a" * (count // 2)
+    told.append((f"{halves}b{halves}", "a" * size))
+    told.append(("ab" * (count // 2), ["ab"] * (size // 6)))  # as many texts as there can be
+    told.append(("!?" * (count // 2), {f"!{number}": "?" for number in range(size // 12)}))
+    query = "&".join(f"k{number}={'a' * 12}{number}" for number in range(1500))
+    answers = [answer({"detail": {"message": "told", "given": given}}, 400) for _, given in told]
+    answers += [
+        link(query),
+        answer({"detail": {"message": "told", "given": ["a" * 100] * 500}}, 403),
+    ]
+    (tmp_path / "secrets").write_text(json.dumps([secret for secret, _ in told]))
+    with Script(*answers) as server:
+        done = python(HOSTILE_TIME, server.url, tmp_path / "secrets")
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def module_locals(error: BaseException) -> list[str]:
+    """The local variables of this module's frames, as crash reporters print them."""
+    told = functools.partial(traceback.TracebackException, capture_locals=True)
+    waiting = [told(type(error), error, error.__traceback__)]
+    found = []
+    while waiting:
+        shown = waiting.pop()
+        waiting += [other for other in (shown.__cause__, shown.__context__) if other]
+        for frame in shown.stack:
+            if Path(frame.filename).name == "gateway_sdk.py":
+                variables = (frame.locals or {}).items()
+                found += [f"{frame.name}: {name} = {text}" for name, text in variables]
+    return found
+
+
+WORD = "hush-hush-hush"
+SIGNED_LINK = f"http://127.0.0.1:1/b/k?X-Sig={WORD}"
+WITH_CREDENTIAL: dict[str, Callable[[str], GatewayClient]] = {
+    "internal token": lambda url: GatewayClient(url, internal_token=WORD, max_retries=1),
+    "API key": lambda url: GatewayClient(url, api_key=WORD, max_retries=1),
+    "JWT": lambda url: GatewayClient(url, jwt_token=f"Bearer {WORD}", max_retries=1),
+}
+WHO_IS = f"who is {WORD}?"
+FAILING: dict[str, tuple[Callable[[GatewayClient], Any], list[Answer]]] = {
+    "401": (run, [answer({"detail": WHO_IS}, 401)]),
+    "500": (run, [answer({"detail": {"message": WHO_IS, "given": [WHO_IS]}}, 500)]),
+    "503, twice": (lambda c: c.list_prefabs(), [answer(body=WHO_IS.encode(), status=503)] * 2),
+    "no JSON": (run, [answer(body=WHO_IS.encode())]),
+    "other JSON": (run, [answer({"results": WHO_IS})]),
+    "first line": (run, [HangUp(WHO_IS.encode() + b"\r\n")]),
+    "redirect": (run, [moved(f"/v1?{WORD}", 307)]),
+    "hang-up": (run, [HangUp()]),
+    "timeout": (lambda c: run(c, timeout=SHORT_SECONDS), [Pause()]),
+    "stream": (
+        lambda c: list(run(c, stream=True)),
+        [HangUp(HEAD + chunk(event("content", "a")))],
+    ),
+    "stream that is refused": (lambda c: run(c, stream=True), [answer({"detail": WHO_IS}, 403)]),
+    "batch": (
+        lambda c: values_of_raised(c.run_batch([call(), call()])),
+        [answer({"detail": WHO_IS}, 422)] * 2,
+    ),
+    "refused batch": (
+        lambda c: c.run_batch([call(), call()], max_workers=1),
+        [answer({"detail": WHO_IS}, 401)],
+    ),
+    "single request": (
+        lambda c: c.run_batch([call()] * 2, single_request=True),
+        [answer({"detail": WHO_IS}, 422)],
+    ),
+    "upload": (lambda c: c.upload_file(ROOT / "LICENSE"), [answer({"detail": WHO_IS}, 403)]),
+    "step before an upload": (
+        lambda c: c.upload_input_file(ROOT / "LICENSE"),
+        [answer({"detail": WHO_IS}, 500)],
+    ),
+    "download": (lambda c: c.download_file(S3, "f"), [answer({"detail": WHO_IS}, 404)]),
+    "bad parameters": (lambda c: c.run("p", "1", "f", {"when": {1}}), []),
+    "bad files": (lambda c: run(c, files={"v": ["a.mp4"]}), []),
+    "bad limit": (lambda c: c.list_files(limit=0), []),
+}
+
+
+def values_of_raised(batch: BatchResult) -> None:
+    raise batch.results[0].exception or AssertionError("it did not fail")
+
+
+@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("mode", WITH_CREDENTIAL)
+def test_no_frame_of_the_module_shows_the_credential(mode: str, name: str) -> None:
+    act, answers = FAILING[name]
+    with Script(*answers) as server, pytest.raises(GatewayError) as caught:
+        act(WITH_CREDENTIAL[mode](server.url))
+    assert len(server.received) == len(answers)
+    assert not [text for text in module_locals(caught.value) if "hush" in text.lower()]
+
+
+def exchanged(url: str) -> GatewayClient:
+    return GatewayClient.from_api_key(WORD, url, max_retries=0)
+
+
+def from_environment(url: str, **variables: str) -> Any:
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in variables.items():
+            patched.setenv(name, value)
+        return GatewayClient.from_env(base_url=url, max_retries=0)
+
+
+def through_proxy(url: str, proxy: str) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("HTTP_PROXY", proxy)
+        run(GatewayClient(url, max_retries=0))
+
+
+EXCHANGE_ANSWERS = {
+    "401": [answer({"detail": WHO_IS}, 401)], "500": [answer({"detail": WHO_IS}, 500)],
+    "hang-up": [HangUp()],
+    "other field": [answer({"token": WORD})],
+    "odd token": [answer({"internal_token": f"{WORD}\n"})],
+    "half an answer": [HangUp(answer({"internal_token": WORD})[:-5])],
+    "text": [answer(body=WORD.encode())],
+    "list": [answer([WORD])], "number": [answer({"internal_token": {"value": WORD}})],
+}  # fmt: skip
+# What fails with a secret in hand, given the address of a server with these answers.
+HOLDING: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
+    **{f"exchange: {name}": (exchanged, answers) for name, answers in EXCHANGE_ANSWERS.items()},
+    "exchange: refused": (lambda _: exchanged("http://127.0.0.1:1"), []),
+    "exchange: bad timeout": (lambda url: GatewayClient.from_api_key(WORD, url, -1), []),
+    "exchange: unsendable": (lambda url: GatewayClient.from_api_key(f"{WORD}\n", url), []),
+    "token of an exchange": (
+        lambda url: run(exchanged(url)),
+        [answer({"internal_token": WORD}), answer({"detail": WHO_IS}, 400)]),
+    "second exchange": (
+        lambda url: run(exchanged(url)),
+        [answer({"internal_token": WORD}), REFUSED, answer({"detail": WHO_IS}, 500)]),
+    "environment: key": (
+        lambda url: from_environment(url, AGENT_BUILDER_API_KEY=WORD),
+        [answer({"detail": WHO_IS}, 401)]),
+    "environment: two": (
+        lambda url: from_environment(url, X_INTERNAL_TOKEN=WORD, GATEWAY_JWT_TOKEN=WORD), []),
+    "environment: unsendable": (
+        lambda url: from_environment(url, GATEWAY_JWT_TOKEN=f"{WORD}\n"), []),
+    "constructor: timeout": (lambda url: GatewayClient(url, internal_token=WORD, timeout=-1), []),
+    "constructor: two": (lambda url: GatewayClient(url, internal_token=WORD, api_key=WORD), []),
+    "constructor: unsendable": (lambda url: GatewayClient(url, jwt_token=f"{WORD}\n"), []),
+    "constructor: base_url": (lambda _: GatewayClient("ftp://h", api_key=WORD), []),
+    "constructor: token as base_url": (lambda _: GatewayClient(WORD), []),
+    "refused connection": (
+        lambda _: run(GatewayClient("http://127.0.0.1:1", api_key=WORD, max_retries=1)), []),
+    "secret: 400": (
+        lambda url: GatewayClient(url).set_secret("p", "K", WORD),
+        [answer({"detail": WHO_IS}, 400)]),
+    "secret: hang-up": (lambda url: GatewayClient(url).set_secret("p", "K", WORD), [HangUp()]),
+    "secret: refused": (
+        lambda _: GatewayClient("http://127.0.0.1:1", max_retries=1).set_secret("p", "K", WORD),
+        []),
+    "secret: bad name": (lambda url: GatewayClient(url).set_secret("", "K", WORD), []),
+    "secret: bytes": (
+        lambda url: GatewayClient(url).set_secret("p", "K", WORD.encode()), []),  # type: ignore
+    "secret: no JSON": (lambda url: GatewayClient(url).set_secret("p", "K", WORD + "\ud800"), []),
+    "download: 403": (
+        lambda url: GatewayClient(url).download_file(S3, "f"),
+        [link(f"X-Sig={WORD}"), answer({"detail": WHO_IS}, 403)]),
+    "download: cut": (
+        lambda url: GatewayClient(url, max_retries=0).download_file(S3, "f"),
+        [link(f"X-Sig={WORD}"), HangUp(answer(body=b"data", ETag='"1"')[:-1])]),
+    "download: refused": (
+        lambda url: GatewayClient(url, max_retries=1).download_file(S3, "f"),
+        [answer({"presigned_url": SIGNED_LINK})]),
+    "download: redirect": (
+        lambda url: GatewayClient(url).download_file(S3, "f"),
+        [link("X-Sig=1"), moved(f"/there?{WORD}"), answer(body=b"", status=404)]),
+    "download: bad redirect": (
+        lambda url: GatewayClient(url).download_file(S3, "f"),
+        [link("X-Sig=1"), moved(f"ftp://h/?{WORD}")]),
+    **{f"download: {url[:9]}": (
+        lambda server, url=url: GatewayClient(server).download_file(S3, "f"),
+        [answer({"presigned_url": url})])
+       for url in (f"ftp://h/?s={WORD}", f"http://[h/?s={WORD}", f"/b/k?s={WORD}")},
+    "upload: 403": (
+        lambda url: GatewayClient(url).upload_input_file(ROOT / "LICENSE"),
+        [link(f"X-Sig={WORD}"), answer({"detail": WHO_IS}, 403)]),
+    "upload: hang-up": (
+        lambda url: GatewayClient(url, max_retries=0).upload_input_file(ROOT / "LICENSE"),
+        [link(f"X-Sig={WORD}"), HangUp()]),
+    "upload: refused": (
+        lambda url: GatewayClient(url, max_retries=0).upload_input_file(ROOT / "LICENSE"),
+        [answer({"upload_url": SIGNED_LINK, "s3_url": S3})]),
+    "presigned URL: other JSON": (
+        lambda url: GatewayClient(url).get_presigned_url(S3), [answer({"url": SIGNED_LINK})]),
+    "presigned URL by mistake": (lambda url: GatewayClient(url).get_presigned_url(SIGNED_LINK), []),
+    "download by mistake": (lambda url: GatewayClient(url).download_file(SIGNED_LINK, "f"), []),
+    "file of a call by mistake": (
+        lambda url: run(GatewayClient(url), files={"v": [SIGNED_LINK]}), []),
+    "proxy: refused": (
+        lambda url: through_proxy("http://gateway.invalid", f"http://u:{WORD}@127.0.0.1:1"), []),
+    "proxy: 407": (
+        lambda url: through_proxy("http://gateway.invalid", url.replace("//", f"//u:{WORD}@")),
+        [answer({"detail": WHO_IS}, 407)]),
+    "proxy: no tunnel": (
+        lambda url: through_proxy("http://gateway.invalid", f"socks5://u:{WORD}@h"), []),
+    "proxy: no URL": (
+        lambda url: through_proxy("http://gateway.invalid", f"http://u:{WORD}@[h"), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_no_frame_of_the_module_shows_what_it_holds(
+    name: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    act, answers = HOLDING[name]
+    monkeypatch.chdir(tmp_path)
+    with Script(*answers) as server, pytest.raises((GatewayError, ValueError)) as caught:
+        act(server.url)
+    assert len(server.received) == len(answers)
+    shown = [text.lower() for text in module_locals(caught.value)]
+    login = base64.b64encode(f"u:{WORD}".encode()).decode().lower()
+    assert not [text for text in shown if "hush" in text or login in text]
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [*WITH_CREDENTIAL, EXCHANGED])
+def test_the_attributes_of_a_client_show_no_credential(mode: str) -> None:
+    with Script(answer({"internal_token": WORD})) as server:
+        client = WITH_CREDENTIAL.get(mode, exchanged)(server.url)
+        prefab = client.prefab("p", "1")
+        assert "hush" not in f"{vars(client)!r} {client!r} {client!s} {vars(prefab)!r} {prefab!r}"
+
+
+# Answers whose parts are longer than a message should be.
+LONG_WORD = "y" * 60_000
+LONG_ANSWERS: dict[str, Answer] = {
+    "no HTTP": HangUp(b"220 ftp.example " + LONG_WORD.encode() + b"\r\n"),
+    "no line": HangUp(LONG_WORD.encode()),
+    "bytes": HangUp(bytes(range(128, 256)) * 400 + b"\r\n"),
+    "control characters": HangUp(b"\x1b[2J\0\x07" * 9000 + b"\r\n"),
+    "version": HangUp(f"HTTP/{LONG_WORD} 200 OK\r\n\r\n".encode()),
+    "status": HangUp(f"HTTP/1.1 {LONG_WORD} OK\r\n\r\n".encode()),
+    "reason": f"HTTP/1.1 400 {LONG_WORD}\r\nContent-Length: 0\r\n\r\n".encode(),
+    "reason of 503": f"HTTP/1.1 503 {LONG_WORD}\r\nContent-Length: 0\r\n\r\n".encode(),
+    "redirect": answer({}, 307, Location=f"http://elsewhere/{LONG_WORD}"),
+    "encoding": answer({}, Content_Encoding=LONG_WORD),
+    "length": HangUp(OK + f"Content-Length: {LONG_WORD}\r\n\r\n".encode()),
+    "chunk size": HangUp(HEAD + f"{LONG_WORD}\r\n".encode()),
+    "page": answer(body=LONG_WORD.encode(), status=502),
+    "no JSON": answer(body=LONG_WORD.encode()),
+}
+
+
+@pytest.mark.parametrize("name", LONG_ANSWERS)
+def test_what_is_no_message_of_the_gateway_is_told_in_short(name: str) -> None:
+    error = error_of(run, LONG_ANSWERS[name])
+    assert len(str(error)) < 1200 and len(text_of(error)) < 20_000
+    assert name != "no HTTP" or "220 ftp.example" in str(error)
+
+
+@pytest.mark.parametrize("place", ["connect", "redirect of a storage"])
+def test_what_a_proxy_or_a_storage_says_is_told_in_short(
+    place: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    long_reason = f"HTTP/1.1 403 {LONG_WORD}\r\nContent-Length: 0\r\n\r\n".encode()
+    answers = [long_reason] if place == "connect" else [LINK, moved(f"ftp://h/{LONG_WORD}")]
+    with Script(*answers) as server:
+        with pytest.raises(GatewayError) as caught:
+            if place == "connect":
+                monkeypatch.setenv("HTTPS_PROXY", server.url)
+                run(GatewayClient("https://gateway.invalid", max_retries=0))
+            else:
+                client_of(server).download_file(S3, tmp_path / "f")
+    assert len(str(caught.value)) < 1200
+
+
+def test_retries_uploads_and_sessions_leave_the_programs_random_numbers_as_they_are(
+    content_file: Path,
+) -> None:
+    random.seed(7)
+    before = random.getstate()
+    answers = [UNAVAILABLE, answer([]), HangUp(), answer([]), ran(), ran()]
+    answers += [answer({"s3_url": S3}), answer({"deleted_count": 0})]
+    with Script(*answers) as server, client_of(server) as client:
+        assert client.list_prefabs() == client.list_prefabs() == []
+        client.run_batch([call(), call()], max_workers=1)
+        client.upload_file(content_file)
+        with client.temp_session():
+            pass
+    assert len(server.received) == 8 and random.getstate() == before
+    with contextlib.suppress(ServiceUnavailableError):
+        run(GatewayClient("http://127.0.0.1:1", max_retries=2))
+    assert random.getstate() == before
+
+
+def test_programs_that_seed_their_random_numbers_alike_do_not_wait_alike(
+    refusing: str, real_delays: list[float]
+) -> None:
+    for _ in range(2):
+        random.seed(7)
+        with pytest.raises(ServiceUnavailableError):
+            GatewayClient(f"http://{refusing}", max_retries=3).list_prefabs()
+    assert len(real_delays) == 6 and real_delays[:3] != real_delays[3:]
 
 
 # --- Event stream ---------------------------------------------------------------------------------
@@ -4148,6 +5603,31 @@ def test_a_temporary_session_is_cleaned_up_error_or_not(
     assert client.list_temp_files(given)["files"] == []
 
 
+def test_a_session_may_be_given_as_a_uuid() -> None:
+    with LocalGateway() as gateway, client_of(gateway) as client:
+        given = uuid.uuid4()
+        with client.temp_session(given) as session_id:  # type: ignore[arg-type]
+            assert session_id == str(given)
+            client.upload_temp_file(ROOT / "LICENSE", session_id=session_id)
+            assert len(client.list_temp_files(session_id)["files"]) == 1
+        assert client.list_temp_files(session_id)["files"] == []
+
+
+@pytest.mark.parametrize(
+    "given", [uuid.uuid4(), 5, 1.5, b"s", ["s"], object(), "\ud800", Path("s")], ids=ascii
+)
+def test_a_session_that_could_not_be_cleaned_up_does_not_begin(given: Any) -> None:
+    began = False
+    with Routed(lambda _: answer({"deleted_count": 0})) as server, client_of(server) as client:
+        try:
+            with client.temp_session(given):
+                began = True
+        except (ValidationError, TypeError):
+            assert not began and not server.received
+        else:
+            assert [received.method for received in server.received] == ["DELETE"]
+
+
 def test_the_first_error_counts_more_than_that_of_the_cleaning_up() -> None:
     with Script(*[answer({"detail": "x"}, 400)] * 2) as server:
         client = client_of(server)
@@ -4229,6 +5709,56 @@ def check_mixed(batch: BatchResult) -> None:
 
 def test_a_failed_call_of_a_batch_does_not_cost_the_others(client: GatewayClient) -> None:
     check_mixed(client.run_batch(mixed_calls()))
+
+
+def test_the_threads_of_a_batch_have_the_callers_context() -> None:
+    trace: contextvars.ContextVar[str] = contextvars.ContextVar("trace", default="none")
+    seen: list[tuple[str, str]] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((threading.current_thread().name, trace.get()))
+
+    logger, recorder = logging.getLogger("gateway_sdk"), Recorder(logging.DEBUG)
+    before = logger.level
+    logger.addHandler(recorder)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with Script(*[together(4, ran())] * 4) as server, client_of(server) as client:
+            trace.set("request-7")
+            assert client.run_batch([call()] * 4, max_workers=4).all_success()
+    finally:
+        logger.removeHandler(recorder)
+        logger.setLevel(before)
+    assert len(seen) >= 4 and {value for _, value in seen} == {"request-7"}
+    assert len({name for name, _ in seen}) >= 4
+
+
+def test_batches_of_two_callers_keep_their_contexts_apart() -> None:
+    trace: contextvars.ContextVar[str] = contextvars.ContextVar("trace", default="none")
+    seen: list[tuple[str, str]] = []
+
+    class Recorder(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((record.getMessage(), trace.get()))
+
+    def act(name: str) -> None:
+        trace.set(name)
+        with Script(*[meeting] * 2) as server, client_of(server) as client:
+            client.run_batch([PrefabCall(name, "1", "f")] * 2, max_workers=2)
+
+    meeting = together(4, ran())
+    logger, recorder = logging.getLogger("gateway_sdk"), Recorder(logging.DEBUG)
+    before = logger.level
+    logger.addHandler(recorder)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(2) as callers:
+            list(callers.map(act, ["first", "second"]))
+    finally:
+        logger.removeHandler(recorder)
+        logger.setLevel(before)
+    assert sorted(value for _, value in seen) == ["first"] * 2 + ["second"] * 2
 
 
 @cpython_only
@@ -4659,6 +6189,179 @@ def test_parameters_may_have_any_name() -> None:
     inputs = [received.json["calls"][0]["inputs"] for received in server.received]
     assert [given["parameters"] for given in inputs] == [parameters] * 3
     assert [given.get("files") for given in inputs] == [{"v": [S3]}, None, None]
+
+
+IN_USE = {"internal token": TOKEN, EXCHANGED: TOKEN}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_token_in_use_can_be_read_but_not_set(mode: str) -> None:
+    with Script(*exchange_of(mode), ran()) as server:
+        client = client_in(mode, server.url)
+        assert client.internal_token == IN_USE.get(mode)
+        for name in NAMES:
+            with pytest.raises(AttributeError, match=r"(?i)\bclient\b") as caught:
+                setattr(client, name, "hush-hush")
+            assert "another" in str(caught.value) and "hush" not in str(caught.value)
+        for same in (client, pickle.loads(pickle.dumps(client))):
+            assert same.internal_token == IN_USE.get(mode)
+        run(client)
+    sent = server.received[-1].headers
+    assert {name: sent[name] for name in CREDENTIAL_HEADERS & {*sent}} == MODES[mode].headers
+
+
+def test_the_token_in_use_is_the_last_one_that_was_exchanged() -> None:
+    with Script(TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], ran()) as server:
+        client = GatewayClient.from_api_key("key-1", server.url)
+        assert client.internal_token == "first"
+        run(client)
+        assert client.internal_token == "second"
+
+
+# Options with which no client comes about.
+NO_CLIENTS: dict[str, dict[str, Any]] = {
+    "base_url": {"base_url": "ftp://h"}, "timeout": {"timeout": -1}, "retries": {"max_retries": -1},
+    "credential": {"internal_token": "hush\n"},
+    "two": {"internal_token": "hush", "api_key": "hush"},
+    "context": {"ssl_context": "x"}, "JWT": {"jwt_token": 5}, "URL": {"api_key": "http://hush"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["GatewayClient", "AsyncGatewayClient"])
+def test_a_client_that_did_not_come_about_can_be_shown(name: str) -> None:
+    kind = getattr(gateway_sdk, name)
+    unfinished = kind.__new__(kind)
+    assert name in repr(unfinished) and name in str(unfinished) and name in f"{[unfinished]}"
+    for options in NO_CLIENTS.values():
+        with pytest.raises(ValidationError) as caught:
+            kind(**{"base_url": "http://h", **options})
+        for frame, _ in traceback.walk_tb(caught.value.__traceback__):
+            if isinstance(frame.f_locals.get("self"), kind):
+                shown = repr(frame.f_locals["self"])
+                assert name in shown and "hush" not in shown
+
+
+# Names that serializers, `dict()` and the like ask for, of objects that they do not know.
+PROTOCOLS = [
+    "to_dict", "model_dump", "model_dump_json", "dict", "keys", "items", "values", "tolist",
+    "isoformat", "__len__", "__iter__", "__getitem__", "__fspath__", "__array__", "__json__",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_prefab_has_no_function_of_a_name_that_protocols_ask_for(name: str) -> None:
+    with Script(ran("called"), ran("called")) as server, client_of(server) as client:
+        prefab = client.prefab("p", "1")
+        assert not hasattr(prefab, name)
+        if not name.startswith("_"):
+            with pytest.raises(AttributeError, match=rf"call\(.{name}"):
+                getattr(prefab, name)
+        assert not server.received
+        assert prefab.call(name, a=1).get_function_result() == "called"
+        assert next(prefab.stream(name, a=1)).data["output"] == "called"
+    called = [received.json["calls"][0]["function_name"] for received in server.received]
+    assert called == [name, name]
+
+
+SERIALIZERS: dict[str, Callable[[Any], Any]] = {
+    "dict": dict,
+    "two stars": lambda prefab: {**prefab},
+    "update": lambda prefab: {}.update(prefab),
+    "list": list,
+    "len": len,
+    "in": lambda prefab: 1 in prefab,
+    "item": lambda prefab: prefab["a"],
+    "path": os.fspath,
+    **{f"JSON by {name}": functools.partial(json.dumps, default=operator.methodcaller(name))
+       for name in ("to_dict", "model_dump", "dict", "tolist", "isoformat")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERIALIZERS)
+def test_a_serializer_sends_no_call(name: str) -> None:
+    with Script(ran({})) as server, client_of(server) as client:
+        with pytest.raises((TypeError, AttributeError)):
+            SERIALIZERS[name](client.prefab("p", "1"))
+    assert not server.received
+
+
+def module_functions() -> Iterator[types.FunctionType]:
+    """All functions that are defined in the module, those of its classes too."""
+    for value in vars(gateway_sdk).values():
+        members = vars(value).values() if isinstance(value, type) else [value]
+        for member in members:
+            if isinstance(member, property):
+                member = member.fget
+            member = getattr(member, "__func__", member)
+            while hasattr(member, "__wrapped__"):
+                member = member.__wrapped__
+            if isinstance(member, types.FunctionType) and member.__module__ == "gateway_sdk":
+                yield member
+
+
+def codes_of(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from codes_of(constant)
+
+
+def test_what_functions_use_of_the_module_can_be_pickled() -> None:
+    """As cloudpickle does it by value. Without it, plain pickle tells nearly the same."""
+    used = {
+        name
+        for function in module_functions()
+        for code in codes_of(function.__code__)
+        for name in code.co_names
+    }
+    assert {"GatewayError", "os"} <= used
+    unpicklable = []
+    for name in sorted(used & set(vars(gateway_sdk))):
+        value = getattr(gateway_sdk, name)
+        if isinstance(value, types.ModuleType):
+            continue
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            unpicklable.append(f"{name}: {error}")
+    assert not unpicklable
+
+
+BY_VALUE = """if True:
+    import sys, cloudpickle, gateway_sdk
+    from gateway_sdk import GatewayClient, GatewayError, PrefabCall
+    cloudpickle.register_pickle_by_value(gateway_sdk)
+    client = GatewayClient(sys.argv[1], internal_token="t", timeout=10)
+
+    def work():
+        calls = [PrefabCall("p", "1", "f")] * 2
+        stream = [event.data for event in client.run("p", "1", "f", stream=True)]
+        try:
+            client.list_files()
+        except GatewayError as error:
+            failed = error.status_code
+        return client.run_batch(calls).all_success(), stream, failed
+
+    with open(sys.argv[2], "wb") as file:
+        cloudpickle.dump((work, client.run_batch, PrefabCall), file)
+"""
+BY_VALUE_ELSEWHERE = """if True:
+    import pickle, sys
+    with open(sys.argv[1], "rb") as file:
+        work, run_batch, PrefabCall = pickle.load(file)
+    print(work(), run_batch([PrefabCall("p", "1", "f")]).status, "gateway_sdk" in sys.modules)
+"""
+
+
+def test_cloudpickle_takes_the_module_by_value_to_where_it_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("cloudpickle")
+    refused = answer({"detail": "no"}, 400)
+    stream = chunked(event("content", "a"), event("done", "b"))
+    with Script(stream, refused, ran(), ran(), ran()) as server:
+        done = python(BY_VALUE, server.url, tmp_path / "work")
+        assert (done.returncode, done.stderr) == (0, "")
+        done = python(BY_VALUE_ELSEWHERE, tmp_path / "work", PYTHONPATH="")
+    assert (done.stdout, done.stderr) == ("(True, ['a', 'b'], 400) COMPLETED False\n", "")
 
 
 def test_versions_sort_by_number_and_releases_after_their_candidates() -> None:
@@ -5104,6 +6807,119 @@ def test_an_answer_that_is_not_as_promised_is_a_plain_gateway_error(name: str, b
     if caught.value.status_code is not None:  # it is about the answer, and not about a URL in it
         assert caught.value.status_code == 200 and operation.route in str(caught.value)
     assert TOKEN not in repr(caught.value.details)
+
+
+# What servers say, with full stops and empty lines of their own.
+SAYINGS = [
+    "It is down.", "It is down.\n", "\n\nIt is down\n\n", "first.\n\nsecond.", "a\r\n\r\nb",
+    "x.\n \n\t\ny", "Why?", "No!", "",
+]  # fmt: skip
+Provocation = tuple[Callable[[GatewayClient], Any], Answer]
+
+
+def shapes_of(said: str) -> list[Any]:
+    """The bodies that say so."""
+    secret = {"error_code": "MISSING_SECRET", "secret_name": "K", "instructions": said}
+    return [
+        {"detail": said}, {"error_code": "E", "message": said}, {"detail": secret}, {"error": said},
+        {"detail": [{"loc": ["body"], "msg": said}, {"loc": ["query"], "msg": said}]},
+        said.encode(), f"<Error><Code>E</Code><Message>{said}</Message></Error>".encode(),
+    ]  # fmt: skip
+
+
+def read_on(client: GatewayClient, end: Callable[[EventStream], object]) -> None:
+    stream = run(client, stream=True)
+    with contextlib.suppress(GatewayError):
+        end(stream)
+    next(stream)
+
+
+def on_executor(client: GatewayClient, submit: Any) -> None:
+    class Executor(concurrent.futures.Executor):
+        def submit(self, *_: Any, **__: Any) -> Any:
+            return submit()
+
+    values_of_raised(client.run_batch([call()], executor=Executor()))
+
+
+def provoke_by_tables(kind: str, folder: Path) -> Iterator[Provocation]:
+    """What is asked and how it is answered, of the tables of this file."""
+    if kind == "statuses":
+        for name, status, body, _, _ in MAPPING:
+            yield ENDPOINTS[name].act, answered(body, status)
+    elif kind == "bodies":
+        for body, _ in BODIES.values():
+            if len(str(body)) < 1000:  # a long one says no more
+                yield from ((run, answered(body, status)) for status in (400, 503))
+    elif kind == "sayings":
+        for said, status in itertools.product(SAYINGS, (400, 401, 404, 503)):
+            yield from ((run, answered(body, status)) for body in shapes_of(said))
+    elif kind == "wrong fields":
+        for name, bodies in WRONG_FIELDS.items():
+            for text in bodies:
+                act = JSON_READERS[name].call
+                yield lambda c, act=act: act(c, folder), answer(body=text.encode())
+    elif kind == "no JSON":
+        yield from ((run, answer(body=body)) for body in NOT_JSON.values() if len(body) < 1000)
+    elif kind == "advice":
+        yield from ((act, given) for act, given, _, _ in ADVICE.values())
+    elif kind == "long answers":
+        yield from ((run, given) for given in LONG_ANSWERS.values())
+    elif kind == "faults":
+        for label, fault in FAULTS.items():
+            given = fault.make(b'{"results": []}', "application/json")
+            if "endless" not in label and "without-end" not in label:
+                yield lambda c, timeout=fault.timeout: run(c, timeout=timeout), given
+
+
+def provoke_by_arguments(kind: str, folder: Path) -> Iterator[Provocation]:
+    """What is refused before anything is sent, and streams and executors that fail."""
+    if kind == "calls":
+        for change, _ in BAD_CALLS:
+            bad = dataclasses.replace(call(), **change)
+            yield lambda c, bad=bad: c.run_batch([call(), bad]), NO_BODY
+            yield lambda c, bad=bad: c.run("p", "1", "f", bad.parameters, bad.files), NO_BODY
+    elif kind == "arguments":
+        yield from ((act, NO_BODY) for act, _ in BAD_ARGUMENTS.values())
+        yield from ((lambda c, take=take: take(c, "."), NO_BODY) for take in ID_TAKERS.values())
+        yield from ((lambda c, act=act: act(c, MISTAKEN), NO_BODY) for act in MISTAKES.values())
+    elif kind == "clients":
+        for options in NO_CLIENTS.values():
+            options = {"base_url": "http://h", **options}
+            yield lambda _, options=options: GatewayClient(**options), NO_BODY
+        for sent in (*CREDENTIALS.values(), {"internal_token": None, "jwt_token": jwt(exp=1)}):
+            yield lambda c, sent=sent: run(GatewayClient(c.base_url, **sent)), REFUSED
+        for given in (REFUSED, HangUp(), *(answers[0] for answers in EXCHANGE_ANSWERS.values())):
+            yield exchange_a_key, given
+    elif kind == "streams":
+        broken_off = (HangUp(OPEN_STREAM), HangUp(HEAD))
+        for end, given in itertools.product((list, EventStream.close), broken_off):
+            yield lambda c, end=end: read_on(c, end), given
+    elif kind == "executors":
+        for submit in (cancelled, broken, refused, mixed_up):
+            yield lambda c, submit=submit: on_executor(c, submit), NO_BODY
+
+
+TABLES = [
+    "statuses", "bodies", "sayings", "wrong fields", "no JSON", "advice", "long answers", "faults",
+]  # fmt: skip
+ARGUMENTS = ["calls", "arguments", "clients", "streams", "executors"]
+# An empty line; two full stops, but not three; a full stop behind another end of a sentence.
+ILL_FORMED = re.compile(r"\A\s|\s\Z|\n[^\S\n]*\n|(?<![.'])\.\.(?![.'])|[?!]\.(?!\w)|\s\.(?=\s|\Z)")
+
+
+@pytest.mark.parametrize("kind", [*TABLES, *ARGUMENTS])
+def test_no_message_has_an_empty_line_or_two_full_stops(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "in.bin").write_bytes(b"x")
+    provoke, messages = provoke_by_tables if kind in TABLES else provoke_by_arguments, []
+    for act, given in provoke(kind, tmp_path):
+        with Script(given) as server, client_of(server, max_retries=0) as client:
+            try:
+                act(client)
+            except (GatewayError, TypeError, OSError) as error:
+                messages.append(str(error))
+    assert len(messages) > 3
+    assert not [message for message in messages if ILL_FORMED.search(message)]
 
 
 def readable_depth() -> int:
