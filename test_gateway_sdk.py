@@ -1505,6 +1505,46 @@ def test_a_forked_process_does_not_touch_the_connections_of_its_parent() -> None
     assert [received.connection for received in server.received] == [0, 1, 0]
 
 
+# What a program still has when it ends, in a module that Python takes apart after the SDK's own.
+HELD_AT_THE_END = {
+    "a client and its copy": "copied = pickle.loads(pickle.dumps(client)); copied.list_prefabs()",
+    "a client of two processes": "os.fork() and os.wait()",
+    "a client that was not made": "client = kept(lambda: gateway_sdk.GatewayClient('http://h', timeout='soon'))",
+    "an open stream": "stream = client.run('p', '1', 'f', stream=True); next(stream)",
+}
+
+
+@cpython_only
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("sockets", ["Python's", "gevent's"])
+@pytest.mark.parametrize("held", HELD_AT_THE_END)
+def test_nothing_is_said_of_what_is_open_when_python_ends(held: str, sockets: str) -> None:
+    code = f"""if True:
+        import codecs, os, pickle, sys
+        if sys.argv[2] == "gevent's":
+            from gevent import monkey
+            monkey.patch_all()
+        import gateway_sdk
+
+        def kept(act):
+            try:
+                act()
+            except ValueError as error:
+                return error
+
+        client = gateway_sdk.GatewayClient(sys.argv[1])
+        client.list_prefabs()
+        {HELD_AT_THE_END[held]}
+        # The error handlers outlive all modules, and so do these two, which are then emptied one after another.
+        codecs.register_error("kept", lambda error, kept=(sys.modules["__main__"], gateway_sdk): kept)
+    """
+    if sockets == "gevent's":
+        pytest.importorskip("gevent")
+    with Routed(lambda received: Pause(OPEN_STREAM) if received.method == "POST" else answer([])) as server:
+        done = python(code, server.url, sockets)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @cpython_only
 def test_a_connection_is_kept_alive_below_http_while_a_call_takes_its_time(script: Any) -> None:
     def peer_port(sock: Any) -> int:
@@ -1649,6 +1689,73 @@ def test_a_wrong_certificate_is_an_error_with_a_remedy_and_nothing_is_sent(
     assert re.search("(?i)certificate", str(caught.value)) and caught.value.status_code is None
     assert "ssl_context" in str(caught.value) and "SSL_CERT_FILE" in str(caught.value)
     assert server.connections == 1 and not delays and not server.received and not caught.value.may_have_run
+
+
+def refusing_clients(certificate: Path, version: ssl.TLSVersion) -> Raw:
+    """A server that wants a certificate of its client, and knows none that would do."""
+    context = tls_context(certificate)
+    context.minimum_version = context.maximum_version = version
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def serve(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            context.wrap_socket(sock.dup(), server_side=True)
+        # What is left unread at an end would make it a reset, which may overtake the reason for it.
+        while sock.recv(65536):
+            pass
+
+    server = Raw(serve)
+    server.url = f"https://localhost:{server.port}"
+    return server
+
+
+# With TLS 1.3 the client learns of it when it waits for the answer.
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=lambda version: version.name)
+@pytest.mark.parametrize("shown", [False, True], ids=["no certificate", "an unknown certificate"])
+@pytest.mark.parametrize(
+    "act",
+    [run, lambda c: c.list_prefabs(), lambda c: run(c, stream=True), lambda c: c.upload_file(__file__)],
+    ids=["call", "GET", "stream", "upload"],
+)
+def test_a_server_that_refuses_the_clients_certificate_has_run_nothing(
+    act: Any, shown: bool, version: ssl.TLSVersion, certificate: Path, trusting: ssl.SSLContext, delays: list[float]
+) -> None:
+    if shown:
+        trusting.load_cert_chain(str(certificate))
+    with refusing_clients(certificate, version) as server:
+        with client_of(server, ssl_context=trusting, max_retries=2) as client:
+            with pytest.raises(ServiceUnavailableError, match="ssl_context") as caught:
+                act(client)
+    assert server.connections == 1 and not delays
+    assert not caught.value.may_have_run and "may have run" not in str(caught.value)
+    assert "http://" not in str(caught.value)
+
+
+def test_a_batch_that_is_refused_for_its_certificate_has_run_nothing(
+    certificate: Path, trusting: ssl.SSLContext, delays: list[float]
+) -> None:
+    with refusing_clients(certificate, ssl.TLSVersion.TLSv1_3) as server:
+        with client_of(server, ssl_context=trusting, max_retries=2) as client:
+            batch = client.run_batch([call(), call()])
+    assert server.connections == 2 and not delays
+    for result in batch.results:
+        assert result.exception and not result.exception.may_have_run and "ssl_context" in str(result.exception)
+
+
+def test_a_certificate_that_the_server_knows_opens_it(certificate: Path, trusting: ssl.SSLContext) -> None:
+    trusting.load_cert_chain(str(certificate))
+    with TlsScript(certificate, ran()) as server, client_of(server, ssl_context=trusting) as client:
+        server._context.load_verify_locations(str(certificate))
+        server._context.verify_mode = ssl.CERT_REQUIRED
+        assert run(client).is_success()
+
+
+@pytest.mark.parametrize("end", [HangUp(), HangUp(reset=True), HangUp(OK)], ids=["hang-up", "reset", "half a head"])
+def test_an_answer_that_is_lost_over_tls_may_have_run_all_the_same(end: Answer, certificate: Path) -> None:
+    with TlsScript(certificate, end) as server, client_of(server) as client:
+        with pytest.raises(ServiceUnavailableError, match="may have run") as caught:
+            run(client)
+    assert caught.value.may_have_run and len(server.received) == 1 and "ssl_context" not in str(caught.value)
 
 
 def test_https_to_an_http_port_is_told_and_not_tried_again(delays: list[float]) -> None:
