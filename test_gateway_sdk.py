@@ -1768,6 +1768,112 @@ def test_https_to_an_http_port_is_told_and_not_tried_again(delays: list[float]) 
     assert server.connections == 1 and not delays
 
 
+class Place:
+    """An address on loopback that refuses connections, or lets them wait for ever, until it is opened."""
+
+    def __init__(self, dead: bool = False) -> None:
+        self._bound = socket.socket()
+        self._bound.bind(("127.0.0.1", 0))
+        self.address = self._bound.getsockname()
+        self._waiting: list[socket.socket] = []
+        if dead:  # where one connection waits to be accepted, and no more may, the kernel answers nobody else
+            self._bound.listen(0)
+            self._waiting = [socket.socket(), socket.socket()]
+        for sock in self._waiting:
+            sock.setblocking(False)
+            sock.connect_ex(self.address)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in (*self._waiting, self._bound):
+            sock.close()
+
+    def open(self) -> None:
+        """From now on it takes connections, and never says a word."""
+        for sock in self._waiting:
+            sock.close()
+        if self._waiting:
+            self._bound.accept()[0].close()
+        self._bound.listen(9)
+
+
+@pytest.fixture
+def resolve(monkeypatch: Patch) -> Callable[..., str]:
+    """Stands for the resolver: gives a URL of a name that has these addresses, in this order."""
+    real = socket.getaddrinfo
+
+    def answer_with(*addresses: tuple[str, int]) -> str:
+        def getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+            if host not in ("gateway.test", b"gateway.test"):
+                return real(host, *arguments, **options)
+            return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        return "http://gateway.test:1"
+
+    return answer_with
+
+
+full_queues = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel answers nobody else there")
+A_WHILE = WAIT_SECONDS + 2  # a timeout that is too long to be waited
+
+
+@full_queues
+@pytest.mark.parametrize(
+    "act",
+    [run, lambda c: c.list_prefabs(), lambda c: GatewayClient.from_api_key("key-1", c.base_url, timeout=c.timeout)],
+    ids=["call", "GET", "exchange"],
+)
+def test_the_timeout_is_for_all_addresses_of_a_host_together(act: Any, resolve: Any, delays: list[float]) -> None:
+    with Place(dead=True) as dead:
+        url = resolve(*[dead.address] * int(A_WHILE / SHORT_SECONDS))
+        started = time.monotonic()
+        with GatewayClient(url, timeout=SHORT_SECONDS) as client, pytest.raises(GatewayTimeoutError) as caught:
+            act(client)
+        assert time.monotonic() - started < WAIT_SECONDS
+    assert not delays and not caught.value.may_have_run and "timeout=" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("dead", marks=full_queues), "refusing"])
+def test_an_address_that_answered_is_the_first_one_next_time(kind: str, resolve: Any) -> None:
+    answers = [answer([], Connection="close")] * 2
+    with Place(dead=kind == "dead") as first, Script(*answers, *answers) as server:
+        started = time.monotonic()
+        with GatewayClient(resolve(first.address, ("127.0.0.1", server.port)), timeout=A_WHILE) as client:
+            assert client.list_prefabs() == []
+            first.open()  # who tries it first from now on waits for the whole timeout
+            assert client.list_prefabs() == client.list_prefabs() == []
+        assert time.monotonic() - started < WAIT_SECONDS
+    assert len(server.received) == server.connections == 3
+
+
+def test_if_the_address_that_answered_is_gone_the_others_are_tried(resolve: Any) -> None:
+    with Script(*[answer([], Connection="close")] * 2) as other:
+        with Place() as first, Script(answer([], Connection="close")) as server:
+            places = [first.address, ("127.0.0.1", server.port), ("127.0.0.1", other.port)]
+            with GatewayClient(resolve(*places), timeout=WAIT_SECONDS) as client:
+                assert client.list_prefabs() == []
+                server.__exit__()
+                assert client.list_prefabs() == client.list_prefabs() == []
+    assert (len(server.received), len(other.received)) == (1, 2)
+
+
+@full_queues
+@pytest.mark.parametrize("order", [("dead", "refusing"), ("refusing", "dead"), ("refusing", "refusing")], ids=str)
+def test_where_no_address_answers_the_end_comes_soon(order: tuple[str, str], resolve: Any) -> None:
+    with Place(order[0] == "dead") as first, Place(order[1] == "dead") as second:
+        timeout = A_WHILE if order[1] == "refusing" else SHORT_SECONDS  # only for the last one is all of it waited
+        url = resolve(first.address, second.address)
+        started = time.monotonic()
+        with GatewayClient(url, timeout=timeout, max_retries=0) as client:
+            with pytest.raises(ServiceUnavailableError, match="no connection") as caught:
+                run(client)
+        assert time.monotonic() - started < WAIT_SECONDS
+    assert not caught.value.may_have_run and caught.value.status_code is None
+
+
 # --- Transport ------------------------------------------------------------------------------------
 #
 # What is sent again after which fault: see "Faults: every operation meets every fault".
