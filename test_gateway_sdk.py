@@ -1926,6 +1926,7 @@ def test_waits_for_a_connection_double_from_one_second_up_to_eight(refusing: str
             run(client)
     for attempt, cap in enumerate([1, 2, 4]):
         assert cap / 2 < max(real_delays[attempt::3]) <= cap
+        assert min(real_delays[attempt::3]) >= cap / 2  # a restart takes its time, and nothing was sent
 
 
 def test_other_waits_double_from_half_a_second_up_to_eight(real_delays: list[float]) -> None:
@@ -1935,6 +1936,7 @@ def test_other_waits_double_from_half_a_second_up_to_eight(real_delays: list[flo
                 client.list_prefabs()
     for attempt, cap in enumerate([0.5, 1, 2, 4, 8]):
         assert cap / 2 < max(real_delays[attempt::5]) <= cap
+        assert min(real_delays[attempt::5]) < cap / 2
 
 
 def test_a_redirect_is_followed_also_to_another_host_but_not_from_https_to_http(
@@ -2272,6 +2274,250 @@ def test_both_urls_of_a_redirect_are_hidden_but_not_their_short_words(echo: str,
     with Script(*answers) as server, pytest.raises(GatewayError, match=re.escape(f"it was {shown}")) as caught:
         client_of(server).download_file(S3, tmp_path / "f")
     assert "HUSH" not in text_of(caught.value)
+
+
+with_signals = pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to a thread here")
+
+
+SIGNAL = getattr(signal, "SIGUSR1", None)
+
+
+@contextlib.contextmanager
+def handling(act: Callable[[], object], number: Any = SIGNAL) -> Iterator[list[BaseException]]:
+    """A signal has the main thread do this, wherever it is. Gives what that raises."""
+    raised: list[BaseException] = []
+
+    def handle(*_: object) -> None:
+        try:
+            act()
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    before = signal.signal(number, handle)
+    try:
+        yield raised
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(number, before)
+
+
+def interrupt(_: object = None) -> None:
+    """Sends the signal to the main thread, which has most likely read by then what was sent before."""
+    threading.Event().wait(0.005)
+    signal.pthread_kill(threading.main_thread().ident or 0, SIGNAL)
+
+
+def signalled(sent: bytes = b"") -> Steps:
+    """Sends these bytes and the signal, and then nothing more."""
+    return Steps((send(sent), interrupt, lambda sock: sock.recv(1)))
+
+
+def both_signalled() -> list[Answer]:
+    """No answer to two requests; when both are there, the signal."""
+    met = threading.Barrier(2)
+    wait = lambda _: met.wait(WAIT_SECONDS)  # noqa: E731
+    return [Steps((wait, interrupt, lambda sock: sock.recv(1))), Steps((wait, lambda sock: sock.recv(1)))]
+
+
+# What is being done when the signal comes: how the requests are answered, and what waits for it.
+MOMENTS: dict[str, tuple[Callable[[], list[Answer]], Callable[[GatewayClient, Path], Any]]] = {
+    "before the head": (lambda: [signalled()], lambda c, f: run(c)),
+    "before the head of a GET": (lambda: [signalled()], lambda c, f: c.list_prefabs()),
+    "in the head": (lambda: [signalled(OK[:10])], lambda c, f: run(c)),
+    "in the body": (lambda: [signalled(ran()[:-5])], lambda c, f: run(c)),
+    "in the body of a GET": (lambda: [signalled(PAGE[:-5])], lambda c, f: c.list_files()),
+    "between chunks": (lambda: [signalled(OPEN_STREAM)], lambda c, f: run(c)),
+    "in a stream": (lambda: [signalled(OPEN_STREAM)], lambda c, f: list(run(c, stream=True))),
+    "in an error's body": (lambda: [signalled(UNAVAILABLE[:-5])], lambda c, f: run(c)),
+    "between attempts": (
+        lambda: [Steps((send(answer(None, 503, Retry_After="50")), interrupt))], lambda c, f: c.list_prefabs()),
+    "in a download": (
+        lambda: [LINK, signalled(answer(body=b"0123456789")[:-5])], lambda c, f: c.download_file(S3, f / "new")),
+    "in an exchange": (
+        lambda: [signalled()], lambda c, f: GatewayClient.from_api_key("key-1", c.base_url, timeout=WAIT_SECONDS)),
+    "in a batch": (both_signalled, lambda c, f: c.run_batch([call(), call()])),
+    "in a single request": (lambda: [signalled()], lambda c, f: c.run_batch([call(), call()], single_request=True)),
+}  # fmt: skip
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def read_in_vain() -> None:
+    """Fails where the SDK itself may: in a read of a socket."""
+    ours, peer = socket.socketpair()
+    with ours, peer, ours.makefile("rb") as file:
+        ours.settimeout(0.001)
+        file.read(1)
+
+
+HANDLERS: dict[str, Callable[[], Callable[[], object]]] = {
+    **{type(error).__name__: lambda error=error: raising(copy.copy(error)) for error in (
+        TimeoutError("mine"), ConnectionResetError("mine"), BrokenPipeError("mine"), OSError(5, "mine"),
+        InterruptedError("mine"), BlockingIOError("mine"), ssl.SSLError("mine"), ssl.SSLWantReadError("mine"),
+        http.client.RemoteDisconnected("mine"), EOFError("mine"), ServiceUnavailableError("mine"),
+        GatewayTimeoutError("mine"), ValueError("mine"), StopIteration("mine"), SystemExit(3), KeyboardInterrupt())},
+    "a missing file": lambda: lambda: open(ROOT / "missing"),
+    "a socket of its own": lambda: read_in_vain,
+}  # fmt: skip
+
+
+def check_what_a_handler_raises(handler: str, act: Callable[[], Any], number: Any = SIGNAL) -> None:
+    with handling(HANDLERS[handler](), number) as raised:
+        if number != SIGNAL:
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+        try:
+            act()
+        except BaseException as error:
+            assert raised == [error]
+        else:
+            raise AssertionError("what the handler raised is lost")
+
+
+@with_signals
+@pytest.mark.parametrize("handler", ["TimeoutError", "ConnectionResetError"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_what_a_signal_handler_raises_is_the_callers_whenever_it_comes(
+    moment: str, handler: str, tmp_path: Path
+) -> None:
+    make_answers, act = MOMENTS[moment]
+    answers = make_answers()
+    with Script(*answers, ran()) as server, client_of(server) as client:
+        check_what_a_handler_raises(handler, lambda: act(client, tmp_path))
+        assert len(server.received) == len(answers)
+        assert run(client).is_success()
+    assert not list(tmp_path.iterdir())
+
+
+@with_signals
+@pytest.mark.parametrize("handler", HANDLERS)
+def test_whatever_a_signal_handler_raises_is_the_callers(handler: str, script: Any) -> None:
+    with script(signalled(), ran()) as server, client_of(server) as client:
+        check_what_a_handler_raises(handler, client.list_prefabs)
+        assert len(server.received) == 1
+        assert run(client).is_success()
+
+
+@with_signals
+@full_queues
+@pytest.mark.parametrize("handler", ["TimeoutError", "ConnectionResetError", "a socket of its own"])
+def test_what_a_signal_handler_raises_while_a_connection_is_made_is_the_callers(handler: str) -> None:
+    with Place(dead=True) as dead, GatewayClient("http://{}:{}".format(*dead.address), timeout=WAIT_SECONDS) as client:
+        check_what_a_handler_raises(handler, lambda: run(client), signal.SIGALRM)
+
+
+@with_signals
+@pytest.mark.parametrize("handler", ["TimeoutError", "ConnectionResetError", "BrokenPipeError", "a socket of its own"])
+@pytest.mark.parametrize("upload", ["permanent", "input"])
+def test_what_a_signal_handler_raises_while_a_file_is_sent_is_the_callers(
+    upload: str, handler: str, tmp_path: Path
+) -> None:
+    ended = threading.Event()
+    heads: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        heads.append(read_head(sock)[0])
+        if b"generate_upload_url" in heads[-1]:
+            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}))
+        else:
+            interrupt()
+            ended.wait(WAIT_SECONDS)
+
+    with open(tmp_path / "in.bin", "wb") as file:
+        file.truncate(64 * 2**20)
+    with Raw(serve) as server, client_of(server) as client:
+        check_what_a_handler_raises(handler, lambda: UPLOADS[upload](client, tmp_path / "in.bin"))
+        ended.set()
+    assert len(heads) == (1 if upload == "permanent" else 2)
+
+
+# What a handler or a finalizer does with the client.
+USES: dict[str, Callable[[GatewayClient], Any]] = {
+    "call": lambda c: run(c).is_success(),
+    "GET": lambda c: c.list_prefabs() == [],
+    "stream": lambda c: len(list(run(c, stream=True))) == 2,
+    "single request": lambda c: c.run_batch([call(), call()], single_request=True).all_success(),
+    "presigned URL": lambda c: c.get_presigned_url(S3) == "http://h/",
+    "copy": lambda c: run(pickle.loads(pickle.dumps(c))).is_success(),
+    "close": lambda c: c.close() is None,
+}
+
+
+class Exchanging(Routed):
+    """A gateway whose first token is over. `meanwhile` is called once, while the second one is waited for."""
+
+    def __init__(self, meanwhile: Callable[[], object] = lambda: None) -> None:
+        self.tokens = 0
+        self._meanwhile = [meanwhile]
+        super().__init__(self._choose)
+
+    def _choose(self, received: Received) -> Answer:
+        if is_exchange(received):
+            self.tokens += 1
+            given = send(answer({"internal_token": f"token-{self.tokens}"}))
+            waits = self._meanwhile.pop if self.tokens > 1 and self._meanwhile else lambda: lambda: None
+            return Steps((lambda _: waits()(), given))
+        if received.headers["x-internal-token"] == "token-1":
+            return REFUSED
+        if received.method == "POST":
+            entry = {"status": "SUCCESS", "output": "ok"}
+            return answer({"results": [entry] * len(received.json["calls"])})
+        return answer({"presigned_url": "http://h/"} if "download" in received.target else [])
+
+
+@with_signals
+@pytest.mark.parametrize("use", USES)
+def test_a_signal_handler_may_use_the_client_while_its_thread_exchanges_the_key(use: str) -> None:
+    used = threading.Event()
+
+    def meanwhile() -> None:
+        interrupt()
+        used.wait(WAIT_SECONDS)
+
+    def handle() -> None:
+        signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS / 2)
+        assert USES[use](client)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        used.set()
+
+    stuck = AssertionError("it waits for what its own thread holds")
+    with Exchanging(meanwhile) as server, handling(raising(stuck), signal.SIGALRM):
+        client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
+        with handling(handle) as raised:
+            assert run(client).is_success() and run(client).is_success()
+    assert not raised and used.is_set() and server.tokens <= 4
+
+
+@pytest.mark.parametrize("use", ["call", "GET", "close"])
+def test_a_finalizer_may_use_the_client_at_any_moment_of_an_exchange(use: str) -> None:
+    """Before every seventh line of the thread that makes the call."""
+    unexpected: list[tuple[int, BaseException]] = []
+    reached = True
+
+    def act(client: GatewayClient, at: int) -> None:
+        nonlocal reached
+        try:
+            with interrupted(at, lambda: USES[use](client)) as left:
+                assert run(client).is_success()
+        except BaseException as error:
+            unexpected.append((at, error))
+        reached = left[0] <= 0
+
+    for at in itertools.count(1, 7):
+        with Exchanging() as server:
+            client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
+            thread = threading.Thread(target=act, args=(client, at), daemon=True)
+            thread.start()
+            thread.join(WAIT_SECONDS)
+            assert not thread.is_alive(), f"used at line {at}, it waits for what its own thread holds"
+        if not reached:
+            break
+    assert not unexpected and at > 100
 
 
 # --- Event stream ---------------------------------------------------------------------------------
