@@ -2940,6 +2940,104 @@ def test_a_signal_handler_may_close_the_stream_that_the_loop_waits_for(script: A
         assert run(client).is_success()
 
 
+# What else is done at the same time as the reader's thread finds its stream closed.
+CLOSERS: dict[str, Callable[[GatewayClient, EventStream], Any]] = {
+    "one": lambda client, stream: [stream.close],
+    "three": lambda client, stream: [stream.close] * 3,
+    "the end of a with": lambda client, stream: [stream.__exit__, stream.close],
+    "the client's": lambda client, stream: [functools.partial(client.close, cancel=True), stream.close],
+}
+
+
+@pytest.mark.parametrize("closers", CLOSERS)
+def test_no_two_threads_are_closing_a_socket_at_the_same_time(closers: str, monkeypatch: Patch) -> None:
+    """Without the GIL both may close its descriptor: the second one closes what was opened meanwhile."""
+    connected: list[Any] = []
+    overlaps: list[int] = []
+
+    class Watched(socket.socket):
+        closing = 0
+
+        def connect(self, address: Any) -> None:
+            connected.append(self)
+            super().connect(address)
+
+        def connect_ex(self, address: Any) -> int:
+            connected.append(self)
+            return super().connect_ex(address)
+
+        def recv_into(self, *arguments: Any) -> int:
+            if armed.is_set():
+                waiting.set()
+            return super().recv_into(*arguments)
+
+        def close(self) -> None:
+            self.closing += 1
+            if self.closing > 1:
+                overlaps.append(self.closing)
+                second.set()
+            elif self in connected:
+                second.wait(0.05)  # for another thread to come, too
+            super().close()
+            self.closing -= 1
+
+    def read() -> None:
+        with contextlib.suppress(GatewayError):  # closed before it was read on
+            for received in stream:
+                if received.data == 2:
+                    armed.set()
+
+    def close(act: Callable[[], object]) -> None:
+        waiting.wait(0.5)
+        act()
+
+    armed, waiting, second = threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(socket, "socket", Watched)
+    with Script(Pause(OPEN_STREAM)) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        closing = CLOSERS[closers](client, stream)
+        with concurrent.futures.ThreadPoolExecutor(1 + len(closing)) as threads:
+            for done in [threads.submit(read), *(threads.submit(close, act) for act in closing)]:
+                done.result(WAIT_SECONDS)
+        server.wait_until(lambda: server.open_connections == 0)
+    assert connected and not overlaps
+    assert [sock.fileno() for sock in connected] == [-1] * len(connected)
+
+
+def test_closing_from_many_threads_closes_no_descriptor_of_another() -> None:
+    """Seldom, and only without the GIL, a second close hit: hence many streams, for a while."""
+    has_gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    until = time.monotonic() + (0.3 if has_gil else 5)
+    closed = threading.Event()
+
+    def open_and_close() -> None:
+        while not closed.is_set():
+            for number in os.pipe():
+                os.close(number)  # fails if it is closed already
+
+    def read(stream: EventStream, barrier: threading.Barrier) -> None:
+        next(stream)
+        barrier.wait(WAIT_SECONDS)
+        list(stream)
+
+    def close(stream: EventStream, barrier: threading.Barrier) -> None:
+        barrier.wait(WAIT_SECONDS)
+        stream.close()
+
+    with Routed(lambda received: Pause(OPEN_STREAM)) as server, client_of(server) as client:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            stranger = threads.submit(open_and_close)
+            try:
+                while time.monotonic() < until:
+                    stream, barrier = run(client, stream=True), threading.Barrier(3)
+                    for done in [threads.submit(act, stream, barrier) for act in (read, close, close)]:
+                        with contextlib.suppress(GatewayError):  # closed before it was read on
+                            done.result(WAIT_SECONDS)
+            finally:
+                closed.set()
+        stranger.result(WAIT_SECONDS)
+
+
 # --- Files ----------------------------------------------------------------------------------------
 
 STORED = answer({"s3_url": S3})
