@@ -2423,7 +2423,8 @@ def test_what_a_signal_handler_raises_while_a_file_is_sent_is_the_callers(
     def serve(sock: socket.socket) -> None:
         heads.append(read_head(sock)[0])
         if b"generate_upload_url" in heads[-1]:
-            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}))
+            given_url = {"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}
+            sock.sendall(answer(given_url, Connection="close"))
         else:
             interrupt()
             ended.wait(WAIT_SECONDS)
@@ -3203,6 +3204,93 @@ def test_a_broken_upload_is_sent_again_from_its_start_or_not_at_all(name: str, e
     assert uploads[1:] == ([] if name == "permanent" else [content])
 
 
+# What comes while most of the file is still to be sent, and what ends the connection behind it.
+EARLY_ANSWERS: dict[str, tuple[bytes, Callable[[socket.socket], object]]] = {
+    "200": (answer({"s3_url": "s3://b/up"}), lambda sock: None),
+    "201": (answer({"s3_url": "s3://b/up"}, 201), lambda sock: None),
+    "200 and a reset": (answer({"s3_url": "s3://b/up"}), reset),
+    "200 that says close": (answer({"s3_url": "s3://b/up"}, Connection="close"), lambda sock: None),
+    "200 without a body": (NO_BODY, lambda sock: None),
+    "204": (GONE, lambda sock: None),
+    "200 in chunks": (chunked(b'{"s3_url": "s3://b/up"}', content_type="application/json"), lambda sock: None),
+    "200 behind 100": (b"HTTP/1.1 100 Continue\r\n\r\n" + answer({"s3_url": "s3://b/up"}), lambda sock: None),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "early", "always"),
+    [*((name, early, True) for name in ("input", "permanent") for early in EARLY_ANSWERS),
+     ("input", "200", False), ("input", "200 and a reset", False), ("temporary", "200", True)],
+)  # fmt: skip
+def test_an_upload_that_broke_off_has_not_arrived_whatever_was_answered(
+    name: str, early: str, always: bool, tmp_path: Path
+) -> None:
+    given, end = EARLY_ANSWERS[early]
+    size, arrived = 16 * 2**20, []  # more than the kernels of both sides keep
+
+    def serve(sock: socket.socket) -> None:
+        head, body = read_head(sock)
+        if b"generate_upload_url" in head:
+            given_url = {"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}
+            sock.sendall(answer(given_url, Connection="close"))
+        elif arrived and not always:
+            receive(sock, length_in(head) - len(body))
+            arrived.append(length_in(head))
+            sock.sendall(answer({}))
+        else:
+            arrived.append(len(body + receive(sock, 100_000, keep=True)))
+            sock.sendall(given)
+            end(sock)
+
+    with open(tmp_path / "in.bin", "wb") as file:
+        file.truncate(size)
+    with nothing_left(tmp_path), Raw(serve) as server, client_of(server, max_retries=1) as client:
+        if name == "input" and not always:
+            assert UPLOADS[name](client, tmp_path / "in.bin") == "s3://b/in"
+        else:
+            with pytest.raises(ServiceUnavailableError) as caught:
+                UPLOADS[name](client, tmp_path / "in.bin")
+            assert caught.value.may_have_run == (name != "input")
+            assert ("may have run" in str(caught.value)) == (name != "input") and "sig=" not in str(caught.value)
+    assert len(arrived) == (2 if name == "input" else 1)
+    assert arrived[1:] == [size] or always or name != "input"
+
+
+def test_an_early_answer_of_a_server_that_reads_on_counts(tmp_path: Path) -> None:
+    def serve(sock: socket.socket) -> None:
+        head, body = read_head(sock)
+        sock.sendall(STORED)
+        receive(sock, length_in(head) - len(body))
+
+    with open(tmp_path / "in.bin", "wb") as file:
+        file.truncate(16 * 2**20)
+    with Raw(serve) as server, client_of(server) as client:
+        assert client.upload_file(tmp_path / "in.bin")["s3_url"] == S3
+
+
+# By the end of the file's name; of what only some systems know, that it is not the type of what is inside.
+COMPRESSED = {
+    "data.csv.gz": "application/gzip", "page.html.gz": "application/gzip", "image.svgz": "application/gzip",
+    "all.tar.gz": "application/gzip", "all.tgz": "application/gzip", "only.gz": "application/gzip",
+    "data.json.xz": "application/(x-)?xz", "all.tar.xz": "application/(x-)?xz", "all.txz": "application/(x-)?xz",
+    "text.txt.bz2": "application/(x-)?bzip2?", "all.tbz2": "application/(x-)?bzip2?",
+    "text.txt.Z": "application/(x-)?(compress|octet-stream)", "page.html.br": "application/(x-)?(br.*|octet-stream)",
+    "data.csv.zst": "application/(x-)?(zstd|octet-stream)", "DATA.CSV.GZ": "application/(gzip|octet-stream)",
+    "data.gz.csv": "text/csv", "gz.txt": "text/plain",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_the_type_of_a_compressed_file_is_that_of_its_compression(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with Script(STORED, STORED) as server, client_of(server) as client:
+        client.upload_file(tmp_path / name)
+        client.upload_temp_file(tmp_path / name)
+    for received in server.received:
+        part = received.body.partition(b'name="file"')[2].partition(b"\r\n\r\n")[0].decode()
+        assert re.search(f"\r\nContent-Type: {COMPRESSED[name]}$", part)
+
+
 def grow(path: Path) -> None:
     with open(path, "ab") as file:
         file.write(b"y")
@@ -3316,6 +3404,54 @@ def test_a_target_that_cannot_be_written_is_an_error_before_the_transfer_that_na
     assert len(server.received) <= 1 and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="files may be of any size here")
+def test_an_error_of_writing_names_the_target_and_leaves_nothing(tmp_path: Path) -> None:
+    """As of a full disk, but of a limit that a process has: of 1,000 bytes a file, while blocks come and at the end."""
+    code = """if True:
+        import errno, resource, sys
+        from gateway_sdk import GatewayClient
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        for target in sys.argv[2:]:
+            try:
+                GatewayClient(sys.argv[1]).download_file("s3://b/k", target)
+            except OSError as error:
+                named = error.filename == target and target in str(error)
+                print(errno.errorcode[error.errno], named, ".part" in f"{error} {error!r}")
+    """
+    bodies = [answer(body=b"x" * size) for size in (1001, 3000, 100_000, 1_000_000)]
+    bodies.append(chunked(b"x" * 900, b"x" * 200, content_type="text/plain"))
+    targets = [tmp_path / name for name in ("old", "b", "new/folder/c", "d", "e")]
+    targets[0].write_bytes(b"old")
+    given = [step for body in bodies for step in (LINK, body)]
+    with Script(*given) as server:
+        done = python(code, server.url, *targets)
+    assert (done.stderr, done.stdout) == ("", "EFBIG True False\n" * 5)
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"] and targets[0].read_bytes() == b"old"
+
+
+def make_folder(target: Path) -> None:
+    target.mkdir()
+
+
+def lose_folder(target: Path) -> None:
+    shutil.rmtree(target.parent)
+
+
+def bar_folder(target: Path) -> None:
+    shutil.rmtree(target.parent)
+    target.parent.write_bytes(b"")
+
+
+@pytest.mark.parametrize("change", [make_folder, lose_folder, bar_folder])
+def test_an_error_of_a_target_that_changes_meanwhile_names_it(change: Any, tmp_path: Path) -> None:
+    target = tmp_path / "folder" / "new.bin"
+    target.parent.mkdir()
+    with Script(LINK, answer(body=b"x" * 100_000)) as server, pytest.raises(OSError) as caught:
+        client_of(server).download_file(S3, target, on_progress=lambda done, total: done or change(target))
+    assert str(target.parent) in str(caught.value) and ".part" not in f"{caught.value} {caught.value!r}"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "folder"]
+
+
 @pytest.mark.parametrize("url", [
     "", "file:///etc/passwd", "ftp://h/x", "/o?sig=1", "s3://b/k", "http://[h/", "http://h:99999/",
     "http://h h/", 5, None,
@@ -3337,11 +3473,15 @@ SIZE = len(OBJECT)
 
 
 def stored(request: Received, content: bytes = OBJECT, etag: str | None = '"1"', cut: int | None = None, *,
-           ranges: bool = True, if_range: bool = True, framed: str = "length", **wrong: Any) -> Answer:
+           ranges: bool = True, if_range: bool = True, framed: str = "length", encoding: str = "",
+           status: int = 200, **wrong: Any) -> Answer:
     """A storage's answer to a GET; `cut` is the place in the object where it hangs up."""
     if framed == "close":
         return unframed(content, "application/octet-stream")
+    if status >= 400:
+        return answer(status=status, body=b"<Error><Code>Sorry</Code><Message>not now</Message></Error>")
     start, headers = 0, {"ETag": etag} if etag else {}
+    headers.update({"Content_Encoding": encoding} if encoding else {})
     asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("range", ""))
     if asked and ranges and (not if_range or request.headers.get("if-range") == etag):
         start = int(asked[1])
@@ -3365,11 +3505,13 @@ class Transfer(NamedTuple):
     answers: list[dict[str, Any]]
     starts: list[int | tuple[int, str] | None]  # None: without a Range; or with another ETag
     content: bytes | None = OBJECT  # None: it fails
+    max_retries: int = 2
 
 
 CUT: dict[str, Any] = {"cut": 1000}
 NEW: dict[str, Any] = {"content": NEW_OBJECT, "etag": '"2"'}
 SHRUNK: dict[str, Any] = {"content": SHORT_OBJECT, "etag": '"2"'}
+BUSY: dict[str, Any] = {"status": 503}
 TRANSFERS = {
     "one-cut": Transfer([CUT, {}], [None, 1000]),
     "two-cuts": Transfer([CUT, {"cut": 5000}, {}], [None, 1000, 5000]),
@@ -3379,7 +3521,30 @@ TRANSFERS = {
     "chunks": Transfer([{"framed": "chunks"}], [None]),
     "chunks-cut": Transfer(
         [{"framed": "chunks", "cut": 1000}, {"framed": "chunks", "cut": 5000}, {}], [None, 1000, 5000]),
-    "more-cuts-than-retries": Transfer([CUT, {"cut": 2000}, {"cut": 3000}], [None, 1000, 2000], None),
+    # As long as each attempt brings more of the object than any did before, the retries are counted anew.
+    "more-cuts-than-retries": Transfer(
+        [*({"cut": cut} for cut in range(1000, 8000, 1000)), {}], [None, *range(1000, 8000, 1000)]),
+    "more-cuts-than-one-retry": Transfer([CUT, {"cut": 2000}, {"cut": 3000}, {}], [None, 1000, 2000, 3000], OBJECT, 1),
+    "a-byte-more-each-time": Transfer(
+        [*({"cut": cut} for cut in range(1000, 1005)), {}], [None, *range(1000, 1005)]),
+    "more-cuts-of-chunks-than-retries": Transfer(
+        [*({"cut": cut, "framed": "chunks"} for cut in range(1000, 6000, 1000)), {}], [None, *range(1000, 6000, 1000)]),
+    "more-cuts-from-the-start-than-retries": Transfer(
+        [*({"cut": cut, "etag": None} for cut in range(1000, 6000, 1000)), {"etag": None}], [None] * 6),
+    "more-cuts-with-ranges-ignored-than-retries": Transfer(
+        [CUT, *({"cut": cut, "ranges": False} for cut in range(2000, 6000, 1000)), {}],
+        [None, *range(1000, 6000, 1000)]),
+    "unavailable-between-the-cuts": Transfer(
+        [CUT, BUSY, {"cut": 2000}, BUSY, {"cut": 3000}, BUSY, {}], [None, 1000, 1000, 2000, 2000, 3000, 3000]),
+    "a-cut-without-a-retry": Transfer([CUT], [None], None, 0),
+    "cuts-without-a-byte-more": Transfer([CUT] * 3, [None, 1000, 1000], None),
+    "cuts-without-a-byte-more-in-the-end": Transfer(
+        [CUT, {"cut": 2000}, {"cut": 3000}, {"cut": 3000}, {"cut": 3000}], [None, 1000, 2000, 3000, 3000], None),
+    "fewer-bytes-each-time": Transfer(
+        [{"cut": 1000, "etag": None}, {"cut": 900, "etag": None}, {"cut": 800, "etag": None}], [None] * 3, None),
+    "fewer-bytes-with-ranges-ignored": Transfer(
+        [CUT, {"cut": 500, "ranges": False}, {"cut": 700, "ranges": False}], [None, 1000, 500], None),
+    "unavailable-after-a-cut": Transfer([CUT, BUSY, BUSY], [None, 1000, 1000], None),
     "other-etag-200": Transfer([CUT, NEW], [None, 1000], NEW_OBJECT),
     "other-etag-206": Transfer([CUT, *[{**NEW, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
     "other-etag-206-of-the-same-length": Transfer(
@@ -3389,6 +3554,14 @@ TRANSFERS = {
         [CUT, *[{"content": NEW_OBJECT, "etag": None, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
     "other-etag-cut-too": Transfer([CUT, {**NEW, "cut": 700}, NEW], [None, 1000, (700, '"2"')], NEW_OBJECT),
     "shrunk-416": Transfer([CUT, *[{**SHRUNK, "if_range": False}] * 2], [None, 1000, None], SHORT_OBJECT),
+    "shrunk-416-twice": Transfer(
+        [CUT, {**SHRUNK, "if_range": False}, {**SHRUNK, "cut": 300},
+         *[{"content": OBJECT[:200], "etag": '"3"', "if_range": False}] * 2],
+        [None, 1000, None, (300, '"2"'), None], OBJECT[:200], 4),
+    "shrunk-416-after-a-last-retry": Transfer(
+        [CUT, {"cut": 2000}, {"cut": 3000}, *[{**SHRUNK, "if_range": False}] * 2],
+        [None, 1000, 2000, 3000, None], SHORT_OBJECT),
+    "416-to-no-range": Transfer([{"status": 416}], [None], None),
     "emptied-200": Transfer([CUT, {"content": b"", "etag": '"2"'}], [None, 1000], b""),
     "range-ignored": Transfer([CUT, {"ranges": False}], [None, 1000]),
     "no-etag": Transfer([{"cut": 1000, "etag": None}, {"etag": None}], [None, None]),
@@ -3402,6 +3575,13 @@ TRANSFERS = {
     "only-a-part-of-the-rest-without-a-word": Transfer([CUT, {"end": 9000}, {}], [None, 1000, 9000]),
     "neither-length-nor-chunks": Transfer([{"framed": "close"}], [None], None),
     "empty": Transfer([{"content": b""}], [None], b""),
+    "encoding-gone": Transfer([{"cut": 1000, "encoding": "gzip"}, {}, {}], [None, 1000, None]),
+    "encoding-new": Transfer([CUT, *[{"encoding": "gzip"}] * 2], [None, 1000, None]),
+    "encoding-other": Transfer([{"cut": 1000, "encoding": "gzip"}, *[{"encoding": "br"}] * 2], [None, 1000, None]),
+    "encoding-gone-and-cut-again": Transfer(
+        [{"cut": 1000, "encoding": "gzip"}, {}, {"cut": 500}, {}], [None, 1000, None, 500], OBJECT, 4),
+    "encoding-the-same": Transfer([{"cut": 1000, "encoding": "gzip"}, {"encoding": "GZIP"}], [None, 1000]),
+    "encoding-that-is-none": Transfer([{"cut": 1000, "encoding": "identity"}, {}], [None, 1000]),
 }
 
 
@@ -3422,7 +3602,7 @@ def test_a_download_goes_on_where_it_broke_or_starts_over(transfer: Transfer, tm
     progress: list[tuple[int, Any]] = []
     target.write_bytes(b"old")
     with nothing_left(tmp_path), storage_of(lambda request: stored(request, **next(given))) as server:
-        with client_of(server) as client:
+        with client_of(server, max_retries=transfer.max_retries) as client:
             try:
                 client.download_file("s3://b/out", target, on_progress=lambda *step: progress.append(step))
             except GatewayError:
@@ -3436,6 +3616,75 @@ def test_a_download_goes_on_where_it_broke_or_starts_over(transfer: Transfer, tm
     if not failed:
         length = len(target.read_bytes())
         assert progress[0][0] == 0 and progress[-1] in ((length, length), (length, None))
+
+
+# Storages that give a part of the object to each request, and never what is missing.
+HOPELESS: dict[str, Callable[[Received, int], Answer]] = {
+    "416 to each range": lambda r, number: stored(r, status=416 if "range" in r.headers else 200, **CUT),
+    "another object each time": lambda r, number: stored(r, etag=f'"{number}"', if_range=False, **CUT),
+    "another encoding each time": lambda r, number: stored(r, encoding=f"x-{number}", **CUT),
+    "another length each time": lambda r, number: stored(r, OBJECT + b"." * number, if_range=False, **CUT),
+    "expired for each range": lambda r, number: stored(r, status=403 if "range" in r.headers else 200, **CUT),
+}
+
+
+@pytest.mark.parametrize("storage", HOPELESS)
+def test_a_storage_that_never_gives_the_rest_is_given_up(storage: str, tmp_path: Path) -> None:
+    numbers = itertools.count()
+
+    def give(request: Received) -> Answer:
+        number = next(numbers)
+        return HOPELESS[storage](request, number) if number < 50 else stored(request)
+
+    with nothing_left(tmp_path), storage_of(give) as server, client_of(server) as client:
+        with pytest.raises(GatewayError):
+            client.download_file(S3, tmp_path / "new" / "out.bin")
+    assert next(numbers) < 20
+
+
+EXPIRED: dict[str, Any] = {"status": 403}
+# Of each request to the storage: the number of the presigned URL, where it has to start, and how it is answered.
+EXPIRIES: dict[str, tuple[list[tuple[int, Any, dict[str, Any]]], Any]] = {
+    "403": ([(1, None, CUT), (1, 1000, EXPIRED), (2, 1000, {})], OBJECT),
+    "400": ([(1, None, CUT), (1, 1000, {"status": 400}), (2, 1000, {})], OBJECT),
+    "401": ([(1, None, CUT), (1, 1000, {"status": 401}), (2, 1000, {})], OBJECT),
+    "twice": (
+        [(1, None, CUT), (1, 1000, EXPIRED), (2, 1000, {"cut": 2000}), (2, 2000, EXPIRED), (3, 2000, {})], OBJECT),
+    "after many cuts": ([
+        (1, None, CUT), (1, 1000, {"cut": 2000}), (1, 2000, {"cut": 3000}), (1, 3000, {"cut": 4000}),
+        (1, 4000, EXPIRED), (2, 4000, {})], OBJECT),
+    "without an ETag": (
+        [(1, None, {"cut": 1000, "etag": None}), (1, None, EXPIRED), (2, None, {"etag": None})], OBJECT),
+    "of a new object": ([(1, None, CUT), (1, 1000, EXPIRED), (2, 1000, NEW)], NEW_OBJECT),
+    "of an object that is gone": ([(1, None, CUT), (1, 1000, EXPIRED), (2, 1000, {"status": 404})], 404),
+    "of a new URL too": ([(1, None, CUT), (1, 1000, EXPIRED), (2, 1000, EXPIRED)], 403),
+    "from the start": ([(1, None, EXPIRED)], 403),
+    "404": ([(1, None, CUT), (1, 1000, {"status": 404})], 404),
+}
+
+
+@pytest.mark.parametrize("expiry", EXPIRIES)
+def test_a_presigned_url_that_expires_meanwhile_is_asked_for_anew(expiry: str, tmp_path: Path) -> None:
+    steps, end = EXPIRIES[expiry]
+    links, given = itertools.count(1), iter(steps)
+
+    def choose(request: Received) -> Answer:
+        if request.target.startswith("/internal/"):
+            return answer({"presigned_url": f"{server.url}/{next(links)}?signature=hush-hush-hush"})
+        return stored(request, **next(given, (0, 0, EXPIRED))[2])
+
+    (tmp_path / "out.bin").write_bytes(b"old")
+    with nothing_left(tmp_path), Routed(choose) as server, client_of(server) as client:
+        with contextlib.nullcontext() if isinstance(end, bytes) else pytest.raises(GatewayError) as caught:
+            client.download_file(S3, tmp_path / "out.bin")
+    asked = [request for request in server.received if "signature" in request.target]
+    assert [(request.target.partition("?")[0], request.headers.get("range")) for request in asked] == [
+        (f"/{number}", None if start is None else f"bytes={start}-") for number, start, _ in steps]
+    assert len(server.received) - len(asked) == max(number for number, _, _ in steps)
+    assert (tmp_path / "out.bin").read_bytes() == (end if caught is None else b"old")
+    if caught:
+        assert (type(caught.value), caught.value.status_code) == (GatewayError, end)
+        assert "not now" in str(caught.value) and "hush" not in all_of(caught.value)
 
 
 @cpython_only  # on PyPy 8 a loop that does nothing but read a file in blocks takes twice its size
@@ -3484,10 +3733,14 @@ def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     assert os.path.getsize(tmp_path / "large.bin.new") == size
 
 
-@pytest.mark.parametrize("raised", [TimeoutError("mine"), KeyError("k")], ids=repr)
+@pytest.mark.parametrize("raised", [
+    TimeoutError("mine"), KeyError("k"), OSError(28, "mine"), ConnectionResetError("mine"), BrokenPipeError("mine"),
+    http.client.RemoteDisconnected("mine"), ServiceUnavailableError("mine"), GatewayTimeoutError("mine"),
+    StopIteration("mine"), KeyboardInterrupt("mine"), SystemExit("mine"),
+], ids=repr)  # fmt: skip
 @pytest.mark.parametrize("name", ["upload_input_file", "upload_file", "download_file"])
 def test_an_error_of_a_callback_is_the_callers_and_nothing_is_sent_again_or_left(
-        name: str, raised: Exception, tmp_path: Path) -> None:
+        name: str, raised: BaseException, tmp_path: Path) -> None:
     def fail(done: int, total: int | None) -> None:
         if done:
             raise raised
