@@ -13,6 +13,7 @@ Most tests are tables. The name of a row says what is tried, and a comment above
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import collections
 import concurrent.futures
@@ -28,6 +29,7 @@ import hashlib
 import hmac
 import html
 import http.client
+import inspect
 import io
 import itertools
 import json
@@ -41,6 +43,7 @@ import pickle
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -63,7 +66,7 @@ import uuid
 import weakref
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +78,8 @@ import gateway_sdk
 from gateway_sdk import (
     DEFAULT_BASE_URL,
     AgentContextRequiredError,
+    AsyncEventStream,
+    AsyncGatewayClient,
     AuthenticationError,
     BatchResult,
     CallStatus,
@@ -103,6 +108,7 @@ WAIT_SECONDS = 10.0  # for what must happen; only a failing test waits that long
 FUZZ_SEED = int(os.environ.get("GATEWAY_FUZZ_SEED", 20240229))
 FUZZ_COUNT = int(os.environ.get("GATEWAY_FUZZ_COUNT", 150))  # of each kind
 SHORT_SECONDS = 0.1  # a timeout that is meant to run out
+LONG_SECONDS = 6 * WAIT_SECONDS  # one that is not, but ends a test that would hang
 
 # --- Servers --------------------------------------------------------------------------------------
 
@@ -325,12 +331,12 @@ def reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def client_of(server: Script | LocalGateway, **options: Any) -> GatewayClient:
+def client_of(server: Script | LocalGateway, kind: Any = GatewayClient, **options: Any) -> Any:
     """A client with an agent's token that fails quickly where it must fail."""
     url, token = (server.url, TOKEN) if isinstance(server, Script) else (server.base_url, server.internal_token)
     if isinstance(server, TlsScript):
         options.setdefault("ssl_context", server.trusting)
-    return GatewayClient(url, **{"internal_token": token, "timeout": WAIT_SECONDS, **options})
+    return kind(url, **{"internal_token": token, "timeout": WAIT_SECONDS, **options})
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +453,11 @@ def unframed(payload: bytes, kind: str, version: str = "1.1") -> HangUp:
 def unended(payload: bytes, kind: str) -> bytes:
     """The payload in a chunk, behind which no other comes."""
     return chunked(*filter(None, [payload]), end=False, content_type=kind)
+
+
+def closing(given: bytes) -> HangUp:
+    """The answer with the end of its connection announced, so that no client keeps it."""
+    return HangUp(given.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
 
 
 def is_exchange(received: Received) -> bool:
@@ -1083,6 +1094,37 @@ def test_of_any_other_jwt_no_date_is_told(token: str) -> None:
     assert not re.search(r"\d{4}-\d\d-\d\d", str(error)) and "hush" not in all_of(error)
 
 
+# What is done, and how that is answered; each answer has an id.
+WITH_ID: dict[str, tuple[Callable[[Any], Any], bytes]] = {
+    **{f"{status}": (run, answer({"detail": "no"}, status, X_Request_ID="r-1"))
+       for status in (401, 403, 404, 409, 422, 429, 503)},
+    "secret": (run, answer({"error_code": "MISSING_SECRET"}, 400, x_request_id="r-1")),
+    "500": (run, answer(body=b"Internal Server Error", status=500, X_Request_ID="r-1")),
+    "stream": (lambda c: run(c, stream=True), answer({"detail": "no"}, 422, X_REQUEST_ID="r-1")),
+    "redirect": (lambda c: c.list_prefabs(), answer(None, 307, Location="/", X_Request_ID="r-1")),
+    "no JSON": (lambda c: c.list_prefabs(), answer(body=b"<html>", X_Request_ID="r-1")),
+    "no list": (run, answer({}, X_Request_ID=" r-1 ")),
+    "exchange": (exchange_a_key, answer({"detail": "no"}, 401, X_Request_ID="r-1")),
+}
+
+
+@pytest.mark.parametrize("name", WITH_ID)
+def test_an_error_has_the_request_id_of_its_answer(name: str) -> None:
+    act, given = WITH_ID[name]
+    error = error_of(act, given)
+    assert error.request_id == "r-1"
+    assert pickle.loads(pickle.dumps(error)).request_id == copy.copy(error).request_id == "r-1"
+    without = re.sub(rb"(?i)x-request-id: *r-1 *\r\n", b"", given)
+    assert without != given and error_of(act, without).request_id is None
+
+
+def test_an_error_without_an_answer_has_no_request_id() -> None:
+    assert error_of(run, HangUp()).request_id is GatewayError("m").request_id is None
+    last = [answer(None, 503, X_Request_ID=f"r-{number}") for number in range(3)]
+    error = error_of(lambda client: client.list_prefabs(), *last, max_retries=2)
+    assert error.request_id == "r-2"
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
@@ -1151,6 +1193,67 @@ def test_what_a_function_gave_is_found_in_every_shape_of_output(name: str) -> No
                     fields.get("error_code"))  # fmt: skip
     assert (result.get_files(), result.get_file_urls()) == (files, [url for urls in files.values() for url in urls])
     assert result.get("no such key", "default") == "default"
+
+
+def test_a_result_is_four_fields_and_two_attributes_beside_them() -> None:
+    names = ["status", "output", "error", "job_id"]
+    assert [one.name for one in dataclasses.fields(PrefabResult)] == names
+    bare = PrefabResult(CallStatus.SUCCESS, 1, None, "job-1")
+    assert (bare.raw, bare.exception) == ({}, None)
+    assert bare == PrefabResult("SUCCESS", 1, job_id="job-1") != PrefabResult("SUCCESS", 2)
+    assert bare.to_dict() == {"status": "SUCCESS", "output": 1, "error": None, "job_id": "job-1"}
+    assert type(bare.to_dict()["status"]) is str
+    with pytest.raises(TypeError):
+        PrefabResult("SUCCESS", raw={})  # type: ignore[call-arg]
+
+
+FAILED_ENTRY = {"status": "FAILED", "output": None, "error": {"message": "m", "type": "T"}}
+A_FAILED_CALL = answer({"job_id": "job-2", "results": [FAILED_ENTRY]})
+# What becomes of three calls, and whether they may have run although they failed.
+FATES: list[tuple[Answer, bool | None]] = [
+    (ran({"n": [1, 2]}), None), (A_FAILED_CALL, None), (answer({"detail": "no"}, 404), False),
+    (HangUp(), True), (UNAVAILABLE, True),
+]  # fmt: skip
+
+
+@pytest.fixture
+def mixed_batch() -> BatchResult:
+    with Script(*(given for given, _ in FATES)) as server, client_of(server) as client:
+        return client.run_batch([call()] * len(FATES), max_workers=1)
+
+
+def test_results_become_json_also_those_of_calls_that_raised(mixed_batch: BatchResult) -> None:
+    whole = json.loads(json.dumps(dataclasses.asdict(mixed_batch)))
+    assert whole["status"] == "PARTIAL_SUCCESS" and len(whole["results"]) == len(FATES)
+    for result, told, (_, may_have_run) in zip(mixed_batch.results, whole["results"], FATES):
+        assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+        assert {**told, "error": None} == {**result.to_dict(), "error": None}
+        assert (result.exception is None) == (may_have_run is None)
+        if result.exception:
+            error = result.to_dict()["error"]
+            assert error["may_have_run"] is result.exception.may_have_run is may_have_run
+            assert result.error and result.error["may_have_run"] is may_have_run
+            assert (error["message"], error["type"]) == (
+                result.exception.message, type(result.exception).__name__)
+        else:
+            assert result.raw["status"] == result.status
+
+
+def test_a_result_takes_what_is_beside_its_fields_along(mixed_batch: BatchResult) -> None:
+    for take in (copy.copy, copy.deepcopy, lambda result: pickle.loads(pickle.dumps(result))):
+        for result in mixed_batch.results:
+            taken = take(result)
+            assert (taken, taken.raw) == (result, result.raw)
+            assert type(taken.exception) is type(result.exception)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 10), reason="`X | Y` cannot be evaluated there")
+def test_results_are_fields_of_pydantic(mixed_batch: BatchResult) -> None:
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(BatchResult)
+    told = json.loads(adapter.dump_json(mixed_batch))
+    assert told == json.loads(json.dumps(dataclasses.asdict(mixed_batch)))
+    assert adapter.validate_python(told).results[0] == mixed_batch.results[0]
 
 
 def test_files_beside_the_output_are_found() -> None:
@@ -5226,6 +5329,50 @@ def test_a_streaming_function_called_for_its_result_gives_one(name: str) -> None
     assert result.is_success() == (result.error is None)
 
 
+@pytest.mark.parametrize("name", RESULTS_OF_EVENTS)
+def test_the_events_that_were_read_give_the_same_result(name: str) -> None:
+    events = chunked(event("start"), *RESULTS_OF_EVENTS[name][0])
+    with Script(*[events] * 3) as server, client_of(server) as client:
+        expected = run(client)
+        result = PrefabResult.from_events(run(client, stream=True))
+        read = list(run(client, stream=True))
+    for made in (result, PrefabResult.from_events(read), PrefabResult.from_events(iter(read))):
+        assert (made, made.raw) == (expected, expected.raw)
+    assert [one["type"] for one in expected.raw["events"]] == [one.raw["type"] for one in read]
+
+
+def test_a_stream_that_breaks_gives_no_result_but_what_was_paid_for() -> None:
+    with Script(HangUp(OPEN_STREAM)) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        with pytest.raises(ServiceUnavailableError) as broken:
+            PrefabResult.from_events(stream)
+    assert broken.value.details["partial_output"] == [1, 2]
+
+
+OWN_EVENTS = [StreamEvent(StreamEventType.CONTENT, "a"), StreamEvent.from_dict({"type": "done"})]
+ITERABLES: dict[str, Callable[[], Any]] = {
+    "list": lambda: OWN_EVENTS, "tuple": lambda: (*OWN_EVENTS,),
+    "iterator": lambda: iter(OWN_EVENTS), "generator": lambda: (one for one in OWN_EVENTS),
+    "stream": lambda: EventStream(OWN_EVENTS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ITERABLES)
+def test_a_stream_can_be_made_of_events(kind: str) -> None:
+    stream = EventStream(ITERABLES[kind]())
+    assert iter(stream) is stream
+    with stream as entered:
+        assert list(entered) == OWN_EVENTS
+    assert [*stream] == [] and next(stream, None) is None
+    assert PrefabResult.from_events(EventStream(ITERABLES[kind]())).get_function_result() == "a"
+    left = EventStream(ITERABLES[kind]())
+    assert next(left).data == "a"
+    left.close()
+    left.close()
+    with pytest.raises(GatewayError, match="closed before its end"):
+        next(left)
+
+
 @cpython_only
 @pytest.mark.parametrize("way", ["break", "with", "error in a with", "close", "drop"])
 def test_leaving_a_stream_frees_its_connection_without_the_garbage_collector(way: str) -> None:
@@ -7142,6 +7289,56 @@ def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
     assert len(server.received) == 3, f"{pressed} more presses"
 
 
+@contextlib.contextmanager
+def logged(note: Callable[[], object]) -> Iterator[list[Any]]:
+    """What `note` gives in the threads that log requests: handlers look up a trace's id there."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if " ms" in record.getMessage():
+                noted.append(note())
+
+    noted: list[Any] = []
+    logger, handler = logging.getLogger("gateway_sdk"), Handler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield noted
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
+
+
+def test_context_variables_reach_the_threads_of_a_batch() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
+    with Routed(lambda _: ran()) as server, client_of(server) as client:
+        with logged(variable.get) as noted:
+            for value in "ab":
+                variable.set(value)
+                assert client.run_batch([call()] * 3, max_workers=2).all_success()
+    assert noted == ["a", "a", "a", "b", "b", "b"]
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_ends_a_batch_closes_the_connections_of_its_calls(raised: Any) -> None:
+    def fail(index: int, result: PrefabResult) -> None:
+        server.wait_until(lambda: len(server.received) == 4)
+        raise raised
+
+    def choose(received: Received) -> Answer:
+        first = received.json["calls"][0]["inputs"]["parameters"]["n"] == 0
+        return closing(ran()) if first else Pause()
+
+    with nothing_left(), Routed(choose) as server, client_of(server, timeout=None) as client:
+        with pytest.raises(raised):
+            client.run_batch([call(n) for n in range(20)], max_workers=3, on_result=fail)
+        server.wait_until(lambda: server.open_connections == 0)
+        assert len(server.received) == 4
+        server.choose = lambda received: ran()
+        assert run(client).is_success()
+
+
 def test_an_error_of_on_result_stops_a_batch_like_ctrl_c() -> None:
     def fail(index: int, result: PrefabResult) -> None:
         server.wait_until(lambda: len(server.received) == 3)
@@ -7319,6 +7516,460 @@ def test_a_client_can_be_closed_twice_and_is_a_context_manager() -> None:
             assert server.open_connections == 1
         client.close()
         server.wait_until(lambda: server.open_connections == 0)
+
+
+class InThisThread(concurrent.futures.Executor):
+    """Runs each call where it is submitted."""
+
+    def submit(self, function: Any, /, *arguments: Any, **options: Any) -> Any:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+
+class Headers:
+    """A function that gives other headers each time, and notes who asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self) -> dict[str, str]:
+        self.asked.append(threading.get_ident())
+        return {"traceparent": f"t-{len(self.asked)}", "X-Canary": "yes"}
+
+
+def traces(server: Script) -> list[str | None]:
+    return [received.headers.get("traceparent") for received in server.received]
+
+
+class Pickling(InThisThread):
+    """Runs a copy of each call, as another process would."""
+
+    def submit(self, /, *given: Any, **options: Any) -> Any:
+        return super().submit(*pickle.loads(pickle.dumps(given)), **options)
+
+
+@pytest.mark.parametrize("name", ENDPOINTS)
+def test_headers_of_a_function_go_with_each_request_and_are_asked_for_once(name: str) -> None:
+    headers, endpoint = Headers(), ENDPOINTS[name]
+    with Script(endpoint.given) as server, client_of(server, headers=headers) as client:
+        endpoint.act(client)
+    assert traces(server) == ["t-1"] and server.received[0].headers["x-canary"] == "yes"
+    assert headers.asked == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_headers_of_a_mapping_go_along_whatever_the_credential_is(mode: str) -> None:
+    headers = types.MappingProxyType({"traceparent": "t-1", "User-Agent": "mine/1.0"})
+    with Script(*exchange_of(mode), ran(), answer([])) as server:
+        client = client_in(mode, server.url, headers=headers)
+        run(client)
+        client.list_prefabs()
+    assert set(traces(server)) == {"t-1"}
+    for received in server.received[-2:]:
+        assert received.headers.items() >= MODES[mode].headers.items()
+        assert received.headers["user-agent"] == "mine/1.0"
+
+
+def test_a_header_that_the_sdk_sends_itself_is_replaced_and_not_doubled() -> None:
+    heads: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        heads.append(read_head(sock)[0].lower())
+        sock.sendall(answer([]))
+
+    headers = {"user-agent": "m", "ACCEPT": "a/b"}
+    with Raw(serve) as server, client_of(server, headers=headers) as client:
+        client.list_prefabs()
+    lines = [line for line in heads[0].split(b"\r\n") if line.startswith((b"user-", b"accept:"))]
+    assert sorted(lines) == [b"accept: a/b", b"user-agent: m"]
+
+
+def test_a_client_of_the_environment_or_of_a_key_has_headers_too(monkeypatch: Patch) -> None:
+    monkeypatch.setenv("AGENT_BUILDER_API_KEY", "key-1")
+    with Script(TOKEN_ANSWERS[0], ran(), TOKEN_ANSWERS[0], ran()) as server:
+        run(GatewayClient.from_env(base_url=server.url, headers=Headers()))
+        run(GatewayClient.from_api_key("key-1", server.url, headers=Headers()))
+    assert traces(server) == ["t-1", "t-2"] * 2
+
+
+def test_each_attempt_of_a_request_has_the_same_headers() -> None:
+    headers = Headers()
+    with Script(UNAVAILABLE, HangUp(), answer([]), PAGE) as server:
+        with client_of(server, headers=headers) as client:
+            client.list_prefabs()
+            client.list_files()
+    assert traces(server) == ["t-1"] * 3 + ["t-2"] and len(headers.asked) == 2
+
+
+def test_a_call_that_is_repeated_with_a_new_token_has_the_same_headers() -> None:
+    with Script(TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], ran()) as server:
+        assert run(GatewayClient.from_api_key("key-1", server.url, headers=Headers())).is_success()
+    _, refused, _, repeated = traces(server)
+    assert refused == repeated == "t-2"
+
+
+@pytest.mark.parametrize("more", [
+    {}, {"max_workers": 1}, {"executor": InThisThread()}, {"executor": Pickling()},
+], ids=["threads", "one thread", "executor", "other process"])  # fmt: skip
+def test_each_call_of_a_batch_has_headers_of_its_own_from_the_callers_thread(more: Any) -> None:
+    headers = Headers()
+    with Routed(lambda _: ran()) as server:
+        with client_of(server, headers=lambda: headers()) as client:  # which can't be pickled
+            assert client.run_batch([call(n) for n in range(5)], **more).all_success()
+    assert headers.asked == [threading.get_ident()] * 5
+    sent = {r.json["calls"][0]["inputs"]["parameters"]["n"]: r.headers for r in server.received}
+    assert [sent[n]["traceparent"] for n in range(5)] == ["t-1", "t-2", "t-3", "t-4", "t-5"]
+
+
+def test_each_page_and_each_step_of_an_upload_is_a_request_of_its_own(content_file: Path) -> None:
+    pages = [answer({"files": [{}], "next_token": str(n)}) for n in range(2)]
+    with Script(*pages, PAGE, LINK, NO_BODY) as server:
+        with client_of(server, headers=Headers()) as client:
+            assert len(list(client.iter_files())) == 2
+            client.upload_input_file(content_file)
+    assert traces(server) == ["t-1", "t-2", "t-3", "t-4", None]
+
+
+def test_given_headers_never_go_to_a_storage_or_to_a_proxy(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    with Script(LINK, moved("/else"), answer(body=b"x")) as server:
+        with client_of(server, headers=Headers()) as client:
+            client.download_file(S3, tmp_path / "f")
+    assert traces(server) == ["t-1", None, None]
+    assert not any("x-canary" in received.headers for received in server.received[1:])
+    with Script(answer(None, 502), ran()) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with pytest.raises(GatewayError):
+            run(GatewayClient("https://gateway.invalid", headers=Headers(), max_retries=0))
+        # This one goes to the gateway, though the proxy reads it on its way.
+        run(GatewayClient("http://gateway.invalid", headers=Headers()))
+    assert [received.method for received in proxy.received] == ["CONNECT", "POST"]
+    assert traces(proxy) == [None, "t-1"] and "x-canary" not in proxy.received[0].headers
+
+
+OWN_HEADERS = (
+    "Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Connection", "Range",
+    "If-Range", "Expect", "Upgrade", "TE", "Accept-Encoding",
+)  # fmt: skip
+# What is given as headers; and, but for the kinds of credentials, that of an internal token.
+BAD_HEADERS: dict[str, Any] = {
+    **{f"name {name!r}": {name: "v"} for name in (
+        "", "a b", " a", "a:", "a\nb", "a\r\nHost", "\0", "\u00e4", "\u4f60", 5, None, ("a",))},
+    **{f"value {value!r}": {"X-A": value} for value in (
+        "hush\nhush", "hush\r", "hush\r\nX-B: 1", "hush\0", "hush\u4f60", "hush\x7f",
+        5, None, b"hush")},
+    **{f"{name}": {name: "v"} for name in OWN_HEADERS},
+    **{name.upper(): {name.upper(): "v"} for name in OWN_HEADERS[:2]},
+    **{name.lower(): {name.lower(): "v"} for name in OWN_HEADERS[:4]},
+    "the credential": {"X-Internal-Token": "hush"},
+    "the credential again": {"x-internal-TOKEN": "hush"},
+    "a good one before it": {"X-A": "1", "Host": "h"},
+    "text": "X-A: 1", "number": 5, "pairs": [("X-A", "1")], "names": {"X-A"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_HEADERS)
+def test_headers_that_cannot_be_sent_are_refused(name: str) -> None:
+    given = BAD_HEADERS[name]
+    with Script(*[ran()] * 9) as server:
+        with pytest.raises(ValidationError) as at_once:
+            client_of(server, headers=given)
+        with client_of(server, headers=lambda: given) as client:
+            for act in (run, lambda c: c.run_batch([call()] * 3), lambda c: c.list_prefabs()):
+                with pytest.raises(ValidationError) as later:
+                    act(client)
+    for caught in (at_once, later):
+        assert "header" in str(caught.value).lower() and "hush" not in all_of(caught.value)
+    assert not server.connections
+
+
+@pytest.mark.parametrize("mode", ["JWT", "API key", EXCHANGED])
+def test_the_header_of_any_credential_in_use_is_refused(mode: str) -> None:
+    (own,) = MODES[mode].headers
+    for name in (own, own.title(), own.upper()):
+        with Script(*exchange_of(mode)) as server, pytest.raises(ValidationError):
+            client_in(mode, server.url, headers={name: "v"})
+
+
+def test_a_front_door_may_have_a_credential_of_its_own() -> None:
+    door = {"authorization": "Basic eDp5", "x-api-key": "k", "cookie": "c=1"}
+    other_door = {"x-door": "p\u00e4ss 1"}
+    with Script(ran(), ran()) as server:
+        run(client_of(server, headers=door))
+        run(GatewayClient(server.url, jwt_token="j.w.t", headers=other_door))
+    first, second = (received.headers for received in server.received)
+    assert first.items() >= {**door, "x-internal-token": TOKEN}.items()
+    assert second.items() >= {**other_door, "authorization": "Bearer j.w.t"}.items()
+
+
+def test_what_the_function_of_headers_raises_is_the_callers_and_nothing_is_sent() -> None:
+    def fail() -> Any:
+        if next(times) >= 2:
+            raise error
+        return {}
+
+    error = LookupError("mine")
+    with Script(*[ran()] * 9) as server, client_of(server, headers=fail) as client:
+        for act in (lambda c: c.run_batch([call()] * 5), run, lambda c: c.list_prefabs()):
+            times = itertools.count(0 if "batch" in act.__code__.co_names[0] else 2)
+            with pytest.raises(LookupError) as caught:
+                act(client)
+            assert caught.value is error
+    assert not server.received
+
+
+def test_headers_are_not_shown_and_a_pickled_client_keeps_them() -> None:
+    with Script(ran()) as server:
+        client = client_of(server, headers={"X-Door": "hush-hush"})
+        assert "hush" not in repr(client)
+        run(pickle.loads(pickle.dumps(client)))
+    assert server.received[0].headers["x-door"] == "hush-hush"
+
+
+# A gateway that reads parameters flat, as the published server does. A client finds it out itself.
+
+MISSING = answer({"detail": "Missing required parameter: text"}, 422)
+MISSING_OTHER = answer({"detail": "Missing required parameter: other"}, 422)
+
+
+def flat_gateway(received: Received) -> Answer:
+    """Runs calls that have a `text` among their inputs: it gives these back."""
+    inputs = [one["inputs"] for one in received.json["calls"]]
+    if not all("text" in given for given in inputs):
+        return MISSING
+    if received.json["calls"][0]["function_name"] == "words":
+        return chunked(event("content", inputs[0]), event("done"))
+    outputs = [{"status": "SUCCESS", "output": given} for given in inputs]
+    return answer({"results": [{"status": "SUCCESS", "output": output} for output in outputs]})
+
+
+def inputs_of(server: Script) -> list[Any]:
+    """Those of each request; a list where it has several calls."""
+    found = [[one["inputs"] for one in received.json["calls"]] for received in server.received]
+    return [inputs[0] if len(inputs) == 1 else inputs for inputs in found]
+
+
+OTHER_S3 = S3 + ".2"
+# The parameters and the files of a call, and what they are when they are sent flat.
+FLAT_INPUTS: dict[str, tuple[Any, Any, Any]] = {
+    "parameters": ({"text": "hi", "n": [1]}, None, {"text": "hi", "n": [1]}),
+    "null": ({"text": None}, None, {"text": None}),
+    "an empty value": ({"text": "", "more": {}}, {}, {"text": "", "more": {}}),
+    "like an envelope": ({"text": {"parameters": 1}}, None, {"text": {"parameters": 1}}),
+    "a file": (None, {"text": [S3]}, {"text": S3}),
+    "two files": ({}, {"text": [S3, OTHER_S3]}, {"text": [S3, OTHER_S3]}),
+    "a tuple of files": ({}, {"text": (S3, OTHER_S3)}, {"text": [S3, OTHER_S3]}),
+    "parameters and files": ({"n": 1}, {"text": [S3], "more": [S3, S3]},
+                             {"n": 1, "text": S3, "more": [S3, S3]}),
+    "files beside the parameter": ({"text": "hi"}, {"in": [S3]}, {"text": "hi", "in": S3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLAT_INPUTS)
+def test_a_gateway_that_reads_parameters_flat_is_noticed_and_remembered(name: str) -> None:
+    parameters, files, flat = FLAT_INPUTS[name]
+    nested = PrefabCall("p", "1.0.0", "f", parameters, files).to_dict()["inputs"]
+    with Routed(flat_gateway) as server, client_of(server, max_retries=0) as client:
+        for _ in range(2):
+            assert client.run("p", "1.0.0", "f", parameters, files).get_function_result() == flat
+    assert inputs_of(server) == [json.loads(json.dumps(nested)), flat, flat]
+    first, second = server.received[:2]
+    assert first.target == second.target and first.connection == second.connection
+
+
+TEXT = {"text": "hi"}
+A_TEXT_CALL = PrefabCall("p", "1.0.0", "f", TEXT)
+
+def first_of(events: Any) -> Any:
+    first, *_ = events
+    return first.data
+
+
+FLAT_WAYS: dict[str, Callable[[Any], Any]] = {
+    "prefab": lambda c: c.prefab("p", "1.0.0").f(**TEXT).get_function_result(),
+    "stream": lambda c: first_of(c.run("p", "1.0.0", "words", TEXT, stream=True)),
+    "stream of a prefab": lambda c: first_of(c.prefab("p", "1.0.0").stream("words", **TEXT)),
+    "stream of a plain function": lambda c: first_of(
+        c.run("p", "1.0.0", "f", TEXT, stream=True))["output"],
+    "stream for its result": lambda c: c.run("p", "1.0.0", "words", TEXT).get_function_result()[0],
+    "batch": lambda c: values_of(c.run_batch([A_TEXT_CALL]))[0],
+    "batch on an executor": lambda c: values_of(
+        c.run_batch([A_TEXT_CALL], executor=InThisThread()))[0],
+    "single request of one": lambda c: values_of(
+        c.run_batch([A_TEXT_CALL], single_request=True))[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("awaits", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("name", FLAT_WAYS)
+def test_every_way_to_call_goes_on_flat(name: str, awaits: bool) -> None:
+    def twice(client: Any) -> None:
+        assert [FLAT_WAYS[name](client), FLAT_WAYS[name](client)] == [TEXT, TEXT]
+
+    with Routed(flat_gateway) as server:
+        if awaits:
+            awaited(twice, server, max_retries=0)
+        else:
+            twice(client_of(server, max_retries=0))
+    assert inputs_of(server) == [{"parameters": TEXT}, TEXT, TEXT]
+
+
+@pytest.mark.parametrize(
+    "name", ["my text", "\u6587\u672c", "a.b", "text: more", "(text)", "'text'", "Text"]
+)
+def test_the_parameter_that_is_missed_may_have_any_name(name: str) -> None:
+    missed = answer({"detail": f"Missing required parameter: {name}"}, 422)
+    with Script(missed, ran()) as server, client_of(server) as client:
+        assert client.run("p", "1.0.0", "f", {name: 1}).is_success()
+    assert inputs_of(server) == [{"parameters": {name: 1}}, {name: 1}]
+
+
+SENTENCE = "Missing required parameter: text"
+# Answers that do not say so: the call is not sent again, and the next one is as ever.
+NOT_FLAT: dict[str, Answer] = {
+    "really missing": MISSING_OTHER,
+    "another name": answer({"detail": f"{SENTENCE} (a string)"}, 422),
+    "a part of a name": answer({"detail": SENTENCE[:-1]}, 422),
+    "in another case": answer({"detail": f"{SENTENCE[:-4]}TEXT"}, 422),
+    "mistyped": answer({"detail": "Type mismatch for parameter text: expected string"}, 422),
+    "a list": answer({"detail": [{"loc": ["body", "text"], "msg": "Field required"}]}, 422),
+    "400": answer({"detail": SENTENCE}, 400),
+    "503": answer({"detail": SENTENCE}, 503),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FLAT)
+def test_what_is_really_missing_is_an_error_at_once(name: str) -> None:
+    with Script(NOT_FLAT[name], ran()) as server, client_of(server) as client:
+        with pytest.raises(GatewayError) as caught:
+            client.run("p", "1.0.0", "f", TEXT)
+        assert len(server.received) == 1 and caught.value.status_code in (400, 422, 503)
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()
+    assert inputs_of(server) == [{"parameters": TEXT}] * 2
+
+
+# How the call is answered when it is sent flat, and the error that comes of it.
+FLAT_ENDS: dict[str, tuple[Answer, type[GatewayError], bool]] = {
+    "missing all the same": (MISSING, ValidationError, False),
+    "missing another one": (MISSING_OTHER, ValidationError, False),
+    "hang-up": (HangUp(), ServiceUnavailableError, True),
+    "503": (UNAVAILABLE, ServiceUnavailableError, True),
+    "silence": (Pause(), GatewayTimeoutError, True),
+    "quota": (answer(None, 429), QuotaExceededError, False),
+}
+
+
+@pytest.mark.parametrize("in_batch", [False, True], ids=["call", "batch"])
+@pytest.mark.parametrize("name", FLAT_ENDS)
+def test_nothing_is_sent_a_third_time(name: str, in_batch: bool) -> None:
+    given, kind, may_have_run = FLAT_ENDS[name]
+    timeout = SHORT_SECONDS if name == "silence" else WAIT_SECONDS
+    with Script(MISSING, given, ran()) as server:
+        with client_of(server, timeout=timeout) as client:
+            if in_batch:
+                (result,) = client.run_batch([A_TEXT_CALL]).results
+                error: Any = result.exception
+            else:
+                with pytest.raises(GatewayError) as caught:
+                    client.run("p", "1.0.0", "f", TEXT)
+                error = caught.value
+    assert (type(error), error.may_have_run) == (kind, may_have_run)
+    assert inputs_of(server) == [{"parameters": TEXT}, TEXT]
+
+
+def test_a_gateway_that_misses_a_parameter_in_either_form_is_not_taken_for_flat() -> None:
+    """Or every later call would come to it without its parameters."""
+    with Script(MISSING, MISSING, ran()) as server, client_of(server) as client:
+        with pytest.raises(ValidationError, match=SENTENCE):
+            client.run("p", "1.0.0", "f", TEXT)
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()
+    assert inputs_of(server)[2] == {"parameters": TEXT}
+
+
+def test_a_request_with_several_calls_is_never_sent_again_as_some_may_have_run() -> None:
+    calls = [PrefabCall("p", "1.0.0", "f", {"text": n}) for n in range(2)]
+    with Routed(flat_gateway) as server, client_of(server) as client:
+        with pytest.raises(ValidationError, match=SENTENCE) as caught:
+            client.run_batch(calls, single_request=True)
+        assert caught.value.may_have_run and "may have run" in str(caught.value)
+        assert len(server.received) == 1
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()  # which finds it out
+        assert client.run_batch(calls, single_request=True).all_success()
+    assert inputs_of(server)[-1] == [{"text": 0}, {"text": 1}] and len(server.received) == 4
+
+
+def test_calls_under_way_when_it_is_found_out_are_each_sent_again_flat() -> None:
+    def choose(received: Received) -> Answer:
+        given = flat_gateway(received)
+        return four_under_way if given is MISSING else given
+
+    four_under_way = together(4, MISSING)
+    calls = [PrefabCall("p", "1.0.0", "f", {"text": n}) for n in range(10)]
+    seen: list[int] = []
+    with Routed(choose) as server, client_of(server) as client:
+        report = lambda index, _: seen.append(index)  # noqa: E731
+        batch = client.run_batch(calls, max_workers=4, on_result=report)
+        assert values_of(batch) == [{"text": n} for n in range(10)] and sorted(seen) == [*range(10)]
+        assert client.run_batch(calls).all_success()
+    nested = [one for one in inputs_of(server) if "parameters" in one]
+    assert len(nested) == 4 and len(server.received) == 4 + 10 + 10
+
+
+@pytest.mark.parametrize("kind", [InThisThread, Pickling])
+def test_on_an_executor_too_the_calls_of_a_batch_go_on_flat(kind: Any) -> None:
+    executor = kind()
+    calls = [PrefabCall("p", "1.0.0", "f", {"text": n}) for n in range(3)]
+    with Routed(flat_gateway) as server, client_of(server) as client:
+        batch = client.run_batch(calls, executor=executor)
+        assert values_of(batch) == [{"text": n} for n in range(3)]
+        count = len(server.received)
+        assert client.run("p", "1.0.0", "f", TEXT).is_success()
+        assert client.run_batch(calls, executor=executor).all_success()
+    assert 4 <= count <= 6  # in another process it may be found out anew
+    assert inputs_of(server)[-3:] == [{"text": n} for n in range(3)]
+
+
+def test_a_copy_of_a_client_knows_what_its_original_knew() -> None:
+    with Routed(flat_gateway) as server:
+        client = client_of(server)
+        before = pickle.loads(pickle.dumps(client))
+        client.run("p", "1.0.0", "f", TEXT)
+        after = pickle.loads(pickle.dumps(client))
+        for one in (client, after, before):
+            assert one.run("p", "1.0.0", "f", TEXT).is_success()
+    nested = {"parameters": TEXT}
+    assert inputs_of(server) == [nested, TEXT, TEXT, TEXT, nested, TEXT]
+
+
+def test_both_forms_of_a_call_have_the_same_headers() -> None:
+    with Routed(flat_gateway) as server, client_of(server, headers=Headers()) as client:
+        client.run("p", "1.0.0", "f", TEXT)
+        client.run("p", "1.0.0", "f", TEXT)
+    assert traces(server) == ["t-1", "t-1", "t-2"]
+
+
+@pytest.mark.parametrize("awaits", [False, True], ids=["sync", "async"])
+def test_the_local_gateway_can_read_parameters_flat(awaits: bool) -> None:
+    def act(client: Any) -> None:
+        counted = client.run("text-tools", "1.1.0", "statistics", TEXT)
+        assert counted.get_function_result()["words"] == 1
+        events = client.run("text-tools", "1.1.0", "words", {"text": "a b"}, stream=True)
+        assert [one.data for one in events if one.type == "content"] == ["a ", "b"]
+        calls = [PrefabCall("text-tools", "1.1.0", "echo", {"value": n}) for n in range(3)]
+        assert values_of(client.run_batch(calls)) == [0, 1, 2]
+        with pytest.raises(ValidationError, match="Missing required parameter: text"):
+            client.run("text-tools", "1.1.0", "statistics", {})
+
+    with LocalGateway() as gateway:
+        gateway.flat = True
+        if awaits:
+            awaited(act, gateway)
+        else:
+            act(client_of(gateway))
+        assert len(gateway.executed) == 5 and len(gateway.requests) == 7
 
 
 def test_any_function_of_a_prefab_is_a_method(client: GatewayClient) -> None:
@@ -7602,6 +8253,1259 @@ def test_to_a_type_checker_the_submodules_are_no_variables() -> None:
     assert gateway_sdk.exceptions is gateway_sdk.models is gateway_sdk
 
 
+# --- Async client ---------------------------------------------------------------------------------
+#
+# That its results and errors are those of the other client, fault by fault, is tried below as well:
+# see "Faults: every operation meets every fault".
+
+
+def async_client_of(server: Script | LocalGateway, **options: Any) -> AsyncGatewayClient:
+    """What `client_of` makes, to be awaited."""
+    return client_of(server, AsyncGatewayClient, **options)
+
+
+def in_loop(work: Awaitable[Any]) -> Any:
+    """`asyncio.run`, with a bound so that a test that hangs fails."""
+
+    async def bounded() -> Any:
+        return await asyncio.wait_for(work, LONG_SECONDS)
+
+    return asyncio.run(bounded())
+
+
+async def until(server: Script, condition: Callable[[], object]) -> None:
+    """Waits for a server as `wait_until` does, while the loop goes on."""
+    await asyncio.to_thread(server.wait_until, condition)
+
+
+async def give_up(
+    server: Script, awaitable: Awaitable[Any], reached: Callable[[], object]
+) -> None:
+    """Cancels what is awaited as soon as the server has come so far."""
+    task = asyncio.ensure_future(awaitable)
+    await until(server, reached)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def data_of(events: AsyncIterator[StreamEvent]) -> list[Any]:
+    return [received.data async for received in events]
+
+
+class Blocking:
+    """An async client behind the interface of the other one, for tables that serve both."""
+
+    def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._client, self._loop = client, loop
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        return functools.partial(self._call, found) if callable(found) else found
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        waiting = asyncio.run_coroutine_threadsafe(
+            self._settle(method, *arguments, **options), self._loop
+        )
+        return waiting.result(3 * WAIT_SECONDS)
+
+    async def _settle(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        given = method(*arguments, **options)
+        if inspect.isawaitable(given):
+            given = await given
+        if hasattr(given, "__aiter__"):
+            return [item async for item in given]
+        return Blocking(given, self._loop) if isinstance(given, AsyncPrefab) else given
+
+
+AsyncPrefab = type(AsyncGatewayClient("http://h").prefab("p", "1.0.0"))
+
+
+def awaited(act: Callable[[Any], Any], server: Script | LocalGateway, **options: Any) -> Any:
+    """What `act` gives or raises if its client is an async one."""
+
+    async def main() -> Any:
+        async with async_client_of(server, **options) as client:
+            return await asyncio.to_thread(act, Blocking(client, asyncio.get_running_loop()))
+
+    return in_loop(main())
+
+
+def outcome_of(act: Callable[[], Any]) -> Any:
+    """What `act` gives; or the error that it raises, in a form that can be compared."""
+    try:
+        return act()
+    except Exception as error:
+        return type(error), str(error), vars(error)
+
+
+# Methods that send: `close`, and what is inherited from `object`, do not.
+METHODS = sorted(
+    name for name, value in vars(GatewayClient).items()
+    if callable(getattr(GatewayClient, name)) and not name.startswith("_") and name != "close"
+)  # fmt: skip
+
+
+def arguments_of(function: Callable[..., Any]) -> dict[str, Any]:
+    given = inspect.signature(function).parameters.values()
+    return {one.name: (one.kind, one.default) for one in given}
+
+
+ARGUMENTS = {name: arguments_of(getattr(GatewayClient, name)) for name in ["__init__", *METHODS]}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_each_method_takes_the_same_arguments_as_that_of_the_other_client(name: str) -> None:
+    more = {"max_workers": (inspect.Parameter.KEYWORD_ONLY, None)}
+    expected = {**ARGUMENTS[name], **(more if name in ("__init__", "from_api_key") else {})}
+    assert arguments_of(getattr(AsyncGatewayClient, name)) == expected
+    assert name == "__init__" or inspect.getdoc(getattr(AsyncGatewayClient, name))
+
+
+MORE_ENDPOINTS: dict[str, tuple[Callable[[Any], Any], bytes]] = {
+    "batch of three": (
+        lambda c: c.run_batch([call(n) for n in range(3)], max_workers=1), ran("each")),
+    "batch on an executor": (
+        lambda c: c.run_batch([call(), call()], executor=InThisThread()), ran("each")),
+    "no batch": (lambda c: c.run_batch([]), ran()),
+    "prefab by name": (lambda c: c.prefab("p", "1.0.0").call("f", n=1), ran(1)),
+    "prefab that streams": (lambda c: list(c.prefab("p", "1.0.0").stream("f")), WHOLE_STREAM),
+    "stream": (lambda c: list(run(c, stream=True)), WHOLE_STREAM),
+    "stream for its result": (run, WHOLE_STREAM),
+    "pages": (lambda c: list(c.iter_files(7)), answer({"files": [{"key": 1}, {"key": 2}]})),
+    "pages of a session": (
+        lambda c: list(c.iter_temp_files("s", 7)), answer({"files": [{"key": 1}]})),
+}  # fmt: skip
+# Calls and what they are answered; and what they are answered, or given, if it goes wrong.
+SAME = {**{name: (one.act, one.given) for name, one in ENDPOINTS.items()}, **MORE_ENDPOINTS}
+WRONG: dict[str, Answer] = {
+    "401": REFUSED,
+    "404": answer({"detail": "no such prefab"}, 404),
+    "secret": answer({"detail": {"error_code": "MISSING_SECRET", "secret_name": "KEY"}}, 400),
+    "422": answer({"detail": [{"loc": ["body", 0], "msg": "no", "type": "t"}]}, 422),
+    "429": answer({"detail": {"message": "all used", "limit": 3, "used": 3}}, 429),
+    "503": answer({"detail": "down"}, 503, X_Request_ID="r-1"),
+    "hang-up": HangUp(),
+    "not JSON": answer(body=b"<html>"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_it_gives_and_raises_what_the_other_client_does(name: str) -> None:
+    act, given = SAME[name]
+    answers = {"fine": given, **WRONG}
+    current = ""
+
+    def sent(server: Script) -> list[Any]:
+        return [(one.method, one.target, one.headers, one.body) for one in server.received]
+
+    def outcomes(use: Callable[[Script], Any]) -> dict[str, tuple[Any, list[Any]]]:
+        nonlocal current
+        found = {}
+        for current in answers:
+            del server.received[:]
+            found[current] = outcome_of(lambda: use(server)), sent(server)
+        return found
+
+    with Routed(lambda received: answers[current]) as server:
+        with client_of(server, max_retries=1) as client:
+            expected = outcomes(lambda _: act(client))
+        assert outcomes(lambda _: awaited(act, server, max_retries=1)) == expected
+    assert name == "no batch" or any(isinstance(one, tuple) for one, _ in expected.values())
+
+
+BAD_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    "a local path": lambda c: c.run("p", "1.0.0", "f", files={"in": ["in.txt"]}),
+    "no number": lambda c: c.run("p", "1.0.0", "f", {"n": math.nan}),
+    "no file": lambda c: c.upload_file("no such file"),
+    "no call": lambda c: c.run_batch([call(), {"prefab_id": "p"}]),
+    "no function": lambda c: c.run_batch([call()], on_result=5),
+    "no session": lambda c: c.cleanup_temp_files(""),
+    "no mode": lambda c: c.download_file(S3, "f", "direct"),
+    "no timeout": lambda c: run(c, timeout=0),
+    "no names": lambda c: c.prefab("p", "1.0.0").f(1),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_what_cannot_be_used_is_refused_as_the_other_client_does(name: str) -> None:
+    with Script() as server, client_of(server) as client:
+        expected = outcome_of(lambda: BAD_ARGUMENTS[name](client))
+        assert outcome_of(lambda: awaited(BAD_ARGUMENTS[name], server)) == expected
+    assert isinstance(expected, tuple) and not server.connections
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "4"], ids=repr)
+def test_a_number_of_workers_that_cannot_be_is_refused(value: Any) -> None:
+    with pytest.raises(ValidationError, match="max_workers"):
+        AsyncGatewayClient("http://h", max_workers=value)
+    with Script() as server, pytest.raises(ValidationError, match="max_workers"):
+        in_loop(AsyncGatewayClient.from_api_key("k", server.url, max_workers=value))
+    assert not server.connections
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_is_made_with_any_credential_and_shows_none(
+    mode: str, monkeypatch: Patch
+) -> None:
+    class Agent(AsyncGatewayClient):
+        pass
+
+    async def main() -> Any:
+        if mode == EXCHANGED:
+            made = await Agent.from_api_key("key-1", server.url, timeout=7)
+        else:
+            made = Agent(server.url, timeout=7, **MODES[mode].options)
+        async with made as client:
+            assert client is made and type(client) is Agent
+            assert (client.base_url, client.timeout) == (server.url, 7)
+            assert client.internal_token == (TOKEN if "x-internal-token" in headers else None)
+            assert not re.search(f"{TOKEN}|j.w.t|key-1", repr(client))
+            assert server.url in repr(client)
+            return await run(client)
+
+    headers = MODES[mode].headers
+    with Script(*exchange_of(mode), ran()) as server:
+        assert in_loop(main()).is_success()
+    received = server.received[-1]
+    assert received.target == MODES[mode].run_path
+    assert {k: v for k, v in received.headers.items() if k in CREDENTIAL_HEADERS} == headers
+
+
+@pytest.mark.parametrize("variable", [None, "X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY"])
+def test_it_takes_the_credential_of_the_environment(
+    variable: str | None, monkeypatch: Patch
+) -> None:
+    async def main() -> None:
+        async with await AsyncGatewayClient.from_env(timeout=7, max_workers=1) as client:
+            await run(client)
+
+    if variable:
+        monkeypatch.setenv(variable, TOKEN)
+    exchange = exchange_of(EXCHANGED) if variable == "AGENT_BUILDER_API_KEY" else []
+    with Script(*exchange, ran()) as server:
+        monkeypatch.setenv("GATEWAY_BASE_URL", server.url)
+        in_loop(main())
+    assert server.received[-1].headers.get("x-internal-token") == (TOKEN if variable else None)
+
+
+def test_a_client_that_was_made_outside_of_a_loop_serves_one_loop_after_another() -> None:
+    async def use() -> tuple[Any, list[Any]]:
+        return (await run(client)).output["output"], await data_of(await run(client, stream=True))
+
+    answers = [ran(5), chunked(event("content", 1), event("content", 2))]
+    with nothing_left(), Script(*answers * 2) as server:
+        client = async_client_of(server)
+        assert in_loop(use()) == in_loop(use()) == (5, [1, 2])
+        assert server.connections == 1
+        in_loop(client.close())
+        in_loop(client.close())
+        server.wait_until(lambda: server.open_connections == 0)
+
+
+def test_a_client_that_is_dropped_leaves_no_thread_and_no_connection() -> None:
+    code = """if True:
+        import asyncio, gc, socket, sys, threading, gateway_sdk
+        async def main():
+            client = gateway_sdk.AsyncGatewayClient(sys.argv[1])
+            await asyncio.gather(*(client.run("p", "1", "f") for _ in range(3)))
+        asyncio.run(main())
+        gc.collect()
+        for thread in threading.enumerate():
+            if thread is not threading.main_thread():
+                thread.join(10)
+        sockets = [one for one in gc.get_objects() if isinstance(one, socket.socket)]
+        print(threading.active_count(), [one for one in sockets if one.fileno() != -1])
+    """
+    with Script(*[together(3, ran())] * 3) as server:
+        done = python(code, server.url)
+    assert (done.stderr, done.stdout) == ("", "1 []\n")
+
+
+def test_two_hundred_calls_run_at_once_and_their_threads_are_used_again() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            results = await asyncio.gather(*(run(client) for _ in range(200)))
+            assert all(result.is_success() for result in results)
+            before = set(threading.enumerate())
+            for _ in range(30):
+                await run(client)
+            assert not set(threading.enumerate()) - before - set(server._threads)
+
+    with nothing_left(), Script(*[together(200, ran())] * 200, *[ran()] * 30) as server:
+        in_loop(main())
+
+
+def test_threads_are_only_as_many_as_calls_were_in_flight() -> None:
+    async def main() -> None:
+        before = set(threading.enumerate())
+        async with async_client_of(server) as client:
+            for _ in range(30):
+                await run(client)
+            # The last job's thread may not yet be waiting for another one when the next one starts.
+            assert len(set(threading.enumerate()) - before - set(server._threads)) < 20
+
+    with Script(*[ran()] * 30) as server:
+        in_loop(main())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_no_more_calls_run_at_once_than_there_are_workers(workers: int) -> None:
+    running: list[int] = []
+    peaks: list[int] = []
+
+    def meet() -> None:
+        running.append(1)
+        peaks.append(len(running))
+        barrier.wait(WAIT_SECONDS)
+        running.pop()
+
+    async def main() -> None:
+        async with async_client_of(gateway, max_workers=workers) as client:
+            prefab = client.prefab("p", "1.0.0")
+            results = await asyncio.gather(*(prefab.f() for _ in range(3 * workers)))
+            assert all(result.is_success() for result in results)
+
+    barrier = threading.Barrier(workers)
+    with LocalGateway() as gateway:
+        gateway.add_prefab("p", "1.0.0", {"f": meet})
+        in_loop(main())
+    assert max(peaks) <= workers
+
+
+def test_what_needs_several_requests_needs_no_more_than_one_worker(content_file: Path) -> None:
+    async def main() -> None:
+        async with async_client_of(gateway, max_workers=1) as client:
+            calls = [PrefabCall("text-tools", "1.1.0", "echo", {"value": n}) for n in range(5)]
+            batch = await client.run_batch(calls, on_result=lambda index, _: seen.append(index))
+            assert values_of(batch) == [*range(5)] == sorted(seen)
+            async with client.temp_session() as session:
+                for _ in range(3):
+                    await client.upload_temp_file(content_file, session_id=session)
+                found = [one async for one in client.iter_temp_files(session, page_size=2)]
+                assert len(found) == 3
+            assert (await client.list_temp_files(session))["files"] == []
+            url = (await client.upload_file(content_file))["s3_url"]
+            await client.download_file(url, content_file.with_name("down"))
+            words = await client.prefab("text-tools", "1.1.0").stream("words", text="a b")
+            assert "b" in await data_of(words)
+            assert (await run_echo(client, 7)).get_function_result() == 7
+
+    async def run_echo(client: Any, value: Any) -> Any:
+        return await client.prefab("text-tools", "1.1.0").echo(value=value)
+
+    seen: list[int] = []
+    with LocalGateway() as gateway:
+        in_loop(main())
+    assert content_file.with_name("down").read_bytes() == b"content"
+
+
+def test_files_are_listed_a_page_at_a_time() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            files = client.iter_files(page_size=1)
+            assert [(await files.__anext__())["key"], len(server.received)] == [1, 1]
+            assert [(await files.__anext__())["key"], len(server.received)] == [2, 2]
+            with pytest.raises(StopAsyncIteration):
+                await files.__anext__()
+
+    pages = [answer({"files": [{"key": 1}], "next_token": "n"}), answer({"files": [{"key": 2}]})]
+    with Script(*pages) as server:
+        in_loop(main())
+
+
+@pytest.mark.parametrize("error", [None, LookupError, asyncio.CancelledError])
+def test_an_async_session_is_cleaned_up_error_or_not(error: Any, gateway: LocalGateway) -> None:
+    async def main() -> list[Any]:
+        async with async_client_of(gateway) as client:
+            with pytest.raises(error) if error else contextlib.nullcontext():
+                async with client.temp_session() as session:
+                    await client.upload_temp_file(__file__, session_id=session)
+                    assert len((await client.list_temp_files(session))["files"]) == 1
+                    if error:
+                        raise error
+            return (await client.list_temp_files(session))["files"]
+
+    assert in_loop(main()) == []
+
+
+def test_a_session_whose_task_is_cancelled_is_cleaned_up() -> None:
+    async def main() -> None:
+        entered = asyncio.Event()
+
+        async def stay(client: Any) -> None:
+            async with client.temp_session("mine"):
+                entered.set()
+                await asyncio.Event().wait()
+
+        async with async_client_of(server) as client:
+            task = asyncio.ensure_future(stay(client))
+            await entered.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert [one.target for one in server.received] == [
+                "/internal/files/cleanup_temp?session_id=mine"
+            ]
+
+    with Script(answer({"deleted_count": 1})) as server:
+        in_loop(main())
+
+
+# Cancelling: a call that is given up lets go of everything, wherever it stands.
+
+
+class Deaf(Script):
+    """A server that reads no more than the first byte, until it is told to read the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = 0
+        self.listens = threading.Event()
+
+    def _exchange(self, sock: socket.socket, number: int) -> bool:
+        sock.recv(1, socket.MSG_PEEK)
+        with self._changed:
+            self.begun += 1
+            self._changed.notify_all()
+        self.listens.wait(3 * WAIT_SECONDS)
+        sock.settimeout(2 * WAIT_SECONDS)
+        while sock.recv(2**20):
+            pass
+        return False
+
+    def __exit__(self, *about: object) -> None:
+        self.listens.set()
+        super().__exit__(*about)
+
+
+class Full(Script):
+    """A server that accepts no connection: its queue is full, and whoever comes must wait.
+
+    `open_connections` counts those that wait, which only the system knows about.
+    """
+
+    def __init__(self) -> None:
+        self.received = []
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen(0)
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._first = socket.create_connection(("127.0.0.1", self.port))
+
+    def __exit__(self, *_: object) -> None:
+        self._first.close()
+        self._listener.close()
+
+    @property
+    def open_connections(self) -> int:
+        waiting = re.compile(f"[0-9A-F]{{8}}:{self.port:04X} 02 ")  # peer and state: SYN_SENT
+        return len(waiting.findall(Path("/proc/net/tcp").read_text()))
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        """Looks again and again, as no event tells about it."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen"
+            time.sleep(0.002)
+
+
+def deaf_at(url: str) -> Deaf:
+    server = Deaf()
+    server.url = url.format(port=server.port)
+    return server
+
+
+def upload(client: Any, folder: Path, method: str) -> Any:
+    """Of more than fits into the buffers of sockets."""
+    with open(folder / "large", "wb") as file:
+        file.truncate(2**26)
+    return getattr(client, method)(folder / "large")
+
+
+def received(count: int) -> Callable[[Any], bool]:
+    return lambda server: len(server.received) == count
+
+
+class Phase(NamedTuple):
+    """Where a request stands: a server that leaves it there, the call, and how to tell.
+
+    `act` gives what is to be awaited if the client is an async one.
+    """
+
+    make: Callable[[pytest.FixtureRequest], Any]
+    act: Callable[[Any, Path], Any]
+    reached: Callable[[Any], object]
+    may_have_run: bool = False
+    is_used: bool = False  # the connection, by an earlier request
+
+
+def tls_script(*answers: Answer) -> Callable[[pytest.FixtureRequest], Script]:
+    return lambda request: TlsScript(request.getfixturevalue("certificate"), *answers)
+
+
+def exchanging(*answers: Answer) -> Callable[[Any], Script]:
+    """Of a server that exchanges the key for one token, which is soon refused."""
+    return lambda _: Script(TOKEN_ANSWERS[0], REFUSED, *answers)
+
+
+WAIT_LONG = answer({"detail": "down"}, 503, Retry_After="30")
+PHASES = {
+    "waiting for a connection": Phase(
+        lambda _: Full(), lambda c, _: run(c), lambda server: server.open_connections == 1),
+    "waiting for a proxy": Phase(
+        lambda _: deaf_at("https://gateway.invalid"), lambda c, _: run(c), lambda s: s.begun == 1),
+    "in the handshake of TLS": Phase(
+        lambda _: deaf_at("https://127.0.0.1:{port}"), lambda c, _: run(c), lambda s: s.begun == 1),
+    "sending a call": Phase(
+        lambda _: Deaf(), lambda c, _: c.run("p", "1.0.0", "f", {"text": "x" * 2**24}),
+        lambda server: server.begun == 1, may_have_run=True),
+    "sending a file": Phase(
+        lambda _: Deaf(), lambda c, folder: upload(c, folder, "upload_file"),
+        lambda server: server.begun == 1, may_have_run=True),
+    "waiting for the answer": Phase(
+        lambda _: Script(Pause()), lambda c, _: run(c), received(1), may_have_run=True),
+    "waiting for the answer over TLS": Phase(
+        tls_script(Pause()), lambda c, _: run(c), received(1), may_have_run=True),
+    "waiting for what may be asked again": Phase(
+        lambda _: Script(Pause(), answer([])), lambda c, _: c.list_prefabs(), received(1)),
+    "waiting for the answer on a used connection": Phase(
+        lambda _: Script(answer([]), Pause()), lambda c, _: run(c), received(2), True, True),
+    "in the body on a used connection": Phase(
+        tls_script(answer([]), Pause(ran()[:-5])), lambda c, _: run(c), received(2), True, True),
+    "in the head of the answer": Phase(
+        lambda _: Script(Pause(OK + b"X-A: 1\r\nX-")), lambda c, _: run(c), received(1), True),
+    "in the body of the answer": Phase(
+        lambda _: Script(Pause(ran()[:-5])), lambda c, _: run(c), received(1), True),
+    "in the body over TLS": Phase(
+        tls_script(Pause(ran()[:-5])), lambda c, _: run(c), received(1), True),
+    "in the body of what may be asked again": Phase(
+        lambda _: Script(Pause(answer([])[:-1]), answer([])),
+        lambda c, _: c.list_prefabs(), received(1)),
+    "in the events of a result": Phase(
+        lambda _: Script(Pause(OPEN_STREAM)), lambda c, _: run(c), received(1), True),
+    "in a download": Phase(
+        lambda _: Script(LINK, Pause(answer(body=b"x" * 100)[:-1]), LINK, answer(body=b"x" * 100)),
+        lambda c, folder: c.download_file(S3, folder / "new" / "f"), received(2)),
+    "between two attempts": Phase(
+        lambda _: Script(WAIT_LONG, answer([])), lambda c, _: c.list_prefabs(),
+        lambda server: server.received and not server.open_connections),
+    "in a single request": Phase(
+        lambda _: Script(Pause()), lambda c, _: c.run_batch([call(), call()], single_request=True),
+        received(1), may_have_run=True),
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def in_phase(name: str, request: pytest.FixtureRequest, monkeypatch: Patch) -> Iterator[Any]:
+    """The phase and its server. At the end its connection is closed, and nothing more was sent."""
+    if "waiting for a connection" in name and not os.path.exists("/proc/net/tcp"):
+        pytest.skip("only Linux leaves it waiting, and tells who waits")
+    phase = PHASES[name]
+    with phase.make(request) as server:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.port}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        yield phase, server
+        if isinstance(server, Deaf):
+            server.listens.set()
+        server.wait_until(lambda: server.open_connections == 0)
+        assert isinstance(server, (Full, Deaf)) or phase.reached(server)
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_a_call_that_is_cancelled_closes_its_connection_and_leaves_no_thread(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    async def main(phase: Phase, server: Any) -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
+            if phase.is_used:
+                await client.list_prefabs()
+            await give_up(server, phase.act(client, tmp_path), lambda: phase.reached(server))
+
+    with nothing_left(), in_phase(name, request, monkeypatch) as (phase, server):
+        in_loop(main(phase, server))
+    assert [path.name for path in tmp_path.rglob("*")] in ([], ["large"])
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_closing_a_client_can_end_what_its_threads_wait_for(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    outcome: queue.Queue[Any] = queue.Queue()
+
+    def work() -> None:
+        try:
+            outcome.put(phase.act(client, tmp_path))
+        except BaseException as error:
+            outcome.put(error)
+
+    with nothing_left(), in_phase(name, request, monkeypatch) as (phase, server):
+        with client_of(server, timeout=None) as client:
+            if phase.is_used:
+                client.list_prefabs()
+            threading.Thread(target=work, daemon=True).start()
+            server.wait_until(lambda: phase.reached(server))
+            client.close(cancel=True)
+            error = outcome.get(timeout=WAIT_SECONDS)
+    assert isinstance(error, GatewayError), error
+    assert error.may_have_run == phase.may_have_run
+
+
+def test_closing_a_client_ends_no_call_unless_it_is_told_to() -> None:
+    gate = threading.Event()
+    with Script(Steps((lambda _: gate.wait(WAIT_SECONDS), send(ran(5))))) as server:
+        with client_of(server) as client, concurrent.futures.ThreadPoolExecutor(1) as threads:
+            running = threads.submit(run, client)
+            server.wait_until(lambda: server.received)
+            client.close()
+            gate.set()
+            assert running.result(WAIT_SECONDS).get_function_result() == 5
+
+
+@pytest.mark.parametrize("waiting", [True, False], ids=["being waited for", "between two events"])
+def test_closing_a_client_with_cancel_breaks_its_streams_off(waiting: bool) -> None:
+    outcome: queue.Queue[Any] = queue.Queue()
+
+    def read(stream: Any) -> None:
+        try:
+            outcome.put([received.data for received in stream])
+        except BaseException as error:
+            outcome.put(error)
+
+    with nothing_left(), Script(Pause(OPEN_STREAM)) as server, client_of(server) as client:
+        stream = run(client, stream=True, timeout=LONG_SECONDS)
+        assert [next(stream).data, next(stream).data] == [1, 2]
+        reader = threading.Thread(target=read, args=(stream,), daemon=True)
+        if waiting:
+            reader.start()
+        client.close(cancel=True)
+        server.wait_until(lambda: server.open_connections == 0)
+        if not waiting:
+            reader.start()
+        assert isinstance(outcome.get(timeout=WAIT_SECONDS), GatewayError)  # and not as if complete
+
+
+def test_a_call_that_takes_too_long_gives_its_thread_to_the_next_one() -> None:
+    async def main() -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS, max_workers=1) as client:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(run(client), SHORT_SECONDS)
+            await until(server, lambda: server.open_connections == 0)
+            for _ in range(3):
+                reached = functools.partial(received(len(server.received) + 1), server)
+                await give_up(server, run(client), reached)
+            open_way.set()
+            assert (await run(client)).get_function_result() == "ok"
+
+    open_way = threading.Event()
+    with nothing_left(), Routed(lambda _: ran() if open_way.is_set() else Pause()) as server:
+        in_loop(main())
+
+
+def test_a_call_that_waits_for_a_worker_can_be_given_up_and_is_never_sent() -> None:
+    async def main() -> None:
+        async with async_client_of(server, max_workers=1) as client:
+            first = asyncio.ensure_future(run(client))
+            await until(server, lambda: server.received)
+            waiting = [asyncio.ensure_future(run(client)) for _ in range(3)]
+            await asyncio.sleep(0)  # they begin
+            for task in waiting:
+                task.cancel()
+            assert all(isinstance(one, asyncio.CancelledError) for one in
+                       await asyncio.gather(*waiting, return_exceptions=True))
+            gate.set()
+            assert (await first).is_success() and (await run(client)).is_success()
+        assert len(server.received) == 2
+
+    gate = threading.Event()
+    with Script(Steps((lambda _: gate.wait(WAIT_SECONDS), send(ran()))), *[ran()] * 5) as server:
+        in_loop(main())
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["when it is made", "later"])
+def test_a_token_exchange_can_be_given_up(first: bool) -> None:
+    async def main() -> None:
+        making = AsyncGatewayClient.from_api_key("key-1", server.url, LONG_SECONDS)
+        if first:
+            await give_up(server, making, lambda: server.received)
+        else:
+            async with await making as client:
+                await give_up(server, run(client), lambda: len(server.received) == 3)
+        await until(server, lambda: server.open_connections == 0)
+
+    answers = [Pause()] if first else [TOKEN_ANSWERS[0], REFUSED, Pause()]
+    with nothing_left(), Script(*answers, TOKEN_ANSWERS[1], ran()) as server:
+        in_loop(main())
+        assert len(server.received) == len(answers)
+
+
+def test_a_token_exchange_that_is_given_up_costs_no_other_call() -> None:
+    def choose(received: Received) -> Answer:
+        if is_exchange(received):
+            return next(exchanges)
+        return ran() if received.headers["x-internal-token"] == "second" else REFUSED
+
+    async def main() -> None:
+        async with await AsyncGatewayClient.from_api_key("key-1", server.url) as client:
+            first = asyncio.ensure_future(run(client))
+            await until(server, lambda: len(server.received) == 3)  # its exchange waits
+            others = [asyncio.ensure_future(run(client)) for _ in range(3)]
+            await until(server, lambda: len(server.received) == 6)  # they were refused, too
+            first.cancel()
+            assert all(result.is_success() for result in await asyncio.gather(*others))
+            with pytest.raises(asyncio.CancelledError):
+                await first
+
+    exchanges = iter([TOKEN_ANSWERS[0], Pause(), TOKEN_ANSWERS[1]])
+    with Routed(choose) as server:
+        in_loop(main())
+    assert sum(map(is_exchange, server.received)) == 3
+
+
+def test_a_batch_that_is_cancelled_ends_its_calls_and_sends_nothing_more() -> None:
+    async def main() -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
+            batch = client.run_batch([call(n) for n in range(20)], max_workers=3, on_result=report)
+            await give_up(server, batch, lambda: len(server.received) == 4)
+            await until(server, lambda: server.open_connections == 0)
+        assert (len(server.received), reported) == (4, [0])
+
+    def report(index: int, result: PrefabResult) -> None:
+        reported.append(index)
+
+    def choose(received: Received) -> Answer:
+        number = received.json["calls"][0]["inputs"]["parameters"]["n"]
+        return Pause() if number else closing(ran())
+
+    reported: list[int] = []
+    with nothing_left(), Routed(choose) as server:
+        in_loop(main())
+
+
+def test_results_that_arrived_before_a_batch_was_cancelled_are_reported() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            calls = [call(number) for number in range(9)]
+            task = asyncio.ensure_future(client.run_batch(calls, max_workers=1, on_result=report))
+            tasks.append(task)
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    def report(index: int, result: PrefabResult) -> None:
+        if not reported:  # the loop cannot take any more results while it waits here
+            server.wait_until(lambda: len(server.received) == 4)
+            tasks[0].cancel()
+        reported.append(index)
+
+    tasks: list[asyncio.Future[Any]] = []
+    reported: list[int] = []
+    with nothing_left(), Script(ran(), ran(), ran(), Pause(), ran()) as server:
+        in_loop(main())
+    assert (reported, len(server.received)) == ([0, 1, 2], 4)
+
+
+def test_what_on_result_raises_ends_a_batch_and_comes_out() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            with pytest.raises(LookupError, match="mine"):
+                await client.run_batch([call()] * 300, max_workers=2, on_result=fail)
+
+    def fail(index: int, result: PrefabResult) -> None:
+        server.wait_until(lambda: len(server.received) == 3)
+        raise LookupError("mine")
+
+    with holding_all_but_the_first(threading.Event()) as server:
+        in_loop(main())
+    assert len(server.received) == 3
+
+
+# Streams.
+
+
+@pytest.mark.parametrize(("given", "events", "error"), ENDS.values(), ids=ENDS)
+def test_an_async_stream_ends_as_the_other_one_does(given: Answer, events: Any, error: Any) -> None:
+    async def main() -> tuple[list[Any], Any]:
+        got, raised = [], None
+        async with async_client_of(server, timeout=timeout) as client:
+            try:
+                async with await run(client, stream=True) as stream:
+                    assert isinstance(stream, AsyncEventStream) and stream.__aiter__() is stream
+                    async for one in stream:
+                        got.append((str(one.type), one.data))
+            except GatewayError as caught:
+                raised = type(caught)
+            if not raised:
+                assert [one async for one in stream] == []  # it was at its end: it just stops
+        return got, raised
+
+    timeout = SHORT_SECONDS if isinstance(given, Pause) else WAIT_SECONDS
+    with nothing_left(), Script(given) as server:
+        assert in_loop(main()) == (events, error)
+
+
+def test_each_event_comes_through_the_loop_when_it_has_arrived() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            number = 0
+            async for one in await run(client, stream=True):
+                assert one.data == number and not taken[number].is_set()
+                taken[number].set()
+                number += 1
+
+    taken = [threading.Event() for _ in range(3)]
+    steps: list[Any] = [send(HEAD)]
+    for number, gate in enumerate(taken):
+        steps += [send(chunk(event("content", number))), lambda _, g=gate: g.wait(WAIT_SECONDS)]
+    with Script(Steps((*steps, send(b"0\r\n\r\n")))) as server:
+        in_loop(main())
+    assert all(gate.is_set() for gate in taken)
+
+
+async def leave_by_break(stream: Any) -> None:
+    async for _ in stream:
+        break
+
+
+async def leave_by_error(stream: Any) -> None:
+    with contextlib.suppress(LookupError):
+        async with stream:
+            raise LookupError
+
+
+async def leave_with(stream: Any) -> None:
+    async with stream as entered:
+        assert (await entered.__anext__()).data == 1
+
+
+async def leave_by_close(stream: Any) -> None:
+    await stream.close()
+    await stream.close()
+
+
+async def leave_unread(stream: Any) -> None:
+    pass
+
+
+async def leave_between_events(stream: Any) -> None:
+    assert [(await stream.__anext__()).data, (await stream.__anext__()).data] == [1, 2]
+
+
+async def leave_by_timeout(stream: Any) -> None:
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(data_of(stream), SHORT_SECONDS)
+
+
+async def leave_by_cancel(stream: Any) -> None:
+    last = asyncio.Event()
+
+    async def read() -> None:
+        async for one in stream:
+            if one.data == 2:
+                last.set()
+
+    task = asyncio.ensure_future(read())
+    await last.wait()
+    await asyncio.sleep(0)  # the reader asks for the next event
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+LEAVING = {
+    "break": leave_by_break,
+    "with": leave_with,
+    "error in a with": leave_by_error,
+    "close": leave_by_close,
+    "drop": leave_unread,
+    "drop after events": leave_between_events,
+    "cancel": leave_by_cancel,
+    "timeout": leave_by_timeout,
+}
+
+
+@pytest.mark.parametrize("way", LEAVING)
+def test_leaving_an_async_stream_closes_its_connection(way: str, script: Any) -> None:
+    async def main() -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
+            await LEAVING[way](await run(client, stream=True))
+            gc.collect()
+            await until(server, lambda: server.open_connections == 0)
+            assert (await run(client)).is_success()  # on any thread that there is
+
+    with nothing_left(), script(Pause(OPEN_STREAM), closing(ran())) as server:
+        in_loop(main())
+
+
+@pytest.mark.parametrize("way", ["close", "with", "cancel", "timeout"])
+def test_an_async_stream_that_was_left_is_never_read_on_as_if_it_were_whole(way: str) -> None:
+    async def main() -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
+            stream = await run(client, stream=True)
+            await LEAVING[way](stream)
+            for _ in range(2):
+                with pytest.raises(GatewayError, match="closed before its end"):
+                    await stream.__anext__()
+
+    with Script(Pause(OPEN_STREAM)) as server:
+        in_loop(main())
+
+
+@pytest.mark.parametrize("how", ["dropped", "closed elsewhere"])
+def test_a_stream_may_outlive_its_loop(how: str) -> None:
+    async def main() -> Any:
+        stream = await run(client, stream=True)
+        assert (await stream.__anext__()).data == 1
+        return stream
+
+    with nothing_left(), Script(Pause(OPEN_STREAM)) as server:
+        client = async_client_of(server, timeout=LONG_SECONDS)
+        stream = in_loop(main())
+        if how == "closed elsewhere":
+            in_loop(stream.close())
+        del stream
+        gc.collect()
+        server.wait_until(lambda: server.open_connections == 0)
+        in_loop(client.close())
+
+
+def test_closing_an_async_stream_ends_the_wait_of_another_task_without_an_error() -> None:
+    async def main() -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
+            stream = await run(client, stream=True)
+            reader = asyncio.ensure_future(data_of(stream))
+            await asyncio.sleep(SHORT_SECONDS)  # so that it mostly waits for the third event
+            await stream.close()
+            assert [1, 2][: len(await reader)] == reader.result()
+            await until(server, lambda: server.open_connections == 0)
+
+    with nothing_left(), Script(Pause(OPEN_STREAM)) as server:
+        in_loop(main())
+
+
+def test_a_stream_closes_while_all_workers_are_busy() -> None:
+    async def main() -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS, max_workers=2) as client:
+            stream = await run(client, stream=True)
+            reader = asyncio.ensure_future(data_of(stream))
+            calls = [asyncio.ensure_future(run(client)) for _ in range(2)]
+            await until(server, lambda: len(server.received) >= 2)
+            await stream.close()
+            await until(server, lambda: ended.is_set())
+            for task in calls:
+                task.cancel()
+            await asyncio.gather(reader, *calls, return_exceptions=True)
+
+    def stream_until_left(sock: socket.socket) -> None:
+        sock.sendall(OPEN_STREAM)
+        sock.recv(1)
+        with server._changed:
+            ended.set()
+            server._changed.notify_all()
+
+    ended = threading.Event()
+    with nothing_left(), Script(Steps((stream_until_left,)), Pause(), Pause()) as server:
+        in_loop(main())
+
+
+def test_a_second_reader_of_an_async_stream_gets_an_error_and_spoils_nothing() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            stream = await run(client, stream=True)
+            readers = [asyncio.ensure_future(stream.__anext__()) for _ in range(2)]
+            (refused,), (first,) = await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
+            with pytest.raises(GatewayError):
+                await refused
+            gate.set()
+            assert [(await first).data, *await data_of(stream)] == [1, None]
+
+    gate = threading.Event()
+    late = WHOLE_STREAM[len(HEAD) :]
+    with Script(Steps((send(HEAD), lambda _: gate.wait(WAIT_SECONDS), send(late)))) as server:
+        in_loop(main())
+
+
+def test_a_slow_reader_holds_the_sender_back() -> None:
+    size, most = 2**16, 2**10  # 64 MiB in all, of which buffers hold a tenth
+    sent = 0
+
+    def flood(sock: socket.socket) -> None:
+        nonlocal sent
+        sock.sendall(HEAD)
+        for sent in range(most):
+            data = chunk(event("content", [sent, "x" * size]))
+            if not select.select([], [sock], [], 0.3)[1]:
+                held.set()
+            sock.sendall(data)
+            if held.is_set():
+                break
+        held.set()
+        sock.sendall(chunk(event("done")) + b"0\r\n\r\n")
+
+    async def main() -> list[int]:
+        async with async_client_of(server) as client, await run(client, stream=True) as stream:
+            numbers = [(await stream.__anext__()).data[0]]
+            await asyncio.to_thread(held.wait, 3 * WAIT_SECONDS)
+            return numbers + [one.data[0] async for one in stream if one.type == "content"]
+
+    held = threading.Event()
+    with Script(Steps((flood,))) as server:
+        assert in_loop(main()) == [*range(sent + 1)]  # none was lost meanwhile
+    assert 0 < sent < most - 1
+
+
+# The loop.
+
+
+@contextlib.asynccontextmanager
+async def beating(then: Callable[[], object]) -> AsyncIterator[None]:
+    """Calls `then` after twenty beats of the loop, which come only if nothing blocks it."""
+
+    async def beat() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        then()
+
+    heart = asyncio.ensure_future(beat())
+    yield
+    await heart
+
+
+def test_the_loop_beats_while_fifty_calls_are_in_flight_and_while_the_client_closes() -> None:
+    async def main() -> None:
+        client = async_client_of(server)
+        streams = [asyncio.ensure_future(data_of(await run(client, stream=True))) for _ in range(5)]
+        async with beating(first.set):  # nothing is answered before the heart has beaten
+            results = await asyncio.gather(*(run(client) for _ in range(50)))
+        assert all(result.is_success() for result in results)
+        late = [asyncio.ensure_future(run(client)) for _ in range(5)]
+        await until(server, lambda: len(server.received) == 60)
+        async with beating(second.set):
+            await client.close()
+        await asyncio.gather(*streams, *late, return_exceptions=True)
+
+    def held(gate: threading.Event, given: bytes) -> Steps:
+        return Steps((lambda _: opened.append(gate.wait(WAIT_SECONDS)), send(given)))
+
+    def choose(received: Received) -> Answer:
+        if len(server.received) <= 5:
+            return Steps((send(HEAD), *held(second, chunk(event("done")) + b"0\r\n\r\n").steps))
+        return held(first if len(server.received) <= 55 else second, ran())
+
+    opened: list[bool] = []
+    first, second = threading.Event(), threading.Event()
+    with nothing_left(), Routed(choose) as server:
+        in_loop(main())
+    assert opened == [True] * 60
+
+
+class SlowPath(os.PathLike):  # type: ignore[type-arg]
+    """A path that is told only after the loop has beaten: as on a disk far away."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.beaten, self.waited = path, threading.Event(), []
+
+    def __fspath__(self) -> str:
+        self.waited.append(self.beaten.wait(WAIT_SECONDS))
+        return str(self.path)
+
+
+class SlowParameters(dict):  # type: ignore[type-arg]
+    """Parameters that take a while to be written as JSON."""
+
+    def __init__(self) -> None:
+        super().__init__(value=1)
+        self.beaten, self.waited = threading.Event(), []
+
+    def items(self) -> Any:
+        self.waited.append(self.beaten.wait(WAIT_SECONDS))
+        return super().items()
+
+
+def test_the_loop_beats_while_files_are_opened_and_parameters_written(
+    content_file: Path, gateway: LocalGateway
+) -> None:
+    async def main() -> None:
+        async with async_client_of(gateway) as client:
+            async with beating(upload.beaten.set):
+                url = (await client.upload_file(upload))["s3_url"]
+            async with beating(target.beaten.set):
+                await client.download_file(url, target)
+            async with beating(parameters.beaten.set):
+                await client.run("text-tools", "1.1.0", "echo", parameters)
+
+    upload, target = SlowPath(content_file), SlowPath(content_file.with_name("down"))
+    parameters = SlowParameters()
+    in_loop(main())
+    for slow in (upload, target, parameters):
+        assert slow.waited and all(slow.waited)
+    assert target.path.read_bytes() == b"content"
+
+
+def test_callbacks_are_called_where_they_may_be_slow_or_touch_the_loop(
+    content_file: Path, gateway: LocalGateway
+) -> None:
+    async def main() -> None:
+        def report(index: int, result: PrefabResult) -> None:
+            asyncio.get_running_loop()
+            reporters.append(threading.get_ident())
+
+        def progress(done: int, total: int | None) -> None:
+            in_workers.append(threading.get_ident())
+
+        async with async_client_of(gateway) as client:
+            for more in ({}, {"single_request": True}, {"executor": InThisThread()}):
+                await client.run_batch([call_to_echo] * 3, on_result=report, **more)
+            uploaded = await client.upload_file(content_file, on_progress=progress)
+            await client.upload_input_file(content_file, on_progress=progress)
+            await client.upload_temp_file(content_file, on_progress=progress)
+            await client.download_file(uploaded["s3_url"], content_file, on_progress=progress)
+            assert reporters == [threading.get_ident()] * 9
+            assert len(in_workers) >= 8 and threading.get_ident() not in in_workers
+
+    call_to_echo = PrefabCall("text-tools", "1.1.0", "echo", {"value": 1})
+    reporters: list[int] = []
+    in_workers: list[int] = []
+    in_loop(main())
+
+
+@pytest.mark.parametrize("name", ["upload_file", "download_file"])
+def test_what_on_progress_raises_comes_out_of_an_awaited_transfer(
+    name: str, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            await getattr(client, name)(*arguments, on_progress=fail)
+
+    def fail(done: int, total: int | None) -> None:
+        if done:
+            raise error
+
+    error = KeyError("mine")
+    arguments = [S3, tmp_path / "f"] if name == "download_file" else [__file__]
+    with Script(LINK, answer(body=b"x" * 3000)) as server:
+        with pytest.raises(KeyError) as caught:
+            in_loop(main())
+    assert caught.value is error and not [*tmp_path.iterdir()]
+
+
+def test_context_variables_reach_the_threads(content_file: Path) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
+    seen: dict[str, set[str]] = {}
+
+    async def work(client: Any, name: str) -> None:
+        def progress(done: int, total: int | None) -> None:
+            seen.setdefault(name, set()).add(variable.get())
+
+        variable.set(name)
+        await client.run("p", "1.0.0", "f", {"name": name})
+        await client.upload_file(content_file, on_progress=progress)
+        calls = [PrefabCall("p", "1.0.0", "f", {"name": name})] * 3
+        assert (await client.run_batch(calls)).all_success()
+        await data_of(await client.run("p", "1.0.0", "f", {"name": name}, stream=True))
+
+    async def main() -> None:
+        async with async_client_of(server, headers=lambda: {"X-Trace": variable.get()}) as client:
+            await asyncio.gather(*(work(client, name) for name in "abc"))
+
+    with Routed(lambda one: answer({"s3_url": S3}) if "upload" in one.target else ran()) as server:
+        with logged(variable.get) as noted:
+            in_loop(main())
+    assert sorted(noted) == sorted("abc" * 6)
+    assert seen == {name: {name} for name in "abc"}
+    calls = [one for one in server.received if "upload" not in one.target]
+    assert len(calls) == 3 * 5
+    for one in calls:
+        (asked,) = one.json["calls"]
+        assert one.headers["x-trace"] == asked["inputs"]["parameters"]["name"]
+
+
+PROGRAM = """if True:
+    import asyncio, signal, sys, gateway_sdk
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background lacks
+
+    async def read(client):
+        async for event in await client.run("p", "1", "stream", stream=True):
+            pass
+
+    async def main(how):
+        client = gateway_sdk.AsyncGatewayClient(sys.argv[1], timeout=None)
+        calls = [gateway_sdk.PrefabCall("p", "1", "f")] * 20
+        waiting = [client.run("p", "1", "f"), client.run_batch(calls, max_workers=2), read(client)]
+        waiting = [asyncio.ensure_future(one) for one in waiting]
+        if how == "the loop ends":
+            await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
+        else:
+            await asyncio.gather(*waiting)
+
+    try:
+        asyncio.run(main(sys.argv[2]))
+        print("ended")
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+@pytest.mark.parametrize("how", ["the loop ends", "Ctrl-C"])
+def test_the_end_does_not_wait_for_calls_that_were_given_up(how: str) -> None:
+    def choose(received: Received) -> Answer:
+        return Pause(OPEN_STREAM if b"stream" in received.body else b"")
+
+    with Routed(choose) as server:
+        command = [sys.executable, "-X", "dev", "-W", "error", "-c", PROGRAM, server.url, how]
+        options: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options["env"] = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(command, **options) as process:
+            server.wait_until(lambda: len(server.received) == 4)
+            if how == "Ctrl-C":
+                process.send_signal(signal.SIGINT)
+            try:
+                out, err = process.communicate(b"\n", timeout=WAIT_SECONDS)
+            finally:
+                process.kill()  # where it has not ended
+    printed = b"interrupted\n" if how == "Ctrl-C" else b"ended\n"
+    assert (out, err, process.returncode, len(server.received)) == (printed, b"", 0, 4)
+
+
+def test_it_works_on_uvloop() -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main() -> None:
+        async with async_client_of(server, timeout=LONG_SECONDS) as client:
+            assert (await run(client)).get_function_result() == "ok"
+            assert await data_of(await run(client, stream=True)) == [1, None]
+            await give_up(server, run(client), lambda: len(server.received) == 3)
+            await leave_by_cancel(await run(client, stream=True))
+            await until(server, lambda: server.open_connections == 0)
+
+    answers = [ran(), closing(WHOLE_STREAM), Pause(), Pause(OPEN_STREAM)]
+    with Script(*answers) as server:
+        loop = uvloop.new_event_loop()
+        try:
+            loop.run_until_complete(main())
+            loop.run_until_complete(loop.shutdown_default_executor())
+        finally:
+            loop.close()
+
+
+def test_asyncio_is_not_imported_before_it_is_needed() -> None:
+    code = """if True:
+        import sys
+        from gateway_sdk import *
+        with GatewayClient(sys.argv[1]) as client:
+            client.run("p", "1", "f")
+            list(client.run("p", "1", "f", stream=True))
+            client.run_batch([PrefabCall("p", "1", "f")] * 2)
+            client.close(cancel=True)
+        print("asyncio" in sys.modules, AsyncGatewayClient.__name__, AsyncEventStream.__name__)
+    """
+    with Routed(lambda _: ran()) as server:
+        done = python(code, server.url)
+    assert (done.stderr, done.stdout) == ("", "False AsyncGatewayClient AsyncEventStream\n")
+
+
 # --- Faults: every operation meets every fault ----------------------------------------------------
 
 EVENTS = event("content", "a") + event("content", "b") + event("done")
@@ -7869,6 +9773,39 @@ def test_every_fault_ends_as_documented_and_the_client_works_on(
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in.bin"]
         faults = iter(())
         assert operation.call(client, tmp_path) == operation.gives
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "from_api_key"])
+def test_the_async_client_meets_faults_as_the_other_one_does(name: str, tmp_path: Path) -> None:
+    def choose(request: Received) -> Answer:
+        payload, kind = good(request, server.url)
+        is_first = requests_to(server, operation) == [request]
+        return fault.make(payload, kind) if is_first else whole(payload, kind)
+
+    def outcome(use: Callable[[], Any]) -> Any:
+        del server.received[:]
+        return outcome_of(use), [request[:2] for request in server.received]
+
+    operation = OPERATIONS[name]
+    (tmp_path / "in.bin").write_bytes(b"x" * 3000)
+    with nothing_left(tmp_path), Routed(choose) as server, client_of(server) as client:
+        for label in ONE_OF_EACH_KIND:
+            fault = FAULTS[label]
+            if fault.outcome is not TIMED_OUT:  # which takes its time
+                expected = outcome(lambda: operation.call(client, tmp_path))
+                act = lambda awaiting: operation.call(awaiting, tmp_path)  # noqa: E731
+                assert outcome(lambda: awaited(act, server)) == expected, label  # noqa: B023
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_awaited_exchange_fails_as_the_other_one_does(name: str) -> None:
+    with Routed(lambda _: WRONG[name]) as server:
+        expected, awaited_ = (outcome_of(make) for make in (
+            lambda: GatewayClient.from_api_key("key-1", server.url),
+            lambda: in_loop(AsyncGatewayClient.from_api_key("key-1", server.url)),
+        ))
+        assert expected == awaited_ and issubclass(expected[0], GatewayError)
+        server.wait_until(lambda: server.open_connections == 0)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "from_api_key"])  # which is tried below
@@ -9027,6 +10964,7 @@ def test_a_closed_or_full_stream_is_no_traceback(cli: Any, shell: Any, line: str
 READMES = ("README.md", "README.zh-CN.md")
 TREE = ast.parse(SDK.read_text(encoding="utf-8"))
 PUBLIC = {
+    "AsyncEventStream", "AsyncGatewayClient",
     "GatewayClient", "Prefab", "PrefabCall", "PrefabResult", "BatchResult", "CallStatus", "StreamEvent",
     "StreamEventType", "EventStream", "PrefabInfo", "GatewayError", "AuthenticationError", "PrefabNotFoundError",
     "ValidationError", "QuotaExceededError", "MissingSecretError", "AgentContextRequiredError",

@@ -19,16 +19,22 @@ import pytest
 from conftest import EXAMPLES, Gated, len_of, wait_for
 from local_gateway import LocalGateway
 
-from gateway_sdk import EventStream, GatewayClient, GatewayTimeoutError, ServiceUnavailableError
+from gateway_sdk import GatewayClient, GatewayTimeoutError, ServiceUnavailableError
 from test_gateway_sdk import (
     HEAD,
+    TOKEN,
     WAIT_SECONDS,
     HangUp,
+    Pause,
+    Received,
+    Routed,
     Script,
+    async_client_of,
     chunk,
     client_of,
     environment_for,
     event,
+    ran,
     run,
 )
 
@@ -70,7 +76,7 @@ class Agent:
     @contextlib.contextmanager
     def post(self, path: str, content: Any, token: str | None = None) -> Iterator[http.client.HTTPResponse]:
         """An answer; the connection is closed at the end, read to its end or not."""
-        token = self.gateway.internal_token if token is None else token
+        token = getattr(self.gateway, "internal_token", TOKEN) if token is None else token
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         headers = {"Content-Type": "application/json", "X-Internal-Token": token}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
@@ -146,6 +152,22 @@ def test_the_agent_closes_the_upstream_stream_when_its_caller_hangs_up(agent: Ag
 
 
 @needs_fastapi
+def test_silent_streams_whose_callers_have_left_are_closed_however_many_they_are() -> None:
+    def choose(received: Received) -> Any:
+        is_stream = b'"words"' in received.body
+        return Pause(HEAD + chunk(event("start"))) if is_stream else ran(3)
+
+    with Routed(choose) as gateway, Agent(gateway) as agent:
+        with contextlib.ExitStack() as callers:
+            for _ in range(200):
+                response = callers.enter_context(agent.post("/words", {"text": "one"}))
+                assert read_event(response)["type"] == "start"
+        gateway.wait_until(lambda: gateway.open_connections == 0)
+        with agent.post("/statistics", {"text": "a b c"}) as response:
+            assert json.load(response) == 3
+
+
+@needs_fastapi
 def test_the_agent_cleans_up_after_a_stream_and_after_a_refusal(agent: Agent) -> None:
     def count_deletes() -> int:
         return sum(r.method == "DELETE" and "session_id=" in r.path for r in agent.gateway.requests)
@@ -185,7 +207,7 @@ def test_the_agent_answers_errors_with_a_fitting_status(
     agent.gateway.add_prefab("text-tools", "1.1.0", functions, secrets=secrets)
     if token == "an API key's":
         exchanging = GatewayClient.from_api_key(agent.gateway.api_key, agent.gateway.base_url)
-        token = exchanging._transport.credential["X-Internal-Token"]
+        token = exchanging.internal_token
     with agent.post(path, {"text": "a b c"}, token) as response:
         assert (response.status, json.load(response).get("error")) == (status, error)
 
@@ -202,11 +224,12 @@ def test_the_agent_tells_a_timeout_from_other_faults() -> None:
 def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
     import fastapi_agent
 
-    async def read(stream: EventStream) -> list[Any]:
-        return [json.loads(text[6:]) async for text in fastapi_agent.server_sent_events(stream)]
+    async def read() -> list[Any]:
+        async with async_client_of(server) as client, await run(client, stream=True) as stream:
+            return [json.loads(text[6:]) async for text in fastapi_agent.server_sent_events(stream)]
 
-    with Script(HangUp(HEAD + chunk(event("content", "half")))) as server, client_of(server) as client:
-        half, broken = asyncio.run(read(run(client, stream=True)))
+    with Script(HangUp(HEAD + chunk(event("content", "half")))) as server:
+        half, broken = asyncio.run(read())
     assert half["data"] == "half"
     assert (broken["type"], broken["data"]["type"]) == ("error", "ServiceUnavailableError")
 
