@@ -390,7 +390,8 @@ def own_traceback(error: Exception) -> str:
     if isinstance(error, PrefabError):  # it comes from a process
         return error.traceback or str(error)
     frames = error.__traceback__
-    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == __file__:
+    this_file = own_traceback.__code__.co_filename
+    while frames and frames.tb_next and frames.tb_frame.f_code.co_filename == this_file:
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames))
 
@@ -594,7 +595,7 @@ def read_manifest(content: bytes) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(content.decode())
     except UnicodeDecodeError as error:
         raise ValueError("it is not UTF-8: save it as UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON: {error}") from error
     problems = list(map(describe_mismatch, mismatches(manifest, MANIFEST)))
     if problems:
@@ -643,7 +644,7 @@ class PrefabFolder:
 
 # It is told what to do by a line on stdin, and answers with lines on stdout: [kind, value].
 CHILD_PROGRAM = r"""
-import importlib, inspect, json, os, signal, sys, threading, traceback, types
+import importlib, json, os, signal, sys, threading, types  # no others: each call waits for them
 
 def tell(kind, value=None):
     pipe.write(json.dumps([kind, value]) + "\n")
@@ -669,6 +670,7 @@ def load(folder):
     return importlib.import_module("src.main")
 
 def untaken(function, names):
+    import inspect
     try:
         signature = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some of those written in C have none
@@ -678,6 +680,7 @@ def untaken(function, names):
     return [name for name in names if name not in {parameter.name for parameter in signature}]
 
 def own_traceback(error):
+    import traceback
     frames = error.__traceback__
     while frames and not frames.tb_frame.f_code.co_filename.startswith(folder + os.sep):
         frames = frames.tb_next
@@ -691,11 +694,12 @@ sys.breakpointhook = refuse_breakpoint
 threading.Thread(target=end_with_the_gateway, daemon=True).start()
 try:
     function = getattr(load(folder), name)
-    if untaken(function, undeclared):
-        tell("untaken", untaken(function, undeclared)[0])
+    refused = undeclared and untaken(function, undeclared)
+    if refused:
+        tell("untaken", refused[0])
     else:
         outcome = function(**parameters)
-        streams = inspect.isgenerator(outcome)
+        streams = isinstance(outcome, types.GeneratorType)
         tell("kind", "stream" if streams else "value")
         for value in outcome if streams else [outcome]:
             tell("given", value)
@@ -985,7 +989,7 @@ def stream_events(
         if files or not types & {"done", "error"}:  # files come after a `done` of its own as well
             done = event_bytes("done", {"job_id": job_id, "files": files})
             yield done if types else start + done
-    except Exception as error:  # whatever the function raises ends its stream
+    except Exception as error:  # noqa: BLE001 - whatever the function raises ends its stream
         log_failure(job, error)
         if "error" not in types:
             yield (b"" if types else start) + event_bytes("error", describe_error(error))
@@ -1026,12 +1030,9 @@ class LocalGateway:
     """
 
     def __init__(
-        self,
-        *prefab_folders: str | os.PathLike[str],
-        port: int = 0,
-        host: str = "127.0.0.1",
+        self, *prefab_folders: str | os.PathLike[str], port: int = 0, host: str = "127.0.0.1",
         token: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not 0 <= port <= 65535:
             raise ValueError(f"a port is a number from 0 to 65535, not {port}")
         if token is not None and not re.fullmatch(r"[!-~]+", token):
