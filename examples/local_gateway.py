@@ -567,7 +567,7 @@ def run_here(function: Callable[..., Any]) -> Callable[[Job], Any]:
 # --- Prefab folders -------------------------------------------------------------------
 
 # What the gateway itself needs of a manifest; everything else is passed on as it is.
-SECRETS = [{"name": str, "required?": bool, "instructions?": str}]
+SECRETS = [{"name": str, "required?": bool}]
 PARAMETERS = [{"name": str, "type?": str, "required?": bool}]
 MANIFEST = {
     "id": str, "version": str, "secrets?": SECRETS,
@@ -657,7 +657,7 @@ def end_with_the_gateway():
     os._exit(1)
 
 def refuse_breakpoint(*args, **kwargs):
-    raise RuntimeError("breakpoint() has no terminal here: give the function to add_prefab()")
+    raise RuntimeError("breakpoint() has no terminal here: use LocalGateway.add_prefab()")
 
 def load(folder):
     src = os.path.join(folder, "src")
@@ -708,8 +708,6 @@ except Exception as error:
     told = {"message": str(error), "type": type(error).__name__}
     tell("error", {**told, "traceback": own_traceback(error)})
 """
-
-
 LAST_LINE = b'["end", null]\n'
 
 
@@ -961,8 +959,8 @@ def add_own_prefabs(add: Callable[..., None]) -> None:
 EVENT_TYPES = ("start", "content", "progress", "done", "error")
 
 
-def event_bytes(type_name: str, data: Any) -> bytes:
-    return b"data: " + json_bytes({"type": type_name, "data": data}) + b"\n\n"
+def event_bytes(event: Mapping[str, Any]) -> bytes:
+    return b"data: " + json_bytes(event) + b"\n\n"
 
 
 def log_failure(job: Job, error: Exception) -> None:
@@ -975,24 +973,24 @@ def stream_events(
     job: Job, job_id: str, pieces: Iterator[Any], keep_outputs: Callable[[Job], Any]
 ) -> Iterator[bytes]:
     """The events that a function yields, with the `start` and the end that it leaves out."""
-    start = event_bytes("start", {"job_id": job_id})
+    start = event_bytes({"type": "start", "data": {"job_id": job_id}})
     types: set[str] = set()  # of its events so far
     try:
         for piece in pieces:
             is_event = isinstance(piece, dict) and piece.get("type") in EVENT_TYPES
-            type_name = piece["type"] if is_event else "content"
-            before = b"" if types or type_name == "start" else start
-            types.add(type_name)
-            own = b"data: " + json_bytes(piece) + b"\n\n"
-            yield before + (own if is_event else event_bytes("content", piece))
+            event = piece if is_event else {"type": "content", "data": piece}
+            before = b"" if types or event["type"] == "start" else start
+            types.add(event["type"])
+            yield before + event_bytes(event)
         files = keep_outputs(job)
         if files or not types & {"done", "error"}:  # files come after a `done` of its own as well
-            done = event_bytes("done", {"job_id": job_id, "files": files})
-            yield done if types else start + done
+            done = {"type": "done", "data": {"job_id": job_id, "files": files}}
+            yield (b"" if types else start) + event_bytes(done)
     except Exception as error:  # noqa: BLE001 - whatever the function raises ends its stream
         log_failure(job, error)
         if "error" not in types:
-            yield (b"" if types else start) + event_bytes("error", describe_error(error))
+            told = {"type": "error", "data": describe_error(error)}
+            yield (b"" if types else start) + event_bytes(told)
 
 
 # --- The gateway ----------------------------------------------------------------------
@@ -1063,7 +1061,7 @@ class LocalGateway:
             error = self.add_folder(path).error
             if error:
                 raise error
-        self._is_open = host not in OWN_NAMES
+        self.is_open = host not in OWN_NAMES  # to others than programs of this machine
         self._folder = tempfile.TemporaryDirectory(prefix="local-gateway-")
         self.storage = Storage(Path(self._folder.name).resolve())
         try:
@@ -1195,7 +1193,7 @@ class LocalGateway:
             raise Refusal(403, "No web page may use this gateway: a request has an Origin header")
         host = request.headers.get("host", "")
         name = re.sub(r":\d*$", "", host).lower()
-        if not self._is_open and name not in OWN_NAMES:
+        if not self.is_open and name not in OWN_NAMES:
             message = f"This gateway serves its own machine only, as 127.0.0.1, and not as '{host}'"
             raise Refusal(403, f"{message}: start it with --host to serve others")
 
@@ -1211,7 +1209,7 @@ class LocalGateway:
         caller = self.callers.get(given[0]) if given else "nobody"
         if caller is None:
             raise Refusal(401, "Could not validate credentials")
-        if caller == "nobody" and self._is_open:
+        if caller == "nobody" and self.is_open:
             raise Refusal(401, "Not authenticated")
         if caller not in route.admitted and route.admitted is not AGENT:
             raise Refusal(401, "Not authenticated")
@@ -1401,7 +1399,7 @@ class LocalGateway:
         job = Job(f"{prefab_id} {version}, {name}", self.storage.new_folder(), self.call_seconds)
         job.parameters, files = self._read_inputs(function, call["inputs"])
         job.undeclared = check_parameters(function.entry, job.parameters)
-        job.as_paths = [key for key in files if key in job.parameters]
+        job.as_paths = [key for key in files if self.flat and key in job.parameters]
         job.inputs = {safe_name(key): list(map(self._find_input, files[key])) for key in files}
         job.secrets = self._secrets_for(function, prefab_id)
         self.executed.append((prefab_id, version, name))
@@ -1719,6 +1717,8 @@ def print_settings(gateway: LocalGateway) -> None:
         f"AGENT_BUILDER_API_KEY={gateway.api_key}\nGATEWAY_JWT_TOKEN={gateway.jwt_token}",
         file=sys.stderr,
     )
+    if gateway.is_open:
+        print("Others reach it by this machine's name instead of 127.0.0.1.", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -474,7 +474,9 @@ def test_deleting_an_unknown_secret_is_no_error(own: LocalGateway) -> None:
 # --- Flat inputs ----------------------------------------------------------------------------------
 
 
-def test_a_flat_gateway_reads_parameters_beside_one_another(own: LocalGateway) -> None:
+def test_a_flat_gateway_reads_parameters_beside_one_another(
+    own: LocalGateway, content_file: Path
+) -> None:
     own.flat = True
 
     def f(text: str, inputs: dict[str, Any]) -> Any:
@@ -491,6 +493,9 @@ def test_a_flat_gateway_reads_parameters_beside_one_another(own: LocalGateway) -
     assert run_p(own, [1]).status == 422
     own.flat = False
     assert run_p(own, {"text": "t"}).json == {"detail": "Missing required parameter: text"}
+    with client_of(own) as client:
+        files = {"text": [client.upload_input_file(content_file)]}
+    assert run_p(own, {"parameters": {"text": "t"}, "files": files}).value == ["t", ["text"]]
 
 
 def test_a_flat_gateway_takes_files_as_values(own: LocalGateway, content_file: Path) -> None:
@@ -554,7 +559,10 @@ def test_the_manifest_of_the_readme_serves_a_function(tmp_path: Path) -> None:
     {"src/main.py": "from .types import f", "src/types.py": "def f(): return 1"},
     {"src/main.py": "import json, queue\ndef f(): return 1", "src/queue.py": "1 / 0"},
 ], ids=lambda files: files["src/main.py"])  # fmt: skip
-def test_a_folder_is_imported_as_a_package(files: dict[str, str], tmp_path: Path) -> None:
+def test_a_folder_is_imported_as_a_package(
+    files: dict[str, str], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     make_folder(tmp_path, "", "f")
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -660,8 +668,7 @@ def with_function(**fields: Any) -> dict[str, Any]:
     ([GOOD], "the whole must be an object"),
     (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "it begins with a byte order mark"),
     (json.dumps(GOOD).encode("utf-16"), "it is not UTF-8"),
-    (b'{"id": "p",\n}', "it is not JSON: "),
-    (b'{"id": "p",\n}', "line 2 column 1"),
+    (b'{"id": "p",\n "version" "1.0.0"}', "it is not JSON: Expecting ':' delimiter: line 2 column"),
     (b"", "it is not JSON"),
     (b"[" * 100_000, "it is not JSON"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
@@ -722,7 +729,7 @@ def stops(): breakpoint()
     ("unprintable", "TypeError: Object of type function is not JSON serializable", []),
     ("missing", "AttributeError: module 'src.main' has no attribute 'missing'", []),
     ("leaves", "its process ended with status 3", []),
-    ("stops", "RuntimeError: breakpoint() has no terminal here: give the function to add_prefab()",
+    ("stops", "RuntimeError: breakpoint() has no terminal here: use LocalGateway.add_prefab()",
      ["breakpoint()"]),
 ])  # fmt: skip
 def test_an_error_of_a_folder_is_logged_with_its_own_traceback(
@@ -1064,15 +1071,20 @@ def printed_by(process: Any, count: int) -> list[str]:
 
 
 def test_the_program_prints_lines_for_a_shell(tmp_path: Path) -> None:
-    environment = environment_for(None, http_proxy=NO_ONE, no_proxy="a, b")
-    with started(PROGRAM, "--port", "0", env=environment) as process:
+    environment = environment_for(None, http_proxy=NO_ONE, no_proxy="a;exit 3")
+    with started(PROGRAM, "--port", "0", "--host", "0.0.0.0", env=environment) as process:
         lines = printed_by(process, 4)
+        told = [process.stderr.readline().decode() for _ in range(4)]
         command = "\n".join([*lines, f'"{sys.executable}" "{ROOT / "gateway_sdk.py"}" list'])
         shell = ["sh", "-ec", command]
         done = subprocess.run(shell, capture_output=True, env=environment, check=True)
         assert json.loads(done.stdout)[0]["id"] == "text-tools"
     names = [line.partition("=")[0].partition(" ")[2] for line in lines]
     assert names == ["GATEWAY_BASE_URL", "X_INTERNAL_TOKEN", "NO_PROXY", "no_proxy"]
+    assert [line.partition("=")[0] for line in told[1:3]] == [
+        "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN"
+    ]  # fmt: skip
+    assert "this machine's name" in told[3]
 
 
 def test_the_program_names_a_bad_folder_and_serves_the_others(tmp_path: Path) -> None:
