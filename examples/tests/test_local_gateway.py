@@ -33,12 +33,14 @@ from gateway_sdk import (
     AuthenticationError,
     GatewayClient,
     GatewayError,
+    GatewayTimeoutError,
     MissingSecretError,
     PrefabNotFoundError,
     ServiceUnavailableError,
 )
 from test_gateway_sdk import (
     ROOT,
+    SHORT_SECONDS,
     WAIT_SECONDS,
     Patch,
     client_of,
@@ -814,6 +816,9 @@ def started(fifo):
     end = open(fifo, "w")
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], stdout=end)
     return 1
+def patient(fifo):
+    line = open(fifo).readline()
+    open(fifo + ".seen", "w").write(line)
 """
 
 
@@ -850,7 +855,7 @@ def fifo(tmp_path: Path) -> Iterator[Fifo]:
 
 @pytest.fixture
 def hanging(tmp_path: Path) -> Path:
-    names = ("hang", "stream", "started")
+    names = ("hang", "stream", "started", "patient")
     entries = [{"name": name, "parameters": [{"name": "fifo"}]} for name in names]
     return make_folder(tmp_path / "hanging", HANGING, *entries)
 
@@ -897,6 +902,24 @@ def test_a_process_dies_with_the_gateway(
     thread.join(WAIT_SECONDS)
     assert list(temporary.iterdir()) == []
     assert caplog.records == []
+
+
+@needs_fifo
+def test_a_call_that_does_not_stream_runs_to_its_end(
+    hanging: Path, fifo: Fifo, tmp_path: Path
+) -> None:
+    gate, seen = tmp_path / "gate", tmp_path / "gate.seen"
+    os.mkfifo(gate)
+    with LocalGateway(hanging) as gateway, client_of(gateway) as client:
+        with pytest.raises(GatewayTimeoutError):
+            client.run("p", "1.0.0", "patient", {"fifo": str(gate)}, timeout=SHORT_SECONDS)
+        with client.run("p", "1.0.0", "stream", {"fifo": fifo.path}, stream=True):
+            assert fifo.has_begun()
+        assert fifo.has_ended()  # so the gateway has seen clients leave since then
+        opened = os.open(gate, os.O_RDWR)  # which waits for nobody
+        os.write(opened, b"go\n")
+        wait_for(lambda: seen.exists() and seen.read_text() == "go\n")
+        os.close(opened)
 
 
 @needs_fifo
