@@ -1094,7 +1094,8 @@ def printed_by(process: Any, count: int) -> list[str]:
 
 
 def test_the_program_prints_lines_for_a_shell(tmp_path: Path) -> None:
-    environment = environment_for(None, http_proxy=NO_ONE, no_proxy="a;exit 3")
+    proxies = {"http_proxy": NO_ONE, "no_proxy": "a;exit 3"}
+    environment = environment_for(None, TMPDIR=str(tmp_path), **proxies)
     with started(PROGRAM, "--port", "0", "--host", "0.0.0.0", env=environment) as process:
         lines = printed_by(process, 4)
         told = [process.stderr.readline().decode() for _ in range(4)]
@@ -1115,7 +1116,7 @@ def test_the_program_names_a_bad_folder_and_serves_the_others(tmp_path: Path) ->
     bad = make_folder(tmp_path / "bad", "def f(): return 2", "f", id="q", version=1.0)
     folders = [argument for folder in (bad, good, tmp_path) for argument in ("--prefab", folder)]
     arguments = [PROGRAM, "--port", "0", "--token", "t", *folders]
-    with started(*arguments, env=environment_for(None)) as process:
+    with started(*arguments, env=environment_for(None, TMPDIR=str(tmp_path))) as process:
         told = [process.stderr.readline().decode() for _ in range(2)]
         assert f"{bad / 'prefab-manifest.json'} cannot be used: version must be a string" in told[0]
         assert f"No such file or directory: '{tmp_path / 'prefab-manifest.json'}'" in told[1]
