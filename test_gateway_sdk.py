@@ -6902,7 +6902,7 @@ class OfItsOwn(BaseException):
 
 
 # What ends a batch out of `on_result`, and the results that are handed over.
-ENDS: list[tuple[BaseException, list[int]]] = [
+BATCH_ENDS: list[tuple[BaseException, list[int]]] = [
     *((error, [0, 1, 2]) for error in (
         KeyboardInterrupt(), SystemExit(3), GeneratorExit(), asyncio.CancelledError(), OfItsOwn())),
     *((error, [0]) for error in (
@@ -6911,7 +6911,7 @@ ENDS: list[tuple[BaseException, list[int]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("raised", "handed"), ENDS, ids=repr)
+@pytest.mark.parametrize(("raised", "handed"), BATCH_ENDS, ids=repr)
 def test_what_arrived_before_an_interruption_is_reported_and_the_rest_cancelled(
     raised: BaseException, handed: list[int], client: GatewayClient
 ) -> None:
@@ -8413,7 +8413,7 @@ def test_it_gives_and_raises_what_the_other_client_does(name: str) -> None:
     assert name == "no batch" or any(isinstance(one, tuple) for one, _ in expected.values())
 
 
-BAD_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+ASYNC_BAD_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "a local path": lambda c: c.run("p", "1.0.0", "f", files={"in": ["in.txt"]}),
     "no number": lambda c: c.run("p", "1.0.0", "f", {"n": math.nan}),
     "no file": lambda c: c.upload_file("no such file"),
@@ -8426,11 +8426,11 @@ BAD_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@pytest.mark.parametrize("name", ASYNC_BAD_ARGUMENTS)
 def test_what_cannot_be_used_is_refused_as_the_other_client_does(name: str) -> None:
     with Script() as server, client_of(server) as client:
-        expected = outcome_of(lambda: BAD_ARGUMENTS[name](client))
-        assert outcome_of(lambda: awaited(BAD_ARGUMENTS[name], server)) == expected
+        expected = outcome_of(lambda: ASYNC_BAD_ARGUMENTS[name](client))
+        assert outcome_of(lambda: awaited(ASYNC_BAD_ARGUMENTS[name], server)) == expected
     assert isinstance(expected, tuple) and not server.connections
 
 
