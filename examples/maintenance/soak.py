@@ -363,6 +363,8 @@ class Soak:
             if after[what] > count + (MEMORY_MIB if what == "memory MiB" else 1):
                 self.wrong.append(f"{what} grew from {count:g} to {after[what]:g}")
         self.wrong += [f"left behind: {path.name}" for path in self.folder.iterdir()]
+        never = {operation.__name__ for operation in OPERATIONS} - set(self.done)
+        self.wrong += [f"never succeeded: {name}" for name in sorted(never)]
         return verdict
 
 

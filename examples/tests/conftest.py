@@ -42,6 +42,7 @@ class Gated:
 
     def _stream(self, pieces: list[str]) -> Iterator[str]:
         try:
+            yield {"type": "start", "data": {}}
             for piece in pieces:
                 assert self.gate.acquire(timeout=3 * WAIT_SECONDS)  # longer than any reader waits
                 yield piece

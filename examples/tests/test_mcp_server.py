@@ -433,7 +433,7 @@ def test_mcp_takes_and_gives_files(tool_client: ToolClient, content_file: Path) 
     ("vault__sign", {"text": "x"}, r"(?s)Secret 'SIGNING_KEY' .* secret set vault SIGNING_KEY"),
     ("text-tools__statistics", {}, "answered 422: Missing required parameter: text"),
     ("text-tools__statistics", {"text": "a", "txt": "b"}, r"has no argument txt\. It takes: text\."),
-    ("text-tools__statistics", {"text": 5}, "answered 422: Parameter 'text' must be of type string"),
+    ("text-tools__statistics", {"text": 5}, "answered 422: Type mismatch for parameter text: expected string"),
     ("file-tools__line_count", {}, "Give the input files under the key 'files'"),
     ("file-tools__line_count", {"files": ["a.txt"]}, "files must be an object"),
     ("file-tools__line_count", {"files": {"files": 3}}, "must be an array of local paths or s3:// URLs, not 3"),
