@@ -7289,37 +7289,6 @@ def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
     assert len(server.received) == 3, f"{pressed} more presses"
 
 
-@contextlib.contextmanager
-def logged(note: Callable[[], object]) -> Iterator[list[Any]]:
-    """What `note` gives in the threads that log requests: handlers look up a trace's id there."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if " ms" in record.getMessage():
-                noted.append(note())
-
-    noted: list[Any] = []
-    logger, handler = logging.getLogger("gateway_sdk"), Handler()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        yield noted
-    finally:
-        logger.setLevel(before)
-        logger.removeHandler(handler)
-
-
-def test_context_variables_reach_the_threads_of_a_batch() -> None:
-    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="none")
-    with Routed(lambda _: ran()) as server, client_of(server) as client:
-        with logged(variable.get) as noted:
-            for value in "ab":
-                variable.set(value)
-                assert client.run_batch([call()] * 3, max_workers=2).all_success()
-    assert noted == ["a", "a", "a", "b", "b", "b"]
-
-
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_what_ends_a_batch_closes_the_connections_of_its_calls(raised: Any) -> None:
     def fail(index: int, result: PrefabResult) -> None:
@@ -8350,13 +8319,13 @@ def arguments_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {one.name: (one.kind, one.default) for one in given}
 
 
-ARGUMENTS = {name: arguments_of(getattr(GatewayClient, name)) for name in ["__init__", *METHODS]}
+SIGNATURES = {name: arguments_of(getattr(GatewayClient, name)) for name in ["__init__", *METHODS]}
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", SIGNATURES)
 def test_each_method_takes_the_same_arguments_as_that_of_the_other_client(name: str) -> None:
     more = {"max_workers": (inspect.Parameter.KEYWORD_ONLY, None)}
-    expected = {**ARGUMENTS[name], **(more if name in ("__init__", "from_api_key") else {})}
+    expected = {**SIGNATURES[name], **(more if name in ("__init__", "from_api_key") else {})}
     assert arguments_of(getattr(AsyncGatewayClient, name)) == expected
     assert name == "__init__" or inspect.getdoc(getattr(AsyncGatewayClient, name))
 
@@ -9386,6 +9355,27 @@ def test_what_on_progress_raises_comes_out_of_an_awaited_transfer(
         with pytest.raises(KeyError) as caught:
             in_loop(main())
     assert caught.value is error and not [*tmp_path.iterdir()]
+
+
+@contextlib.contextmanager
+def logged(note: Callable[[], object]) -> Iterator[list[Any]]:
+    """What `note` gives in the threads that log requests: handlers look up a trace's id there."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if " ms" in record.getMessage():
+                noted.append(note())
+
+    noted: list[Any] = []
+    logger, handler = logging.getLogger("gateway_sdk"), Handler()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield noted
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 def test_context_variables_reach_the_threads(content_file: Path) -> None:
