@@ -4340,7 +4340,9 @@ def test_a_failed_result_does_not_keep_its_request(way: str, refusing: str) -> N
                 text = "x" * size
                 calls = [PrefabCall("p", "1.0.0", "f", {"text": text}) for _ in answers * repeated]
                 batch = client.run_batch(calls, executor=pool if way == "on an executor" else None)
-                server.received.clear()  # it has the bodies
+                client.close()
+                server.wait_until(lambda: server.open_connections == 0)
+                server.received.clear()  # it had the bodies
                 gc.collect()
                 kept = tracemalloc.get_traced_memory()[0]
             finally:
