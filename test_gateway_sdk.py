@@ -4,10 +4,11 @@ First what each section of the module does, in its order; then faults, in tables
 what can go wrong; then the command line, the README, the places where the module runs. The tests of
 examples stand in `examples/tests/` and use the servers and fixtures of this file.
 
-Two kinds of servers stand behind them. The local gateway of `examples/` behaves as the protocol says;
-a `Script` says byte for byte what the test wants, and records what it was sent.
+Two kinds of servers stand behind them. The local gateway of `examples/` behaves as the protocol
+says; a `Script` says byte for byte what the test wants, and records what it was sent.
 
-Most tests are tables. The name of a row says what is tried, and a comment above a table what its columns are.
+Most tests are tables. The name of a row says what is tried, and a comment above a table what its
+columns are.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def answer(content: Any = None, status: int = 200, *, body: bytes | None = None,
 
 def chunked(*chunks: bytes, end: bool = True, content_type: str = "text/event-stream") -> bytes:
     """An answer in chunks; without `end`, the last chunk is missing."""
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n".encode()
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     return head + b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks) + (b"0\r\n\r\n" if end else b"")
 
 
@@ -353,7 +355,10 @@ def client(gateway: LocalGateway) -> Iterator[GatewayClient]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C interrupts: a job in the background ignores it, and so would each process that a test starts."""
+    """Ctrl-C interrupts.
+
+    A job in the background ignores it, and so would each process that a test starts.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -408,7 +413,7 @@ def text_of(error: BaseException) -> str:
 
 
 def all_of(error: BaseException) -> str:
-    """What any tool that prints or sends an error may get at: causes and contexts, with all they carry."""
+    """What a tool that prints or sends an error may get at: causes and contexts with all they carry."""
     texts = [text_of(error)]
     found: BaseException | None = error
     while found:
@@ -1393,7 +1398,7 @@ def test_the_data_of_a_result_says_whether_a_call_that_raised_may_have_run() -> 
 
 
 def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
-    body = b'{"job_id": "j", "status": "COMPLETED", "results": [{"status": "SUCCESS", "output": {"output": [%b]}}]}'
+    body = b'{"job_id": "j", "results": [{"status": "SUCCESS", "output": {"output": [%b]}}]}'
     given = answer(body=body % b"NaN, Infinity, -Infinity, 1")
     with Script(given, given, chunked(b'data: {"type": "content", "data": NaN}\n\n', event("done"))) as server:
         client = client_of(server)
@@ -1866,7 +1871,7 @@ def test_a_presigned_url_given_by_mistake_is_not_shown(
 
 
 class Endpoint(NamedTuple):
-    """A method of the client, the one request that it sends (RUN: the mode's path), and a fitting answer."""
+    """A method of the client, the request that it sends (RUN: the mode's path), a fitting answer."""
 
     act: Callable[[GatewayClient], Any]
     request: str
@@ -2086,9 +2091,10 @@ def test_parameters_arrive_whole() -> None:
 # --- Connections ----------------------------------------------------------------------------------
 
 
-# A canary: the SDK reads the head of an answer by itself, says how its body is framed, and leaves the body to
-# `http.client`. Each row is an inner way of `http.client.HTTPResponse` that this counts on: how the body is framed,
-# what the socket's file gives, what is done, and what comes of it. Where a row fails, Python has changed and not we.
+# A canary: the SDK reads the head of an answer by itself, says how its body is framed, and leaves
+# the body to `http.client`. Each row is an inner way of `http.client.HTTPResponse` that this counts
+# on: how the body is framed, what the socket's file gives, what is done, and what comes of it. Where
+# a row fails, Python has changed and not we.
 TEN = {"length": 10}
 CHUNKED = {"chunked": True}
 WAYS: dict[str, tuple[dict[str, Any], bytes, Callable[[Any], Any], Any]] = {
@@ -3952,7 +3958,7 @@ def test_a_timeout_that_was_set_later_is_checked_too() -> None:
 
 
 def test_almost_a_secret_does_not_take_long_to_tell_from_it() -> None:
-    """It would take longer than the world is old if each special character had two patterns that match it."""
+    """If two patterns matched each special character, it would take longer than the world is old."""
     almost = "a/=+& \\\\\\" * 60
     with Script(answer({"detail": f"{almost} is too short"}, 422)) as server, client_of(server) as client:
         with pytest.raises(ValidationError, match="is too short"):
@@ -5549,9 +5555,10 @@ def test_a_stream_that_was_read_to_its_end_just_stops() -> None:
 
 @contextlib.contextmanager
 def interrupted(at: int, act: Callable[[], object]) -> Iterator[list[int]]:
-    """Runs `act` once in the middle of the thread's work: before the line number `at` of the module's lines.
+    """Runs `act` once in the middle of the thread's work: before the module's line number `at`.
 
-    Lines of `http.client` count too, as an answer is read by both. Gives how many lines are left until then.
+    Lines of `http.client` count too, as an answer is read by both. Gives how many lines are left
+    until then.
     """
     left = [at]
     files = {gateway_sdk.__file__, sys.modules["http.client"].__file__}
@@ -6578,7 +6585,8 @@ def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
         "import sys; from gateway_sdk import GatewayClient; client = GatewayClient(sys.argv[1])\n"
         "client.get_prefab_spec('p', '1')\n"
         "def peak():\n"
-        "    with open('/proc/self/status') as file: return int(file.read().split('VmHWM:')[1].split()[0])\n"
+        "    with open('/proc/self/status') as file:\n"
+        "        return int(file.read().split('VmHWM:')[1].split()[0])\n"
         "import mimetypes, selectors, uuid; mimetypes.init()\n"
         "before = peak()\n"
         "for call in (client.upload_input_file, client.upload_file):\n"
@@ -7398,7 +7406,7 @@ def test_ctrl_c_ends_a_batch_at_once_and_nothing_more_is_sent() -> None:
 
 @contextlib.contextmanager
 def holding_all_but_the_first(gate: threading.Event) -> Iterator[Script]:
-    """A server that answers no call but the first until the gate is open. At the end all workers are done."""
+    """A server that answers the first call, and others once the gate is open. All workers end."""
     held = Steps((lambda _: gate.wait(2 * WAIT_SECONDS), send(ran())))
     before = set(threading.enumerate())
     with Routed(lambda received: held if len(server.received) > 1 else ran()) as server:
@@ -8352,13 +8360,15 @@ def test_type_hints_of_everything_public_can_be_evaluated() -> None:
             typing.get_type_hints(owner)
             for method, value in vars(owner).items():
                 value = getattr(value, "__func__", value)
-                if inspect.isfunction(value) and (method == "__init__" or not method.startswith("_")):
+                public = method == "__init__" or not method.startswith("_")
+                if inspect.isfunction(value) and public:
                     typing.get_type_hints(value)
-        hints = typing.get_type_hints(gateway_sdk.GatewayClient.__init__)
-        print("ssl_context" in hints, "executor" in typing.get_type_hints(gateway_sdk.GatewayClient.run_batch))
+        client = gateway_sdk.GatewayClient
+        print("ssl_context" in typing.get_type_hints(client.__init__))
+        print("executor" in typing.get_type_hints(client.run_batch))
     """
     done = python(code)
-    assert (done.stdout, done.stderr) == ("True True\n", "")
+    assert (done.stdout, done.stderr) == ("True\nTrue\n", "")
 
 
 def test_to_a_type_checker_the_submodules_are_no_variables() -> None:
@@ -9864,7 +9874,10 @@ ONE_OF_EACH_KIND = (
 
 
 def fault_cells() -> Iterator[Any]:
-    """Operations and the faults that they meet: once, or always, if that leads to another end or to more requests."""
+    """Operations and the faults that they meet.
+
+    Once, or always, if that leads to another end or to more requests.
+    """
     for name, operation in OPERATIONS.items():
         for label in FAULTS if name in DIFFERENT else ONE_OF_EACH_KIND:
             yield pytest.param(operation, FAULTS[label], True, id=f"{name}-{label}-once")
@@ -10018,7 +10031,7 @@ JSON_READERS = {
 
 
 def wrong_bodies() -> Iterator[Any]:
-    """All that is no JSON for a GET and for calls, and for each operation what is not the JSON that it needs."""
+    """All that is no JSON for a GET and for calls; for each operation, JSON that it cannot use."""
     for name in ("list_prefabs", "run", "run-plain-stream"):
         for label, body in NOT_JSON.items():
             yield pytest.param(name, body, id=f"{name}-{label}")
@@ -10284,7 +10297,7 @@ def long_text(piece: str) -> str:
 
 
 def test_no_text_of_a_server_takes_long_to_read(tmp_path: Path) -> None:
-    """All in one process, which would take minutes if a text were looked through again and again."""
+    """In one process, which would take minutes if a text were looked through again and again."""
     texts = ["\n ", " \r\n", " ", "\t", "http:", "https://a?", "'", "<", "&amp;", "%41", "Secret '' for prefab '"]
     problems = ["a" + long_text(text) + "b" for text in texts]
     problems += [long_text("Secret '")[:40_000] + "' for prefab '" * 1400, "Secret '" + long_text("' for prefab '")]
@@ -10481,7 +10494,7 @@ class Terminal:
 
 
 def on_terminal(act: Callable[[], Any], *streams: str, columns: int = 80) -> tuple[Any, str]:
-    """What `act` returns, and what it shows on a terminal that has these streams of this process."""
+    """What `act` returns, and what it shows on a terminal with these streams of this process."""
     terminal = Terminal(columns)
     shown: list[str] = []
     reader = threading.Thread(target=lambda: shown.append(terminal.rest()))
@@ -11214,7 +11227,8 @@ def test_only_the_standard_library_is_imported() -> None:
 CALLS_IN_CODE = """
 with gateway_sdk.GatewayClient.from_env() as client:
     print(client.run("text-tools", "1.1.0", "echo", {"value": 1}).get_function_result())
-    print(sum(1 for _ in client.run("text-tools", "1.1.0", "words", {"text": "a b"}, stream=True)) > 2)
+    events = client.run("text-tools", "1.1.0", "words", {"text": "a b"}, stream=True)
+    print(sum(1 for _ in events) > 2)
 """
 PRINTED = "1\nTrue\n"
 
@@ -11277,7 +11291,8 @@ os.environ["HOME"], sys.path[0], sys.dont_write_bytecode = "/nonexistent", os.ge
 import gateway_sdk
 {CALLS_IN_CODE}
 assert gateway_sdk.main(["upload", "gateway_sdk.py"]) == 0
-sys.exit(gateway_sdk.main("run file-tools 1.0.0 checksum -f files=gateway_sdk.py --save saved".split()))"""
+line = "run file-tools 1.0.0 checksum -f files=gateway_sdk.py --save saved"
+sys.exit(gateway_sdk.main(line.split()))"""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(str(SDK), folder)
         os.chmod(folder, 0o555)
@@ -11295,19 +11310,22 @@ def test_an_import_changes_nothing_and_takes_no_time_for_what_few_need(lone: Pat
     code = """import logging, os, signal, socket, sys, threading
 def state():
     root = logging.getLogger()
-    return (dict(os.environ), os.getcwd(), threading.enumerate(), root.handlers[:], root.level, root.manager.disable,
-            socket.getdefaulttimeout(), signal.getsignal(signal.SIGINT), sys.path[:], sys.excepthook, sys.stdout,
-            sys.stderr, os.listdir("."), sys.getrecursionlimit())
+    return (dict(os.environ), os.getcwd(), threading.enumerate(), root.handlers[:], root.level,
+            root.manager.disable, socket.getdefaulttimeout(), signal.getsignal(signal.SIGINT),
+            sys.path[:], sys.excepthook, sys.stdout, sys.stderr, os.listdir("."),
+            sys.getrecursionlimit())
 seen, before = [], state()
 def watch(event, arguments):
-    writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-    if writing or event.startswith(("socket.", "subprocess.", "os.putenv", "os.mkdir", "os.fork", "_thread.start")):
+    flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
+    changes = ("socket.", "subprocess.", "os.putenv", "os.mkdir", "os.fork", "_thread.start")
+    if flags & (os.O_WRONLY | os.O_RDWR) or event.startswith(changes):
         seen.append((event, arguments))
 sys.addaudithook(watch)
 import gateway_sdk
 assert (state(), seen) == (before, []), seen
 own = logging.getLogger("gateway_sdk")
 assert own.level == 0 and {type(handler) for handler in own.handlers} <= {logging.NullHandler}
-print({"argparse", "concurrent.futures", "urllib.request", "asyncio", "getpass"} & set(sys.modules))"""
+few_need = {"argparse", "concurrent.futures", "urllib.request", "asyncio", "getpass"}
+print(few_need & set(sys.modules))"""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
     assert ended_python("-c", code, cwd=str(lone.parent), env=environment) == (0, "set()\n", "")
