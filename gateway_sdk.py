@@ -115,6 +115,19 @@ def _text_of(value: Any) -> str:
     return "(nested too deeply to be shown)"
 
 
+# TEMPORARY: what the library's messages say in Python, and how the command line says it.
+_COMMAND_HINTS: Mapping[str, str] = {
+    r"client\.list_prefabs\(\)": "gateway-sdk list",
+    r"client\.get_prefab_spec\(prefab_id, version\)": "gateway-sdk spec PREFAB",
+    r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', value\)": r"gateway-sdk secret set \1 \2",
+    r"(client\.)?upload_input_file\(\w*\)": "gateway-sdk upload --input",
+    r"a result's get_file_urls\(\), or list_files\(\), gives": "a result's files, or gateway-sdk ls, give",
+    r"larger timeout=": "larger --timeout",
+    r"(^|Is )base_url\b": r"\1--base-url",
+    r"\binternal_token=": "X_INTERNAL_TOKEN",
+}
+
+
 class GatewayError(Exception):
     """Anything that went wrong; the class says what can be done about it.
 
@@ -149,6 +162,13 @@ class GatewayError(Exception):
         GatewayError.__init__(error, message, details)
         error.__dict__.update(attributes)
         return error
+
+    def _in_shell(self) -> str:
+        """TEMPORARY: the message with the SDK's own advice as a command says it."""
+        message = self.message
+        for in_python, command in _COMMAND_HINTS.items():
+            message = re.sub(in_python, command, message)
+        return message
 
     def __reduce__(self) -> tuple[Any, ...]:  # the default would call the class with the message alone
         return self._create, (self.message, self.details), self.__dict__
@@ -284,6 +304,17 @@ class PrefabCall:
         return {**names, "inputs": inputs}
 
 
+def _event_error(event: StreamEvent) -> _Json:
+    """An error event's data as a result's `error`, with the `error_code` that may stand beside it."""
+    error: _Json = {"message": "The function reported an error."}
+    error.update({key: event.raw[key] for key in ("message", "error_code") if key in event.raw})
+    if isinstance(event.data, dict):
+        error.update(event.data)
+    elif event.data:
+        error["message"] = _text_of(event.data)
+    return error
+
+
 @dataclass
 class PrefabResult:
     """What became of one call.
@@ -320,6 +351,41 @@ class PrefabResult:
         code = {"error_code": exception.error_code} if exception.error_code else {}
         error = {"message": exception.message, "type": type(exception).__name__, **code}
         return cls(CallStatus.FAILED, error=error, exception=exception)
+
+    def to_dict(self) -> _Json:
+        """TEMPORARY: the four fields as JSON values."""
+        error = self.error
+        if self.exception is not None:
+            error = {**(error or {}), "may_have_run": self.exception.may_have_run}
+        return {"status": str(self.status), "output": self.output, "error": error, "job_id": self.job_id}
+
+    @classmethod
+    def from_events(cls, events: Iterable[StreamEvent]) -> PrefabResult:
+        """TEMPORARY: the result of a stream."""
+        contents: list[Any] = []
+        error: _Json | None = None
+        done: Any = None
+        files: dict[str, Any] = {}
+        for event in events:
+            if event.type is StreamEventType.ERROR:
+                error = _event_error(event)
+            elif event.type is StreamEventType.CONTENT:
+                if event.data is not None or event.raw.get("type") == "content":
+                    contents.append(event.data)
+            elif event.type is StreamEventType.DONE and isinstance(event.data, dict):
+                fields = dict(event.data)
+                files.update(fields.pop("files", None) or {})
+                fields.pop("job_id", None)
+                done = {**done, **fields} if isinstance(done, dict) else (fields or done)
+            elif event.type is StreamEventType.DONE and event.data not in (None, "", "[DONE]"):
+                done = event.data
+        value: Any = contents
+        if not contents and done:
+            value = done
+        elif all(isinstance(content, str) for content in contents):
+            value = "".join(contents)
+        status = CallStatus.FAILED if error else CallStatus.SUCCESS
+        return cls(status, {"status": str(status), "output": value, "files": files}, error)
 
     def is_success(self) -> bool:
         """Whether the call ran; its function may still report a failure of its own."""
@@ -1405,17 +1471,6 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
         raise _wire_error(response.request, EOFError("no done or error event"), "the stream was cut short")
 
 
-def _event_error(event: StreamEvent) -> _Json:
-    """An error event's data as a result's `error`, with the `error_code` that may stand beside it."""
-    error: _Json = {"message": "The function reported an error."}
-    error.update({key: event.raw[key] for key in ("message", "error_code") if key in event.raw})
-    if isinstance(event.data, dict):
-        error.update(event.data)
-    elif event.data:
-        error["message"] = _text_of(event.data)
-    return error
-
-
 def _result_of_events(response: _Response) -> PrefabResult:
     """The result of a streaming function that was called without `stream=True`."""
     contents: list[Any] = []
@@ -2116,16 +2171,6 @@ class GatewayClient:
 
 # --- Command line ---------------------------------------------------------------------------------
 
-# What the library's messages say in Python, and how the command line says it.
-_COMMAND_HINTS: Mapping[str, str] = {
-    r"client\.list_prefabs\(\)": "gateway-sdk list",
-    r"client\.get_prefab_spec\(prefab_id, version\)": "gateway-sdk spec PREFAB",
-    r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', value\)": r"gateway-sdk secret set \1 \2",
-    r"(client\.)?upload_input_file\(\w*\)": "gateway-sdk upload --input",
-    r"larger timeout=": "larger --timeout",
-    r"(^|Is )base_url\b": r"\1--base-url",
-    r"\binternal_token=": "X_INTERNAL_TOKEN",
-}
 # Control characters but tabs and line ends, and those that turn the direction of writing.
 _CONTROL_CODES = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(b"\t\n\r")
 _ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CODES}
@@ -2457,8 +2502,8 @@ def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # the reader has seen enough
         return 0
     message = str(error).strip() or repr(error)
-    for in_python, command in _COMMAND_HINTS.items():
-        message = re.sub(in_python, command, message)
+    if isinstance(error, GatewayError):
+        message = error._in_shell()
     _print_line(f"error: {message}")
     if isinstance(error, ValidationError):
         return 2 if error.status_code is None else 1
