@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Python SDK for a Gateway: call prefabs, stream, run batches and move files over HTTP.
 
 One module, standard library only, CPython 3.9+ or PyPy: copy it, `pip install` it, or run it.
