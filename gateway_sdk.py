@@ -50,6 +50,12 @@ if TYPE_CHECKING:
 else:  # `typing.get_type_hints` needs these names at run time; importing the modules would slow the start
     Executor = Future = SSLContext = Any
 
+# An older Python compiles this file, and then fails at a line that says nothing to a user. As a script
+# it ends in a sentence; an import raises what importers handle.
+if sys.version_info < (3, 9):  # noqa: UP036 - who copied the file has no installer that checks it
+    _problem = "gateway_sdk needs Python 3.9 or newer, and this is Python " + sys.version.split()[0] + "."
+    raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
+
 __version__ = "1.0.0"
 
 __all__ = [
