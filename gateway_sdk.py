@@ -1652,7 +1652,8 @@ class _Batch:
         self._executor = executor
         self._waiting = deque(enumerate(requests))  # the only reference: memory is freed as calls are sent
         self._futures: dict[int, Future[PrefabResult]] = {}
-        self._arrived: queue.SimpleQueue[tuple[int, PrefabResult]] = queue.SimpleQueue()
+        self._arrived: list[tuple[int, PrefabResult]] = []  # TEMPORARY: nothing is ever taken out of it
+        self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._refused: GatewayError | None = None
 
     def run(self, max_workers: int, on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
@@ -1665,12 +1666,13 @@ class _Batch:
             else:
                 self._start_threads(min(max_workers, count))
             while len(results) < count:
-                index, result = self._arrived.get()
-                results[index] = result
+                self._doorbell.get()
+                index, result = self._arrived[len(results)]
                 on_result(index, result)
+                results[index] = result
         except BaseException as error:
             self._waiting.clear()  # at once and in one step, whatever interrupts what follows
-            arrived = [self._arrived.get() for _ in range(self._arrived.qsize())]
+            arrived = self._arrived[len(results):]
             self._cancel_futures()
             if isinstance(error, KeyboardInterrupt):
                 for index, result in arrived:  # they were paid for
@@ -1732,7 +1734,8 @@ class _Batch:
         if result.exception and result.exception.status_code == 401:
             self._refused = result.exception
             self._cancel_futures()
-        self._arrived.put((index, result))
+        self._arrived.append((index, result))
+        self._doorbell.put(None)
 
     def _cancel_futures(self) -> None:
         for future in list(self._futures.values()):
