@@ -2245,8 +2245,8 @@ def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
 
 
 def _clip(text: str, cells: int) -> str:
-    """As much of a text as a terminal has room for. What is not ASCII may take two cells."""
-    text = text[:cells]
+    """What a line of a terminal has room for. What is not ASCII may take two cells of it."""
+    text = " ".join(text[:1000].splitlines()).expandtabs(1).translate(_ESCAPES)[:cells]
     while len(text) + sum(not character.isascii() for character in text) > cells:
         text = text[:-1]
     return text
@@ -2355,7 +2355,7 @@ class _Terminal:
             return
         with suppress(OSError, ValueError):  # it is not
             cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-            text = _clip(text.translate(_ESCAPES), cells)
+            text = _clip(text, cells)
             if last:
                 self._show(f"{text}\n")
             else:
@@ -2385,7 +2385,7 @@ class _ProgressBar:
 
     def __init__(self, terminal: _Terminal, label: str, unit: str = "MiB") -> None:
         self._terminal = terminal
-        self._label = " ".join(label.split())
+        self._label = label
         self._unit = unit
         self._started = self._drawn = time.monotonic()
 
@@ -2502,7 +2502,7 @@ def _local_name(url: str) -> str:
 
 def _download_into(client: GatewayClient, url: str, folder: str, terminal: _Terminal) -> str:
     """Downloads a file under a name that nothing in the folder has yet. Gives its path."""
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(os.path.abspath(folder), exist_ok=True)  # an error names the whole path
     name, number = _local_name(url), 1
     path = os.path.join(folder, name)
     while True:
@@ -2662,7 +2662,7 @@ def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None
     for prefab, name in zip(prefabs, names):
         state = "" if prefab.status in (None, "deployed") else f"({prefab.status}) "
         line = f"{name:{max(map(len, names))}}  {state}{prefab.description}"
-        terminal.print_text(_clip(" ".join(line.splitlines()), cells) + "\n")
+        terminal.print_text(_clip(line, cells) + "\n")
 
 
 def _spec_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
@@ -2719,8 +2719,12 @@ def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -
     if sys.stdin.isatty():
         import getpass  # asks without an echo; an argument would show in the list of processes
 
-        with suppress(EOFError):
+        try:
             value = getpass.getpass(f"{args.name}: ")
+        except (EOFError, KeyboardInterrupt) as error:
+            terminal.tell("")  # ends the line with the prompt
+            if not isinstance(error, EOFError):
+                raise
     else:
         value = _read_text("-").removesuffix("\n").removesuffix("\r")
     if not value:
@@ -2795,7 +2799,7 @@ def _add_directory(add: Callable[..., Any]) -> None:
                   usage="%(prog)s [options]", epilog="example: gateway-sdk list --status deployed")
     prefabs.set_defaults(handler=_list_command)
     prefabs.add_argument("--status", metavar="STATUS", help="deployed or failed")
-    spec = add("spec", help="show the functions of one", usage="%(prog)s PREFAB [VERSION] [options]",
+    spec = add("spec", help="show functions", usage="%(prog)s PREFAB [VERSION] [options]",
                epilog="example: gateway-sdk spec text-tools")
     spec.set_defaults(handler=_spec_command)
     spec.add_argument("prefab", metavar="PREFAB", help="an id, see `gateway-sdk list`")
