@@ -1668,8 +1668,8 @@ class _Batch:
             while len(results) < count:
                 self._doorbell.get()
                 index, result = self._arrived[len(results)]
-                on_result(index, result)
                 results[index] = result
+                on_result(index, result)
         except BaseException as error:
             self._waiting.clear()  # at once and in one step, whatever interrupts what follows
             arrived = self._arrived[len(results):]
@@ -2232,6 +2232,22 @@ def _read_all(path: str) -> bytes:
     return b"".join(blocks)
 
 
+@contextmanager
+def _long_integers() -> Iterator[None]:
+    """Lets Python print integers of any length. By itself it does not, unless it is an old one."""
+    limit = getattr(sys, "get_int_max_str_digits", None)
+    set_limit: Any = getattr(sys, "set_int_max_str_digits", None)
+    if limit is None:
+        yield
+        return
+    before = limit()
+    set_limit(0)
+    try:
+        yield
+    finally:
+        set_limit(before)
+
+
 def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
     """The document as JSON, which has neither NaN nor infinities: null stands for them."""
     encode = partial(json.dumps, ensure_ascii=ensure_ascii)
@@ -2240,8 +2256,9 @@ def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
     except RecursionError:  # to indent takes more of Python's stack
         return encode(document)
     except ValueError:
-        plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
-        return encode(plain, indent=indent)
+        with _long_integers():
+            plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
+            return encode(plain, indent=indent)
 
 
 def _clip(text: str, cells: int) -> str:
@@ -2265,6 +2282,7 @@ class _Terminal:
         self.quiet = False
         self.signal = 0
         self.if_interrupted = "no call was made"
+        self._signalled = 0.0  # when that was
         self._wholes = 0  # how many `whole` are open, one in another
         self._overdue = False  # a signal came during one of them, and was not raised yet
         self._eraser = ""  # what wipes the bar off stderr; empty while there is none
@@ -2288,9 +2306,14 @@ class _Terminal:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: object) -> None:
-        if self.signal:  # the second one: what the first one waits for takes too long
-            os._exit(128 + number)
-        self.signal = number
+        now = time.monotonic()
+        if self.signal:
+            # The second one ends it at once. A terminal that is closed sends SIGHUP twice, though,
+            # and what starts a command may pass on the Ctrl-C that the command gets anyway.
+            if number != self.signal or now - self._signalled > 0.1:
+                os._exit(128 + number)
+            return
+        self.signal, self._signalled = number, now
         if not self._wholes:
             raise KeyboardInterrupt
         self._overdue = True
@@ -2502,7 +2525,7 @@ def _local_name(url: str) -> str:
 
 def _download_into(client: GatewayClient, url: str, folder: str, terminal: _Terminal) -> str:
     """Downloads a file under a name that nothing in the folder has yet. Gives its path."""
-    os.makedirs(os.path.abspath(folder), exist_ok=True)  # an error names the whole path
+    os.makedirs(os.path.abspath(folder), exist_ok=True)
     name, number = _local_name(url), 1
     path = os.path.join(folder, name)
     while True:
@@ -2573,8 +2596,8 @@ def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> Pr
 
 def _reason(result: PrefabResult) -> str:
     """Why a call failed."""
-    message = (result.error or {}).get("message") or result.error
-    return f"{result.status}: {message or 'the gateway does not say why.'}"
+    message = (result.error or {}).get("message") or result.error or "the gateway does not say why."
+    return f"{result.status}: {result.exception._in_shell() if result.exception else message}"
 
 
 def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
@@ -2628,12 +2651,12 @@ def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Non
 
     def on_result(index: int, result: PrefabResult) -> None:
         nonlocal printed
-        if index < printed or index in waiting:  # a signal at the end of this lets it come again
-            return
         with terminal.whole():
-            waiting[index] = {"index": index, **result.to_dict()}
-            if not result.is_success():  # an error of the gateway's own is that of a call that ran
-                waiting[index]["error"] = {"may_have_run": True, **(waiting[index]["error"] or {})}
+            waiting[index] = line = {"index": index, **result.to_dict()}
+            if result.exception:
+                line["error"]["message"] = result.exception._in_shell()
+            elif not result.is_success():  # so says the gateway: the call has run
+                line["error"] = {**(result.error or {}), "may_have_run": True}
             while printed in waiting:
                 terminal.print_json(waiting.pop(printed), one_line=True)
                 printed += 1
@@ -2657,7 +2680,9 @@ def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None
     if not sys.stdout.isatty():
         terminal.print_json([prefab.raw for prefab in prefabs])
         return
-    cells = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    cells = 80
+    with suppress(OSError):  # the NUL of Windows calls itself a terminal
+        cells = os.get_terminal_size(sys.stdout.fileno()).columns or 80
     names = [f"{prefab.prefab_id} {prefab.version}" for prefab in prefabs]
     for prefab, name in zip(prefabs, names):
         state = "" if prefab.status in (None, "deployed") else f"({prefab.status}) "

@@ -4475,6 +4475,18 @@ def test_what_json_does_not_have_is_null(cli: Any, line: str) -> None:
         json.loads(document, parse_constant=pytest.fail)
 
 
+def test_an_integer_of_any_length_is_printed_whole() -> None:
+    code = """import gateway_sdk, json, sys
+terminal = gateway_sdk._Terminal()
+terminal.print_json({"long": 10**5000})
+try:  # and the limit of Python, if it has one, is what it was
+    json.dumps(10**5000)
+except ValueError:
+    sys.exit()
+sys.exit(hasattr(sys, "set_int_max_str_digits"))"""
+    assert ended_python("-c", code, cwd=str(ROOT)) == (0, '{"long": 1' + "0" * 5000 + "}\n", "")
+
+
 @posix
 def test_a_value_that_is_too_deep_to_be_indented_is_printed_all_the_same(cli: Any) -> None:
     deep = json.loads("[" * 400 + "]" * 400)
@@ -4767,6 +4779,8 @@ def test_a_failed_call_of_a_batch_fails_the_command_and_costs_no_other_result(cl
     assert [(line["index"], line["status"]) for line in ended.lines] == [
         (0, "SUCCESS"), (1, "FAILED"), (2, "FAILED"), (3, "SUCCESS")]
     assert ended.lines[1]["error"]["type"] == "ServiceUnavailableError"
+    unknown = cli("batch", "-", stdin=call_line(prefab_id="no-such"))
+    assert all("gateway-sdk list" in text and "client." not in text for text in unknown[1:])
     told = ended.error(out=ended.out)
     assert told.startswith("error: 2 of 4 calls failed, the first with index 1: FAILED: ")
     assert told.count("out of order") == 1
@@ -5076,8 +5090,20 @@ def test_a_line_that_is_begun_is_finished_and_a_second_signal_ends_at_once(lone:
                 continue
             lines = [json.loads(line) for line in (b"{" + process.stdout.read()).splitlines()]
             assert process.wait() == 130
-            assert [line["index"] for line in lines] == [*range(len(lines))]
+            assert [line["index"] for line in lines] == sorted({line["index"] for line in lines})
             assert len(lines) >= 24 - 8  # as many as calls are on their way at once may be missing
+
+
+def test_a_signal_that_comes_twice_at_the_same_moment_counts_once() -> None:
+    code = """import gateway_sdk, time
+terminal = gateway_sdk._Terminal()
+with terminal.whole():
+    for number in (1, 1, 1):  # as SIGHUP does when a terminal is closed
+        terminal._on_signal(number, None)
+    print("once", flush=True)
+    time.sleep(0.11)
+    terminal._on_signal(1, None)"""
+    assert ended_python("-c", code, cwd=str(ROOT)) == (129, "once\n", "")
 
 
 @posix
