@@ -2195,8 +2195,8 @@ _CALL_FIELDS = ("prefab_id", "version", "function_name", "parameters", "files")
 def _write_all(stream: Any, text: str) -> None:
     """Writes a text to stdout or stderr, whole and at once.
 
-    It goes round the layers of `io`: they lose what is too much for a pipe that does not make its
-    writers wait, as those of node and asyncio, and what they keep is tried again when Python ends.
+    It goes round the layers of `io`, which lose text where a pipe does not make its writers wait
+    (those of node and asyncio), and try again at the end of Python what could not be written.
     """
     stream.flush()
     buffer = getattr(stream, "buffer", None)
@@ -2232,33 +2232,24 @@ def _read_all(path: str) -> bytes:
     return b"".join(blocks)
 
 
-@contextmanager
-def _long_integers() -> Iterator[None]:
-    """Lets Python print integers of any length. By itself it does not, unless it is an old one."""
-    limit = getattr(sys, "get_int_max_str_digits", None)
-    set_limit: Any = getattr(sys, "set_int_max_str_digits", None)
-    if limit is None:
-        yield
-        return
-    before = limit()
-    set_limit(0)
-    try:
-        yield
-    finally:
-        set_limit(before)
-
-
 def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
     """The document as JSON, which has neither NaN nor infinities: null stands for them."""
     encode = partial(json.dumps, ensure_ascii=ensure_ascii)
+    # Python prints no integer that is longer than this. Its older releases know no limit.
+    limit: int | None = getattr(sys, "get_int_max_str_digits", lambda: None)()
+    set_limit: Any = getattr(sys, "set_int_max_str_digits", None)
     try:
         return encode(document, indent=indent, allow_nan=False)
     except RecursionError:  # to indent takes more of Python's stack
         return encode(document)
     except ValueError:
-        with _long_integers():
-            plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
-            return encode(plain, indent=indent)
+        if limit is not None:
+            set_limit(0)
+        plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
+        return encode(plain, indent=indent)
+    finally:
+        if limit is not None:
+            set_limit(limit)
 
 
 def _clip(text: str, cells: int) -> str:
@@ -2293,7 +2284,7 @@ class _Terminal:
         import signal
 
         before: dict[int, Any] = {}
-        # Windows has no SIGHUP, and nobody else has SIGBREAK.
+        # Not every system has all of them.
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number: Any = getattr(signal, name, None)
             is_set = number and signal.getsignal(number) not in (signal.SIG_IGN, None)
@@ -2308,8 +2299,8 @@ class _Terminal:
     def _on_signal(self, number: int, _: object) -> None:
         now = time.monotonic()
         if self.signal:
-            # The second one ends it at once. A terminal that is closed sends SIGHUP twice, though,
-            # and what starts a command may pass on the Ctrl-C that the command gets anyway.
+            # The second one ends it at once. But a terminal that is closed sends SIGHUP twice, and
+            # who starts a command may pass a Ctrl-C on to it that it gets anyway.
             if number != self.signal or now - self._signalled > 0.1:
                 os._exit(128 + number)
             return
@@ -2564,15 +2555,15 @@ def _print_result(
 
 
 def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> PrefabResult:
-    """Prints what comes, as it comes. Gives the result, without the contents that are printed."""
-    ends = []
+    """Prints what comes, as it comes. Gives the result, without most of its contents."""
+    kept: list[StreamEvent] = []  # not all of them: there may be more than memory has room for
     has_content = False
     try:
         for event in stream:
             # A heartbeat is of a type that the SDK does not know, and has no data.
             is_heartbeat = event.data is None and event.raw.get("type") != "content"
-            if event.type in (StreamEventType.DONE, StreamEventType.ERROR):
-                ends.append(event)
+            if not kept or event.type in (StreamEventType.DONE, StreamEventType.ERROR):
+                kept.append(event)
             if as_json:
                 terminal.print_json(event.raw, one_line=True)
             elif event.type == StreamEventType.CONTENT and not is_heartbeat:
@@ -2584,7 +2575,7 @@ def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> Pr
     finally:
         if has_content:
             terminal.print_text("\n")
-    result = PrefabResult.from_events(ends)
+    result = PrefabResult.from_events(kept)
     if not as_json:
         value = result.get_function_result()
         if not has_content and value not in ("", [], {}):
@@ -2654,7 +2645,7 @@ def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Non
         with terminal.whole():
             waiting[index] = line = {"index": index, **result.to_dict()}
             if result.exception:
-                line["error"]["message"] = result.exception._in_shell()
+                line["error"] = {**line["error"], "message": result.exception._in_shell()}
             elif not result.is_success():  # so says the gateway: the call has run
                 line["error"] = {**(result.error or {}), "may_have_run": True}
             while printed in waiting:

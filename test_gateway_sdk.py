@@ -4688,8 +4688,9 @@ def test_a_stream_prints_its_contents_or_whole_events_as_json_lines(cli: Any) ->
     ([event("content", "text"), event("done", {"a": 1, "files": {"x": [S3]}})], "text\n", f"file: {S3}\n"),
     ([event("ping"), event("done", {"a": 1})], '{"a": 1}\n', ""),
     ([event("content"), event("done")], "null\n\n", ""),
+    ([event("content", "a"), event("content", "b")], "ab\n", ""),
     ([event("start"), event("done")], "", ""),
-], ids=["two done events", "text", "contents and files", "heartbeat", "null", "nothing"])
+], ids=["two done events", "text", "contents and files", "heartbeat", "null", "no end", "nothing"])
 def test_a_stream_whose_result_is_in_its_end_prints_that(cli: Any, events: Any, printed: str, told: str) -> None:
     assert cli("run", "a", "1", "f", "--stream", replies=[chunked(*events)]) == (0, printed, told)
 
