@@ -7058,7 +7058,7 @@ def test_what_arrived_before_an_interruption_is_reported_and_the_rest_cancelled(
     assert [future.cancelled() for future in futures] == [False] * 3 + [True] * 2
 
 
-@pytest.mark.parametrize("raised", [error for error, handed in ENDS if len(handed) == 3], ids=repr)
+@pytest.mark.parametrize("raised", [error for error, handed in BATCH_ENDS if len(handed) == 3], ids=repr)
 def test_what_arrived_before_an_executor_was_interrupted_is_reported(raised: BaseException) -> None:
     reported: list[int] = []
 
