@@ -10340,6 +10340,8 @@ def test_no_text_of_a_server_takes_long_to_read(tmp_path: Path) -> None:
 
 # --- Command line ---------------------------------------------------------------------------------
 
+FAILED_CALL = answer({"results": [{"status": "FAILED", "error": {"message": "out of luck"}}]})
+
 SDK = ROOT / "gateway_sdk.py"
 ECHO = ("run", "text-tools", "1.1.0", "echo")
 WORDS = ("run", "text-tools", "1.1.0", "words")
