@@ -738,7 +738,15 @@ class PrefabResult:
         files: _Json = {}
         error: _Json | None = None
         seen: list[_Json] = []
-        for event in events:
+        read: list[StreamEvent] = []
+        try:
+            read.extend(events)
+        except ServiceUnavailableError as broken:
+            # What came was paid for.
+            contents = [event.data for event in read if event.type == StreamEventType.CONTENT]
+            broken.details.update(partial_output=contents, events=[event.raw for event in read])
+            raise
+        for event in read:
             seen.append(event.raw or {"type": str(event.type), "data": event.data})
             if event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
                 contents.append(event.data)
@@ -746,6 +754,8 @@ class PrefabResult:
                 error = _event_error(event)
             elif event.type == StreamEventType.DONE and isinstance(event.data, dict):
                 merged.update(event.data)
+                if set(event.data) - {"files", "job_id"}:
+                    last_done = merged
                 if isinstance(event.data.get("files"), dict):
                     files.update(event.data["files"])
             elif event.type == StreamEventType.DONE and event.data not in (None, "", "[DONE]"):
@@ -753,8 +763,8 @@ class PrefabResult:
         merged.pop("files", None)
         job_id = merged.pop("job_id", None)
         value: Any = contents
-        if not contents and (merged or last_done is not None):
-            value = merged or last_done
+        if not contents and last_done is not None:
+            value = last_done
         elif all(isinstance(content, str) for content in contents):
             value = "".join(contents)
         if not seen:
