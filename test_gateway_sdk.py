@@ -5618,7 +5618,7 @@ def test_a_stream_may_be_closed_at_any_moment_of_being_read(close: Callable[[Any
             reader.start()
             reader.join(WAIT_SECONDS)
             assert not reader.is_alive(), f"closed at line {at}, it waits for ever"
-            sock = stream._response.connection.sock
+            sock = stream._response._connection._sock
             assert sock.fileno() == -1 or not sock._closed, f"closed at line {at}, its descriptor stays open"
             assert run(client).is_success()
             if not reached or at == 2000:
