@@ -2354,46 +2354,31 @@ def _retry_delay(
     No connection: nothing was sent, so it always may. Lost or 502, 503, 504: only if sending it twice
     does no more than once. Everything else, a timeout among it, is raised.
     """
-    if attempt > max_retries:
-        return None
+    unsent = error._fault == "unreachable"
     passing = error._fault == "lost" or error.status_code in (502, 503, 504)
-    if error._fault == "unreachable":
-        base, least = _CONNECT_BACKOFF_BASE_SECONDS, 0.5
-    elif request.idempotent and passing:
-        base, least = _BACKOFF_BASE_SECONDS, 0.0
-    else:
+    if attempt > max_retries or not (unsent or (passing and request.idempotent)):
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
+    base = _CONNECT_BACKOFF_BASE_SECONDS if unsent else _BACKOFF_BASE_SECONDS
     # 2.0**1024 overflows.
     longest = min(_BACKOFF_CAP_SECONDS, base * 2.0 ** min(attempt - 1, 100))
     import random
 
     # Its own generator: a retry must not change what a program that seeds the global one does.
-    return random.Random().uniform(least * longest, longest)
+    return random.Random().uniform(longest / 2 if unsent else 0.0, longest)
 
 
 class _Resume:
-    """A transfer that can go on where an attempt broke off."""
+    """How a transfer goes on after an attempt that broke off: like this, from its start."""
 
     def headers(self) -> Mapping[str, str]:
         """What the next attempt asks for."""
-        raise NotImplementedError
+        return {}
 
     def made_progress(self) -> bool:
         """Whether more came since this was asked last than ever before."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """What one attempt adds to a request, and which it is."""
-
-    credential: _Credential | None
-    more_headers: Mapping[str, str]
-    number: int
-    # Whether it must not use an idle connection.
-    fresh: bool
+        return False
 
 
 def _read_final_head(reader: Any) -> _Head:
@@ -2433,18 +2418,22 @@ class _Transport:
     ) -> None:
         # None for the allow-list.
         self.credential = credential
+        self.max_retries = max_retries
         # Exchanges the API key for a new token.
         self.token_request: _Request | None = None
+        # Whether the gateway turned out to read parameters flat: see `_send_call`.
+        self.reads_flat = False
+        # Where it was made, and which it is: the same for its copies.
+        self.origin = _process_id(), os.urandom(16)
+        self._given_tls = tls
+        self._start()
+
+    def _start(self) -> None:
+        """Makes what a copy does not share with its original."""
         self.pool = _Pool()
         # All requests of the client.
         self.scope = _Scope()
-        self.process_id = _process_id()
-        # The same for its copies in other processes.
-        self.identity = os.urandom(16)
-        # Whether the gateway turned out to read parameters flat: see `_send_call`.
-        self.reads_flat = False
-        self.max_retries = max_retries
-        self._given_tls = self._tls = tls
+        self._tls = self._given_tls
         # By process: a lock held during a fork stays held in the child. A signal handler of the same
         # thread may come in between, hence RLock.
         self._locks: dict[Any, Any] = {}
@@ -2453,38 +2442,37 @@ class _Transport:
 
     def __getstate__(self) -> _Json:
         if self._given_tls:
-            raise _NotPicklableError(
-                "A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do."
-            )
-        own = {"pool": _Pool(), "scope": _Scope(), "_tls": None, "_locks": {}}
-        return {**self.__dict__, **own}
+            problem = "A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do."
+            raise _NotPicklableError(problem)
+        names = "credential max_retries token_request reads_flat origin _given_tls".split()
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: _Json) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def send(
         self, request: _Request, read: Callable[[_Response], _T], scopes: tuple[_Scope, ...] = (),
-        resume: _Resume | None = None,
+        resume: _Resume = _Resume(),
     ) -> _T:
         """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed.
 
         Args:
             scopes: By which it can be ended, beside the client's own.
-            resume: A transfer that goes on where the attempt before broke off.
         """
         flight = _Flight((self.scope, *scopes))
-        if flight.cancelled:
-            raise GatewayError(f"{request!r}: not sent, as it was cancelled before.")
         may_renew = request.to_gateway and not request.credential and bool(self.token_request)
-        attempt, fresh = 1, False
-        while True:
+        attempt = 1
+        while not flight.cancelled:
             credential = request.credential or self.credential
-            more_headers = resume.headers() if resume else {}
             try:
-                attempted = _Attempt(credential, more_headers, attempt, fresh)
-                return self._attempt(flight, request, attempted, read)
+                attempted = self._for_attempt(request, credential, resume.headers())
+                return self._attempt(flight, attempted, attempt, read)
             except GatewayError as error:
                 if flight.cancelled:
                     raise
                 refused = error.status_code == 401 and may_renew
-                if resume and resume.made_progress():
+                if resume.made_progress():
                     # So that a long download on a bad line ends.
                     attempt = 1
                 delay = 0.0 if refused else _retry_delay(request, error, attempt, self.max_retries)
@@ -2496,11 +2484,9 @@ class _Transport:
                 may_renew = False
                 self.renew_token(credential, request.caller_headers, scopes, flight)
             else:
-                # Whatever made the first one fail may be wrong with other idle connections, too.
-                attempt, fresh = attempt + 1, True
+                attempt += 1
                 flight.wait(delay)
-            if flight.cancelled:
-                raise GatewayError(f"{request!r}: cancelled before it was sent again.")
+        raise GatewayError(f"{request!r}: cancelled before it was sent.")
 
     def exchange(self, token_request: _Request, scopes: tuple[_Scope, ...]) -> None:
         """Gets a token by this request, now and whenever the last one is refused."""
@@ -2511,12 +2497,11 @@ class _Transport:
         self, refused: _Credential | None, caller_headers: Mapping[str, str],
         scopes: tuple[_Scope, ...], flight: _Flight | None = None,
     ) -> None:
-        """Exchanges the API key for a new token, unless another thread has done so meanwhile.
+        """Exchanges the API key for a new token, in place of `refused`.
 
-        If that thread's exchange failed, this one's fails with it, and does not wait for its own.
+        If another thread does so meanwhile, its token serves both, or both fail with its error.
 
         Args:
-            refused: The credential that is to be replaced.
             flight: Of the request that needs the token: when it is cancelled, waiting ends.
         """
         error_before = self._renewal_error
@@ -2540,16 +2525,30 @@ class _Transport:
         finally:
             lock.release()
 
+    def _for_attempt(
+        self, request: _Request, credential: _Credential | None, more_headers: Mapping[str, str]
+    ) -> _Request:
+        """The request as an attempt sends it, with what its messages must not show."""
+        headers = {**request.headers, **more_headers}
+        if not request.to_gateway:
+            return replace(request, headers=headers)
+        # The token, and the key that it was given for.
+        known = [credential, self.token_request.credential if self.token_request else None]
+        secrets = [_Secret(one.value.rpartition("Bearer ")[2]) for one in known if one]
+        if credential:
+            headers[credential.header] = credential.value
+        return replace(request, headers=headers, secrets=(*request.secrets, *secrets))
+
     def _attempt(
-        self, flight: _Flight, request: _Request, attempted: _Attempt,
-        read: Callable[[_Response], _T],
+        self, flight: _Flight, request: _Request, attempt: int, read: Callable[[_Response], _T]
     ) -> _T:
         """What `read` makes of one answer, behind redirects. On failure the connection is closed."""
         try:
             for _ in range(1 + _MAX_REDIRECTS):
                 started, status = time.perf_counter(), "failed"
                 try:
-                    response = self._exchange(flight, request, attempted)
+                    # Whatever made the first attempt fail may be wrong with other idle connections.
+                    response = self._exchange(flight, request, fresh=attempt > 1)
                     status = str(response.status)
                     if response.status < 300:
                         _check_whole(response)
@@ -2557,22 +2556,27 @@ class _Transport:
                     request = _next_request(response)
                 finally:
                     milliseconds = 1000 * (time.perf_counter() - started)
-                    _log("%r %s %.0f ms, attempt %d", request, status, milliseconds, attempted.number)
+                    _log("%r %s %.0f ms, attempt %d", request, status, milliseconds, attempt)
                 response.close()
             raise GatewayError(f"{request!r}: more than {_MAX_REDIRECTS} redirects")
-        except BaseException:
+        except BaseException as error:
             flight.close()
+            # So comes a StopIteration of a callback out of a generator.
+            if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
+                raise error.__cause__
             raise
 
-    def _exchange(self, flight: _Flight, request: _Request, attempted: _Attempt) -> _Response:
+    def _exchange(self, flight: _Flight, request: _Request, *, fresh: bool) -> _Response:
         """Sends a request once, and reads the head of the answer."""
-        connection = None if attempted.fresh else self.pool.acquire(request.origin)
-        is_new = connection is None
-        if connection is None:
-            connection = _Connection(request.origin, _proxy_for(request.origin))
-        request = self._for_attempt(request, attempted, connection)
+        idle = None if fresh else self.pool.acquire(request.origin)
+        connection = idle or _Connection(request.origin, _proxy_for(request.origin))
+        proxy = connection.proxy
+        # A redirect may go round the proxy of the request before.
+        if proxy or request.proxy:
+            secrets = request.secrets + (proxy.secrets if proxy else ())
+            request = replace(request, secrets=secrets, proxy=str(proxy or ""))
         flight.hold(connection)
-        if is_new:
+        if not idle:
             self._open(connection, request)
         broken: _Fault | None = None
         try:
@@ -2585,24 +2589,6 @@ class _Transport:
         response.broken = broken
         return response
 
-    def _for_attempt(
-        self, request: _Request, attempted: _Attempt, connection: _Connection
-    ) -> _Request:
-        """The request as this attempt sends it, with what its messages must not show."""
-        headers = {**request.headers, **attempted.more_headers}
-        secrets = request.secrets
-        proxy = connection.proxy
-        if proxy:
-            secrets += proxy.secrets
-        if request.to_gateway:
-            if self.token_request and self.token_request.credential:
-                # The key that the token was given for.
-                secrets += (_Secret(self.token_request.credential.value[len("Bearer ") :]),)
-            if attempted.credential:
-                headers[attempted.credential.header] = attempted.credential.value
-                secrets += (_Secret(attempted.credential.value.rpartition("Bearer ")[2]),)
-        return replace(request, headers=headers, secrets=secrets, proxy=str(proxy) if proxy else "")
-
     def _open(self, connection: _Connection, request: _Request) -> None:
         """Opens a connection. Its failure is told as one of `request`."""
         tls = self._tls_context() if request.origin.startswith("https:") else None
@@ -2611,9 +2597,8 @@ class _Transport:
         except (_Fault, ValueError) as error:
             # A ValueError: a host or a port that there cannot be.
             fault = error if isinstance(error, _Fault) else _Fault.of(error)
-            doing = f"no connection to {request.origin}"
-            if connection.proxy:
-                doing += f" through {connection.proxy}"
+            through = f" through {connection.proxy}" if connection.proxy else ""
+            doing = f"no connection to {request.origin}{through}"
             raise _wire_error(request, fault, doing, connected=False)
 
     def _tls_context(self) -> SSLContext:
@@ -2621,18 +2606,15 @@ class _Transport:
         if self._tls is None:
             try:
                 import ssl
+
+                self._tls = ssl.create_default_context()
             except ImportError as error:
                 # There are Pythons without it; they can do http.
-                raise GatewayError(
-                    "https needs Python's ssl module, which is missing here."
-                ) from error
-            try:
-                self._tls = ssl.create_default_context()
+                problem = "https needs Python's ssl module, which is missing here."
+                raise GatewayError(problem) from error
             except OSError as error:
-                raise GatewayError(
-                    "TLS cannot be set up: is the file right that SSLKEYLOGFILE, SSL_CERT_FILE or"
-                    f" SSL_CERT_DIR names? {error}"
-                ) from error
+                problem = "TLS cannot be set up: is the file right that SSLKEYLOGFILE, SSL_CERT_FILE or"
+                raise GatewayError(f"{problem} SSL_CERT_DIR names? {error}") from error
         return self._tls
 
 
@@ -2938,51 +2920,39 @@ def _file_name(path: _Path) -> str:
 def _open_file(path: _Path) -> Any:
     """The file at a path, to be read from its start. The caller closes it."""
     if not isinstance(path, (str, os.PathLike)):
-        raise ValidationError(
-            f"The path of a file is needed, not {_shown(path)}: save the contents in a file first."
-        )
+        problem = f"The path of a file is needed, not {_shown(path)}"
+        raise ValidationError(f"{problem}: save the contents in a file first.")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValidationError(
-            f"{path} is not a regular file, so its length is not known beforehand."
-        )
+        problem = "is not a regular file, so its length is not known beforehand."
+        raise ValidationError(f"{path} {problem}")
     file = open(path, "rb")  # noqa: SIM115
     # As in /proc.
     if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        raise ValidationError(
-            f"{path} says that it is empty, but is not: copy it into a regular file first."
-        )
+        problem = "says that it is empty, but is not: copy it into a regular file first."
+        raise ValidationError(f"{path} {problem}")
     return file
 
 
-def _guess_type(name: str) -> str:
-    """The media type of a file, by its name."""
+def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
+    """`fields`, then a file, as `multipart/form-data`: its type, what precedes and what follows the file.
+
+    File names go out as browsers send them: UTF-8, quotes and line breaks percent-encoded (RFC 7578).
+    """
     # Reads the system's tables: for uploads only.
     import mimetypes
 
+    boundary, name = os.urandom(16).hex(), _file_name(path)
     media_type, compression = mimetypes.guess_type(name)
     if compression:
-        return _COMPRESSED_TYPES.get(compression, "application/octet-stream")
-    return media_type or "application/octet-stream"
-
-
-def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
-    """`fields`, then a file, as `multipart/form-data`.
-
-    File names go out as browsers send them: UTF-8, quotes and line breaks percent-encoded (RFC 7578).
-
-    Returns:
-        The content type, and what stands in front of the file and behind it.
-    """
-    boundary, name = os.urandom(16).hex(), _file_name(path)
-    media_type = _guess_type(name)
+        media_type = _COMPRESSED_TYPES.get(compression)
     name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
     part = f"--{boundary}\r\nContent-Disposition: form-data; name="
     head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
-    head += f'{part}"file"; filename="{name}"\r\nContent-Type: {media_type}\r\n\r\n'
+    head += f'{part}"file"; filename="{name}"\r\n'
+    head += f"Content-Type: {media_type or 'application/octet-stream'}\r\n\r\n"
     tail = f"\r\n--{boundary}--\r\n"
-    content_type = f"multipart/form-data; boundary={boundary}"
-    return content_type, head.encode(errors="replace"), tail.encode()
+    return f"multipart/form-data; boundary={boundary}", head.encode(errors="replace"), tail.encode()
 
 
 @contextmanager
@@ -3016,8 +2986,7 @@ def _replacement(target: str) -> Iterator[Any]:
         with suppress(FileNotFoundError):
             os.lstat(target)
         folder = os.path.dirname(target)
-        # A missing one is made at the end, when there is something for it; a missing drive is its own
-        # parent.
+        # Missing folders are made when there is something for them. A missing drive is its own parent.
         while not os.path.exists(folder) and folder != os.path.dirname(folder):
             folder = os.path.dirname(folder)
         path = os.path.join(folder, f".{os.urandom(4).hex()}.part")
@@ -3044,34 +3013,36 @@ class _Download(_Resume):
         self._file = file
         self._target = target
         self._on_progress = on_progress or _ignore
+        # Of the object that `file` has the beginning of: how long it is and how it is encoded, and a
+        # strong ETag (RFC 9110 §13.1.5), without which the next attempt asks for the whole object.
         self._size: int | None = None
-        # Of the object that `file` has the beginning of: a strong ETag (RFC 9110 §13.1.5), and how it
-        # is encoded.
-        self._etag = ""
         self._encoding = ""
-        # Bytes of the object that the best attempt so far had, and when progress was last asked for.
-        self._most = 0
-        self._most_before = 0
-
-    def start_over(self) -> None:
-        """Has the next attempt ask for the whole object."""
         self._etag = ""
+        # Bytes of the object that the best attempt had: by now, and when that was looked at last.
+        self._most = self._most_before = self._most_of_urls = 0
+        self._restarts = 0
 
     def headers(self) -> Mapping[str, str]:
-        """What the next attempt asks for: the bytes that are missing, unless the object changed."""
         if not self._etag:
             return {}
         return {"Range": f"bytes={self._file.tell()}-", "If-Range": self._etag}
 
     def made_progress(self) -> bool:
-        """Whether more bytes of the object came since this was asked last than ever before."""
         progressed = self._most > self._most_before
         self._most_before = self._most
         return progressed
 
-    def has_some(self) -> bool:
-        """Whether the next attempt goes on with what there is."""
-        return bool(self._etag) and self._file.tell() > 0
+    def outlasts(self, error: GatewayError, max_restarts: int) -> bool:
+        """Whether it can go on after the storage refused to: with a new URL, or after a 416 anew."""
+        if error.status_code == 416 and self._etag:
+            # The object is shorter than what was received of it.
+            self._etag = ""
+            self._restarts += 1
+            return self._restarts <= max_restarts
+        # A URL has expired if it served anything before that.
+        served = self._most > self._most_of_urls
+        self._most_of_urls = self._most
+        return served and error.status_code in (400, 401, 403)
 
     def receive(self, response: _Response) -> None:
         """Writes an answer where the last one ended."""
@@ -3081,10 +3052,11 @@ class _Download(_Resume):
         etag, encoding = head.get("ETag"), head.content_encoding()
         done, total = self._file.tell(), head.length
         if response.status == 206:
-            total = self._total_of_range(head, done)
+            found = re.fullmatch(rf"bytes {done}-\d+/(\d{{1,18}})", head.get("Content-Range"))
+            total = int(found[1]) if found else None
             is_same = self._etag == etag and self._encoding == encoding
             if not total or self._size not in (None, total) or not is_same:
-                self.start_over()
+                self._etag = ""
                 raise self._broken(response, "the object changed in between")
         else:
             # The object from its beginning.
@@ -3102,11 +3074,6 @@ class _Download(_Resume):
         if total not in (None, done):
             raise self._broken(response, f"only {done} of {total} bytes came")
 
-    def _total_of_range(self, head: _Head, begin: int) -> int | None:
-        """The object's size, if the answer goes on at `begin`."""
-        found = re.fullmatch(rf"bytes {begin}-\d+/(\d{{1,18}})", head.get("Content-Range"))
-        return int(found[1]) if found else None
-
     def _broken(self, response: _Response, reason: str) -> GatewayError:
         return _wire_error(response.request, _Fault(reason), "the download broke off")
 
@@ -3114,38 +3081,26 @@ class _Download(_Resume):
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def _body_of(request: _Request) -> _Json:
-    """The JSON that a run request sends."""
-    body: _Json = json.loads(request.body) if isinstance(request.body, bytes) else {}
-    return body
-
-
-def _flattened(request: _Request) -> _Request:
-    """A run request for a gateway that reads parameters flat: `{"inputs": {"text": ...}}`.
+def _flattened(request: _Request) -> tuple[_Request, set[str]]:
+    """A run request for a gateway that reads parameters flat, `{"inputs": {"text": ...}}`; their names.
 
     Files are parameters there: a URL, or a list where there are several.
     """
-    body = _body_of(request)
+    body: Any = json.loads(request.body if isinstance(request.body, bytes) else b"{}")
+    names: set[str] = set()
     for call in body["calls"]:
-        inputs = call["inputs"]
-        urls = inputs.get("files", {})
-        files = {name: found[0] if len(found) == 1 else found for name, found in urls.items()}
-        call["inputs"] = {**inputs["parameters"], **files}
-    return replace(request, body=_encode(body))
+        flat = call["inputs"]["parameters"]
+        for name, urls in call["inputs"].get("files", {}).items():
+            flat[name] = urls[0] if len(urls) == 1 else urls
+        call["inputs"] = flat
+        names.update(flat)
+    return replace(request, body=_encode(body)), names
 
 
 def _missing_parameter(error: GatewayError) -> str | None:
     """The name of the parameter that the gateway says is missing; None if it says something else."""
     found = re.search(r"Missing required parameter: (.+)", error.message)
     return found[1].strip() if found and error.status_code == 422 else None
-
-
-def _was_given(request: _Request, name: str | None) -> bool:
-    """Whether a parameter or a file of this name is in a request with one call."""
-    if name is None or request.calls != 1:
-        return False
-    inputs = _body_of(request)["calls"][0]["inputs"]
-    return name in inputs["parameters"] or name in inputs.get("files", {})
 
 
 def _send_call(
@@ -3155,18 +3110,22 @@ def _send_call(
     """What `read` makes of the answer to a run request, in the form in which the gateway reads it.
 
     The published gateway reads parameters flat. It refuses the usual form before anything has run, so
-    the call is sent again, flat; if that helped, all later ones are sent so at once.
+    a single call is sent again, flat; if that helped, all later ones are sent so at once.
     """
     if transport.reads_flat:
-        return transport.send(_flattened(request), read, scopes)
+        return transport.send(_flattened(request)[0], read, scopes)
     try:
         return transport.send(request, read, scopes)
     except ValidationError as error:
-        if not _was_given(request, _missing_parameter(error)):
+        missing = _missing_parameter(error)
+        if missing is None or request.calls != 1:
+            raise
+        flat, names = _flattened(request)
+        if missing not in names:
             raise
     helped = True
     try:
-        return transport.send(_flattened(request), read, scopes)
+        return transport.send(flat, read, scopes)
     except ValidationError as error:
         helped = _missing_parameter(error) is None
         raise
@@ -3175,7 +3134,7 @@ def _send_call(
 
 
 # In a worker process, of the clients whose calls it ran last.
-_worker_transports: dict[bytes, _Transport] = {}
+_worker_transports: dict[Any, _Transport] = {}
 
 
 def _run_one(
@@ -3183,21 +3142,15 @@ def _run_one(
 ) -> PrefabResult:
     """Sends one call of a batch. Picklable, as are its arguments, so that any executor can run it."""
     # The calls of one client share connections and token in a worker process, too.
-    if transport.process_id != _process_id():
-        transport = _worker_transports.setdefault(transport.identity, transport)
-        for identity in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
-            _worker_transports.pop(identity, None)
+    if transport.origin[0] != _process_id():
+        transport = _worker_transports.setdefault(transport.origin, transport)
+        for origin in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
+            _worker_transports.pop(origin, None)
     try:
         return _send_call(transport, request, _read_results, scopes)[0]
     except Exception as error:  # noqa: BLE001
         # Whatever it is, it must not cost the other results.
         return PrefabResult._from_exception(error)
-
-
-def _cancels_only_waiting(executor: Executor) -> bool:
-    """Whether a future that this executor gives back as cancelled was never started."""
-    known = ("concurrent.futures.thread", "concurrent.futures.process")
-    return any(base.__module__ in known for base in type(executor).__mro__)
 
 
 class _Batch:
@@ -3207,8 +3160,6 @@ class _Batch:
         self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None,
         scopes: tuple[_Scope, ...],
     ) -> None:
-        import queue
-
         self._transport = transport
         self._executor = executor
         # Ends the calls in flight when the batch is interrupted.
@@ -3217,10 +3168,9 @@ class _Batch:
         # The only reference to the requests: memory is freed as calls are sent.
         self._waiting = deque(enumerate(requests))
         self._futures: dict[int, Future[PrefabResult]] = {}
-        # What has come and was not handed over yet, and a token for each: a result cannot be lost
-        # between a queue and a variable.
+        # What has come and was not handed over yet; released when something has.
         self._arrived: deque[tuple[int, PrefabResult]] = deque()
-        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
         self._results: dict[int, PrefabResult] = {}
         self._refused: GatewayError | None = None
 
@@ -3231,22 +3181,21 @@ class _Batch:
         count = len(self._waiting)
         # Takes a result and calls `on_result` in one step: no signal comes in between.
         handing_over = itertools.starmap(on_result, iter(self._arrived.popleft, None))
-        handed_over = 0
         is_callbacks_own = False
         try:
             if self._executor:
                 self._work()
             else:
                 self._start_threads(min(max_workers, count))
-            while handed_over < count:
-                self._wait_for_token()
-                while self._arrived:
-                    try:
-                        next(handing_over)
-                    except Exception:
-                        is_callbacks_own = True
-                        raise
-                    handed_over += 1
+            for _ in range(count):
+                while not self._arrived:
+                    # On Windows, a wait without an end does not notice Ctrl-C.
+                    self._gate.acquire(timeout=0.2)
+                try:
+                    next(handing_over)
+                except Exception:
+                    is_callbacks_own = True
+                    raise
         except BaseException:
             # At once and in one step, whatever interrupts what follows.
             self._waiting.clear()
@@ -3262,16 +3211,6 @@ class _Batch:
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
         return [self._results[index] for index in range(count)]
-
-    def _wait_for_token(self) -> None:
-        if sys.platform != "win32":
-            return self._tokens.get()
-        import queue
-
-        # There, a wait without an end does not notice Ctrl-C.
-        while True:
-            with suppress(queue.Empty):
-                return self._tokens.get(timeout=0.2)
 
     def _start_threads(self, count: int) -> None:
         import contextvars
@@ -3294,7 +3233,7 @@ class _Batch:
                 # Another thread took the last one.
                 return
             if self._refused:
-                self._arrive(index, self._unsent())
+                self._arrive(index, PrefabResult._from_exception(self._unsent()))
             elif self._executor:
                 self._submit(self._executor, index, request)
             else:
@@ -3322,24 +3261,23 @@ class _Batch:
                 raise TypeError(f"the executor gave {_shown(result)}")
         except BaseException as error:  # noqa: BLE001
             # Each call must arrive, or the batch would wait for ever.
-            result = PrefabResult._from_exception(error)
-            if future.cancelled():
-                result = self._cancelled()
+            raised = self._cancelled() if future.cancelled() else error
+            result = PrefabResult._from_exception(raised)
         self._arrive(index, result)
 
-    def _cancelled(self) -> PrefabResult:
-        """The result of a call whose future was cancelled, by this batch or by somebody else."""
-        if self._executor and _cancels_only_waiting(self._executor):
+    def _cancelled(self) -> GatewayError:
+        """What a call is whose future was cancelled, by this batch or by somebody else."""
+        # Of which it is known that what they give back as cancelled was never started.
+        known = ("concurrent.futures.thread", "concurrent.futures.process")
+        if any(base.__module__ in known for base in type(self._executor).__mro__):
             return self._unsent()
         problem = "The executor cancelled the call, and cannot tell if it was running by then."
-        error = ServiceUnavailableError._create(problem, may_have_run=True)
-        return PrefabResult._from_exception(error)
+        return ServiceUnavailableError._create(problem, may_have_run=True)
 
-    def _unsent(self) -> PrefabResult:
-        error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
+    def _unsent(self) -> GatewayError:
         if self._refused:
-            error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
-        return PrefabResult._from_exception(error)
+            return AuthenticationError("Not sent: the credential of an earlier call was refused.")
+        return ServiceUnavailableError("Not sent: the executor cancelled it.")
 
     def _arrive(self, index: int, result: PrefabResult) -> None:
         if result.exception and result.exception.status_code == 401:
@@ -3347,7 +3285,9 @@ class _Batch:
             self._cancel_futures()
         self._results[index] = result
         self._arrived.append((index, result))
-        self._tokens.put(None)
+        # It may be released already.
+        with suppress(RuntimeError):
+            self._gate.release()
 
     def _cancel_futures(self) -> None:
         for future in list(self._futures.values()):
@@ -3913,18 +3853,14 @@ class GatewayClient:
         request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
         with _replacement(target) as file:
             download = _Download(file, target, on_progress)
-            restarts = 0
             while True:
                 try:
                     return self._transport.send(request, download.receive, self._scopes, download)
                 except GatewayError as error:
-                    restarts = 0 if download.made_progress() else restarts + 1
-                    may_restart = download.has_some() and restarts <= self._transport.max_retries
-                    if not may_restart or error.status_code not in (400, 401, 403, 416):
+                    if not download.outlasts(error, self._transport.max_retries):
                         raise
                     if error.status_code == 416:
-                        # The object is shorter than what was received of it.
-                        download.start_over()
+                        continue
                 # The URL has expired meanwhile.
                 request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
 

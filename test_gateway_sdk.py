@@ -9968,12 +9968,12 @@ def test_without_a_connection_every_request_is_repeated_and_fails_if_that_is_not
 ) -> None:
     """The proxy refuses, until the wait before the second attempt."""
 
-    def open_the_way(_: float) -> None:
+    def open_the_way(*_: Any) -> None:
         os.environ["http_proxy"] = ""
 
     operation = OPERATIONS[name]
     (tmp_path / "in.bin").write_bytes(b"x")
-    monkeypatch.setattr(time, "sleep", open_the_way)
+    monkeypatch.setattr(gateway_sdk._Flight, "wait", open_the_way)
     with Routed(lambda request: whole(*good(request, server.url))) as server:
         monkeypatch.setenv("http_proxy", f"http://{refusing}")
         with nothing_left(tmp_path), client_of(server, max_retries=0) as client:
