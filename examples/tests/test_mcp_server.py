@@ -383,17 +383,22 @@ def test_a_stream_gives_the_whole_at_its_end(events: list[bytes], text: str, pro
 
 
 def test_a_stream_is_read_by_one_thread() -> None:
-    threads: set[threading.Thread] = set()
     pieces = [str(number) for number in range(200)]
     reported: list[str] = []
-    threading.setprofile(lambda *_: threads.add(threading.current_thread()))  # in each thread from now on
+    threads = []
+
+    def count(frame: Any, what: str, _: Any) -> None:
+        if what == "call" and frame.f_code.co_name == "run" and frame.f_globals["__name__"] == "mcp_server":
+            threads.append(frame.f_code)
+
+    threading.setprofile(count)  # in each thread from now on
     try:
         with stream_of(*(event("content", piece) for piece in pieces), event("done")) as server:
             call_tool(server, *STREAMED, report=reported.append)
     finally:
         threading.setprofile(None)
     assert reported == pieces
-    assert len([thread for thread in threads if thread.name == "mcp_server"]) == 2  # that of the spec, and this one
+    assert len(threads) == 2  # that of the spec, and this one
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -431,11 +436,18 @@ def test_an_answer_says_whether_the_call_may_have_run(given: Any, may_have_run: 
     assert (error["may_have_run"], mcp_server.REPEAT_HINT in text) == (may_have_run, may_have_run)
 
 
-@pytest.mark.parametrize("sent", ["no/such", "./notes.txt", "file:///notes.txt", "~no-such-user/a"])
-def test_a_call_whose_file_cannot_be_is_not_sent(sent: str, gateway: LocalGateway) -> None:
+@pytest.mark.parametrize(("path", "message"), [
+    ("content.bin", "must be an array of absolute local paths"), ("./content.bin", "absolute"), ("", "absolute"),
+    ("file:///content.bin", "absolute"), ("~no-such-user/a", "RuntimeError"),
+])
+def test_a_call_whose_file_is_not_clear_is_not_sent(
+        path: str, message: str, gateway: LocalGateway, content_file: Path, monkeypatch: Any) -> None:
+    content_file.rename(content_file.with_name("content.bin"))
+    monkeypatch.chdir(content_file.parent)  # there is such a file, but the agent may mean another one
     gateway.executed.clear()
-    result = call_tool(gateway, "file-tools", "file-tools__line_count", {"files": {"files": [sent]}})
-    assert (result["isError"], result["structuredContent"]["error"]["may_have_run"]) == (True, False)
+    result = call_tool(gateway, "file-tools", "file-tools__line_count", {"files": {"files": [path]}})
+    assert (result["isError"], message in texts_of(result)[0]) == (True, True)
+    assert result["structuredContent"]["error"]["may_have_run"] is False
     assert gateway.executed == []
 
 
