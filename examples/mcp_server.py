@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["mcp>=1.10"]
+# dependencies = ["mcp>=1.28"]
 # ///
 """The prefabs of a gateway as tools of the Model Context Protocol, for agents and editors.
 
@@ -19,7 +19,7 @@ of language models: `[{"type": "function", "function": {"name", "description", "
 
 Every call has a thread of its own. Cancelling a call closes its stream. One that does not stream
 cannot be taken back: its answer is dropped when it comes. Serving needs CPython 3.10 or newer, and
-was tried with mcp 1.30.0 and 2.3.0.
+was tried with mcp 1.28.1, 1.30.0 and 2.3.0.
 """
 
 from __future__ import annotations
