@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["mcp>=1.28"]
+# dependencies = ["mcp>=1.28,<3"]
 # ///
 """The prefabs of a gateway as tools of the Model Context Protocol, for agents and editors.
 
