@@ -154,9 +154,6 @@ KEYWORDS = {
 def schema_of(entry: Json) -> Json:
     """The JSON Schema of a manifest's parameter, or of what is nested in one."""
     schema = {word: entry[word] for word in KEYWORDS if entry.get(word) is not None}
-    limits = [f"{KEYWORDS[word]} {as_json(limit)}." for word, limit in schema.items()]
-    if entry.get("description") or limits:
-        schema["description"] = " ".join([entry.get("description") or "", *limits]).strip()
     words = re.split(r"\s*\|\s*", str(entry.get("type")))  # `string | array`, `list[str]`
     types = [JSON_TYPES.get(word.partition("[")[0], "any") for word in words]
     if "any" not in types:
@@ -167,7 +164,20 @@ def schema_of(entry: Json) -> Json:
         schema.update(object_schema(entry["properties"], default_required=False))
         if isinstance(entry.get("required"), list):
             schema["required"] = entry["required"]
-    return schema
+    description = " ".join([entry.get("description") or "", *limits_of(schema)]).strip()
+    return {**schema, "description": description} if description else schema
+
+
+def limits_of(schema: Json) -> list[str]:
+    """What a schema demands, in words, also of what is nested in it."""
+    limits = [f"{KEYWORDS[word]} {as_json(schema[word])}." for word in KEYWORDS if word in schema]
+    each = schema.get("items", {}).get("description")
+    if each:
+        limits.append(f"Each: {each}")
+    for name, field in schema.get("properties", {}).items():
+        kind = as_text(field.get("type", "any"))
+        limits.append(f"Field {name}: {kind}. {field.get('description', '')}".strip())
+    return limits
 
 
 def object_schema(fields: dict[str, Json], *, default_required: bool) -> Json:
@@ -265,7 +275,7 @@ def add_file_arguments(tool: Tool, about: str, files: dict[str, Json] | None) ->
         properties[tool.any_files] = {
             "type": "object",
             "additionalProperties": {"type": "array", "items": {"type": "string"}},
-            "description": "Input files by name, if the function takes any.",
+            "description": "Input files, if the function takes any: name to array of files.",
         }
     for argument in filter(None, [*tool.file_parameters, *tool.file_arguments, tool.any_files]):
         description = properties[argument].get("description", "")

@@ -74,8 +74,9 @@ MERGE_SCHEMA = {
         "title": {"type": "string", "description": "Of the whole"},
         "style": {"type": "string", "enum": ["plain", "bold"], "default": "plain",
                   "description": 'One of ["plain", "bold"]. Default: "plain".'},
-        "page": {"type": "object", "required": ["size"], "properties": {
-            "size": {"type": "string"}, "margins": {"type": "array", "items": {"type": "number"}}}},
+        "page": {"type": "object", "required": ["size"], "description": "Field size: string. Field margins: array.",
+                 "properties": {
+                     "size": {"type": "string"}, "margins": {"type": "array", "items": {"type": "number"}}}},
         "clip": {"type": "string", "description": mcp_server.FILE_HINT},
         "clips": {**STRINGS, "description": mcp_server.FILE_HINT},
         "papers": {**STRINGS, "minItems": 1, "description": f"Items, at least: 1. {mcp_server.FILE_HINT}"},
@@ -171,15 +172,18 @@ def test_a_tool_has_a_title_for_people(name: dict[str, str], title: str) -> None
      {"type": "string", "minLength": 0, "maxLength": 9, "pattern": "^ü",
       "description": 'Pattern: "^ü". Characters, at least: 0. Characters, at most: 9.'}),
     ({"type": "array", "items": {"type": "string", "enum": ["a", "b"]}},
-     {"type": "array", "items": {"type": "string", "enum": ["a", "b"], "description": 'One of ["a", "b"].'}}),
+     {"type": "array", "items": {"type": "string", "enum": ["a", "b"], "description": 'One of ["a", "b"].'},
+      "description": 'Each: One of ["a", "b"].'}),
     ({"type": "string | array"}, {"type": ["string", "array"], "items": {}}),
     ({"type": "list[str]"}, {"type": "array", "items": {}}),
     ({"type": "any"}, {}), ({"type": "Paper"}, {}), ({}, {}),
     ({"type": "string", "default": None}, {"type": "string"}),
     ({"type": "array", "items": {"type": "object", "properties": {"n": {"type": "int"}}}},
-     {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}),
+     {"type": "array", "description": "Each: Field n: integer.",
+      "items": {"type": "object", "description": "Field n: integer.", "properties": {"n": {"type": "integer"}}}}),
     ({"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object", "required": ["c"]}}},
-     {"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object"}}}),
+     {"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object"}},
+      "description": "Field a: any. Field b: object."}),
 ])
 def test_a_specs_type_becomes_json_schema(entry: dict[str, Any], schema: dict[str, Any]) -> None:
     assert mcp_server.schema_of(entry) == schema
