@@ -362,20 +362,18 @@ def error_of(result: PrefabResult) -> Json:
         return {}
     error = {"message": f"The call ended as {result.status}.", "may_have_run": True}
     error.update((name, field) for name, field in (result.error or {}).items() if field is not None)
+    error["message"] = as_text(error["message"])
+    if error["may_have_run"]:
+        error["message"] += f"\n{REPEAT_HINT}"
     return error
 
 
 def problem_of(error: Json, value: Any) -> str:
     """Why a call failed, or why its function says that it did; nothing if all went well."""
     if error:
-        lines = [as_text(error["message"])]
         known = ("message", "type", "may_have_run")
         further = {name: field for name, field in error.items() if name not in known}
-        if further:
-            lines.append(as_json(further))
-        if error["may_have_run"]:
-            lines.append(REPEAT_HINT)
-        return "\n".join(lines)
+        return f"{error['message']}\n{as_json(further)}" if further else str(error["message"])
     if not isinstance(value, dict) or value.get("success") is not False:
         return ""
     message = value.get("error") or value.get("message") or "The function reports a failure."
