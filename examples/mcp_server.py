@@ -221,6 +221,15 @@ class Tool:
     # The argument for files by name, where only the description speaks of files.
     any_files: str = ""
 
+    def for_mcp(self) -> Json:
+        names = {"name": self.name, "title": self.title}
+        return {**names, "description": self.description, "inputSchema": self.schema}
+
+    def for_models(self) -> Json:
+        """As APIs of language models take it."""
+        told = {"name": self.name, "description": self.description, "parameters": self.schema}
+        return {"type": "function", "function": told}
+
 
 def tool_name(prefab_id: str, function: str, version: str = "") -> str:
     """A name that depends on nothing but the arguments, and that nothing else gets.
@@ -608,16 +617,7 @@ def make_server(prefabs: Prefabs) -> Any:
             tools = await prefabs.list_tools()
         except GatewayError as error:
             return types.ErrorData(code=types.INTERNAL_ERROR, message=error_message(error))
-        shown = [
-            {
-                "name": tool.name,
-                "title": tool.title,
-                "description": tool.description,
-                "inputSchema": tool.schema,
-            }
-            for tool in tools
-        ]
-        return types.ListToolsResult.model_validate({"tools": shown})
+        return types.ListToolsResult.model_validate({"tools": [tool.for_mcp() for tool in tools]})
 
     async def call_tool(context: Any, params: Any) -> Any:
         numbers = itertools.count(1)
@@ -690,27 +690,11 @@ def describe_gateway(client: GatewayClient, *, is_own: bool, credentials: Sequen
     return " ".join([told, *(f"{name} is not used." for name in credentials)])
 
 
-async def print_tools(prefabs: Prefabs) -> None:
-    """Prints the tools as APIs of language models take them."""
-    shown = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": tool.schema,
-            },
-        }
-        for tool in await prefabs.list_tools()
-    ]
-    print(json.dumps(shown, indent=2))
-
-
 async def run(client: GatewayClient, options: argparse.Namespace) -> None:
     folder = Path(options.save).resolve() if options.save else None
     prefabs = Prefabs(client, options.prefab, folder, options.timeout, options.links)
     if options.list:
-        await print_tools(prefabs)
+        print(json.dumps([tool.for_models() for tool in await prefabs.list_tools()], indent=2))
     else:
         await serve(prefabs, *take_stdio())
 
