@@ -369,7 +369,7 @@ def error_of(result: PrefabResult) -> Json:
     """The error of a failed call. What the gateway itself gives as failed has run."""
     if result.is_success():
         return {}
-    error = {"message": f"The call ended as {result.status}.", "may_have_run": True}
+    error: Json = {"message": f"The call ended as {result.status}.", "may_have_run": True}
     error.update((name, field) for name, field in (result.error or {}).items() if field is not None)
     error["message"] = as_text(error["message"])
     if error["may_have_run"]:
