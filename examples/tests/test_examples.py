@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -94,3 +95,13 @@ def test_an_example_fails_loudly(example: str, gateway: LocalGateway, monkeypatc
             importlib.import_module(example).count_words(GatewayClient.from_env(), pool, "a thread")
         else:
             runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(("name", "packages"), [
+    ("mcp_server.py", ["mcp"]), ("fastapi_agent.py", ["fastapi", "uvicorn"]), ("distributed_batch.py", ["dask"])])
+def test_an_example_with_packages_names_them_for_uv_run(name: str, packages: list[str]) -> None:
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", text, re.M)  # as PEP 723 has it
+    lines = dict(line[2:].split(" = ") for line in block.splitlines())
+    assert list(lines) == ["requires-python", "dependencies"]
+    assert [re.match(r"[a-z]+", need)[0] for need in json.loads(lines["dependencies"])] == packages
