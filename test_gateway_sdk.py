@@ -8820,6 +8820,22 @@ def test_closing_a_client_can_end_what_its_threads_wait_for(
     assert error.may_have_run == phase.may_have_run
 
 
+def test_closing_a_client_ends_a_wait_of_the_main_thread_too() -> None:
+    def close() -> None:
+        server.wait_until(lambda: server.received and not server.open_connections)
+        client.close(cancel=True)
+
+    with Script(WAIT_LONG, answer([])) as server, client_of(server) as client:
+        closing_it = threading.Thread(target=close)
+        closing_it.start()
+        started = time.monotonic()
+        with pytest.raises(GatewayError):
+            client.list_prefabs()
+        assert time.monotonic() - started < WAIT_SECONDS  # of the 30 that it was told to wait
+        closing_it.join()
+    assert len(server.received) == 1
+
+
 def test_closing_a_client_ends_no_call_unless_it_is_told_to() -> None:
     gate = threading.Event()
     with Script(Steps((lambda _: gate.wait(WAIT_SECONDS), send(ran(5))))) as server:
