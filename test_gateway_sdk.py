@@ -8864,6 +8864,7 @@ def test_a_call_may_be_ended_at_any_moment() -> None:
 def test_closing_a_client_ends_a_wait_of_the_main_thread_too() -> None:
     def close() -> None:
         server.wait_until(lambda: server.received and not server.open_connections)
+        time.sleep(SHORT_SECONDS)  # no event tells that it waits
         client.close(cancel=True)
 
     with Script(WAIT_LONG, answer([])) as server, client_of(server) as client:
