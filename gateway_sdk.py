@@ -62,6 +62,12 @@ else:
     # `typing.get_type_hints` needs these names; importing the modules would slow the start.
     Executor = Future = SSLContext = Any
 
+# An older Python compiles this file, and then fails at a line that says nothing to a user. As a
+# script it ends in a sentence; an import raises what importers handle.
+if sys.version_info < (3, 9):  # noqa: UP036
+    _problem = f"gateway_sdk needs Python 3.9 or newer, and this is Python {sys.version.split()[0]}."
+    raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
+
 __version__ = "1.0.0"
 
 __all__ = [
@@ -4588,33 +4594,225 @@ class AsyncGatewayClient:
 
 # --- Command line ---------------------------------------------------------------------------------
 
-# What the library's messages say in Python, and how the command line says it.
-_COMMAND_HINTS: Mapping[str, str] = {
-    r"client\.list_prefabs\(\)": "gateway-sdk list",
-    r"client\.get_prefab_spec\(prefab_id, version\)": "gateway-sdk spec PREFAB",
-    r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', value\)": r"gateway-sdk secret set \1 \2",
-    r"(client\.)?upload_input_file\(\w*\)": "gateway-sdk upload --input",
-    r"larger timeout=": "larger --timeout",
-    r"(^|Is )base_url\b": r"\1--base-url",
-    r"\binternal_token=": "X_INTERNAL_TOKEN",
-}
 # Control characters but tabs and line ends, and those that turn the direction of writing.
-_CONTROL_CODES = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - set(b"\t\n\r")
-_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROL_CODES}
+_CONTROLS = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROLS - set(b"\t\n\r")}
+# How a text may begin that is not plain UTF-8, and the encoding that this tells.
+_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+# What no name of a file should have: Windows refuses it, or a reader is misled by it.
+_ODD_IN_NAMES = re.compile(r'[\0-\x1f\x7f-\x9f<>:"|?*\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
+_DEVICES = re.compile(r"(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)", re.I)
+_CALL_FIELDS = ("prefab_id", "version", "function_name", "parameters", "files")
 
 
-def _require_(condition: object, message: str) -> None:
-    if not condition:
-        raise ValidationError(message)
+def _write_all(stream: Any, text: str) -> None:
+    """Writes a text to stdout or stderr, whole and at once.
+
+    It goes round the layers of `io`, which lose text where a pipe does not make its writers wait
+    (those of node and asyncio), and try again at the end of Python what could not be written.
+    """
+    stream.flush()
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None:  # a program that calls `main` has put something of its own there
+        stream.write(text)
+        return
+    raw = getattr(buffer, "raw", buffer)
+    rest = memoryview(text.encode(stream.encoding, "backslashreplace"))
+    while rest:
+        written = raw.write(rest)
+        if written is None:
+            import select
+
+            select.select([], [raw], [])
+        else:
+            rest = rest[written:]
+
+
+def _read_all(path: str) -> bytes:
+    """A file, or stdin for `-`, also if that is a pipe that does not make its readers wait."""
+    if path != "-":
+        with open(path, "rb") as file:
+            return file.read()
+    raw = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    blocks = []
+    while (block := raw.read(65536)) != b"":
+        if block is None:
+            import select
+
+            select.select([raw], [], [])
+        else:
+            blocks.append(block)
+    return b"".join(blocks)
+
+
+def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
+    """The document as JSON, which has neither NaN nor infinities: null stands for them."""
+    encode = partial(json.dumps, ensure_ascii=ensure_ascii)
+    # Python prints no integer that is longer than this. Its older releases know no limit.
+    limit: int | None = getattr(sys, "get_int_max_str_digits", lambda: None)()
+    set_limit: Any = getattr(sys, "set_int_max_str_digits", None)
+    try:
+        return encode(document, indent=indent, allow_nan=False)
+    except RecursionError:  # to indent takes more of Python's stack
+        return encode(document)
+    except ValueError:
+        if limit is not None:
+            set_limit(0)
+        plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
+        return encode(plain, indent=indent)
+    finally:
+        if limit is not None:
+            set_limit(limit)
+
+
+def _clip(text: str, cells: int) -> str:
+    """What a line of a terminal has room for. What is not ASCII may take two cells of it."""
+    text = " ".join(text[:1000].splitlines()).expandtabs(1).translate(_ESCAPES)[:cells]
+    while len(text) + sum(not character.isascii() for character in text) > cells:
+        text = text[:-1]
+    return text
+
+
+class _Terminal:
+    """Where a command prints, and what ends it early. `main` makes one and hands it on.
+
+    Attributes:
+        quiet: No progress is shown.
+        signal: The number of the signal that asked the command to end; 0 while there is none.
+        if_interrupted: What there is to say about the call, should a signal come now.
+    """
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.signal = 0
+        self.if_interrupted = "no call was made"
+        self._signalled = 0.0  # when that was
+        self._wholes = 0  # how many `whole` are open, one in another
+        self._overdue = False  # a signal came during one of them, and was not raised yet
+        self._eraser = ""  # what wipes the bar off stderr; empty while there is none
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Signals that end programs raise KeyboardInterrupt, unless they are ignored (`nohup`)."""
+        import signal
+
+        before: dict[int, Any] = {}
+        # Not every system has all of them.
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number: Any = getattr(signal, name, None)
+            is_set = number and signal.getsignal(number) not in (signal.SIG_IGN, None)
+            if is_set and threading.current_thread() is threading.main_thread():
+                before[number] = signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if self.signal:
+            # The second one ends it at once. But a terminal that is closed sends SIGHUP twice, and
+            # who starts a command may pass a Ctrl-C on to it that it gets anyway.
+            if number != self.signal or now - self._signalled > 0.1:
+                os._exit(128 + number)
+            return
+        self.signal, self._signalled = number, now
+        if not self._wholes:
+            raise KeyboardInterrupt
+        self._overdue = True
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Keeps a signal from cutting what is done in it: the signal counts at its end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._wholes += 1
+        try:
+            yield
+        finally:
+            self._wholes -= 1
+        if self._overdue and not self._wholes:
+            self._overdue = False
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """The command is over: a signal that comes now is too late to change anything."""
+        self._wholes += 1
+        self.wipe()
+
+    def print_text(self, text: str) -> None:
+        """Prints on stdout. A terminal gets control characters as escapes."""
+        self.wipe()
+        if sys.stdout.isatty():
+            text = text.translate(_ESCAPES)
+        try:
+            with self.whole():
+                _write_all(sys.stdout, text)
+        except OSError as error:
+            # EINVAL: so Windows calls a pipe whose reader has gone.
+            if os.name == "nt" and error.errno == 22:
+                raise BrokenPipeError from error
+            raise OSError(error.errno, error.strerror, "stdout") from error
+
+    def print_json(self, document: Any, *, one_line: bool = False) -> None:
+        """Prints a document. A terminal gets it indented, unless it is one line of many."""
+        indent = 2 if sys.stdout.isatty() and not one_line else None
+        # Escapes stand for what the terminal could not show.
+        ensure_ascii = "utf" not in str(sys.stdout.encoding).lower()
+        self.print_text(_to_json(document, indent, ensure_ascii) + "\n")
+
+    def print_value(self, value: Any) -> None:
+        """Prints a text as it is, and anything else as JSON."""
+        if isinstance(value, str):
+            self.print_text(value + "\n")
+        else:
+            self.print_json(value)
+
+    def tell(self, text: str) -> None:
+        """Prints one line on stderr, with nothing in it that a terminal would obey."""
+        lines = [line.strip() for line in text.expandtabs(1).splitlines()]
+        line = "; ".join(filter(None, lines)).replace(":; ", ": ")
+        self._show(line.translate(_ESCAPES) + "\n")
+
+    def draw(self, text: str, *, last: bool) -> None:
+        """Shows a line in place of the one before, if stderr is a terminal. The last one stays."""
+        if self.quiet:
+            return
+        with suppress(OSError, ValueError):  # it is not
+            cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+            text = _clip(text, cells)
+            if last:
+                self._show(f"{text}\n")
+            else:
+                self._show(text, eraser=f"\r{' ' * cells}\r")
+
+    def wipe(self) -> None:
+        """Makes room for what is printed next."""
+        if self._eraser:
+            self._show("")
+
+    def _show(self, text: str, eraser: str = "") -> None:
+        """Shows a text on stderr in place of the bar. If stderr has gone, nothing else is lost."""
+        with suppress(OSError, ValueError), self.whole():
+            text, self._eraser = f"{self._eraser}{text}", eraser
+            _write_all(sys.stderr, text)
+
+
+def _clock(seconds: float) -> str:
+    """A time as a clock shows it: 0:07, or 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 class _ProgressBar:
-    """A line on stderr, if that is a terminal, with what is done, its rate and the time left."""
+    """A line on a terminal: what is done, the rate, and the time that has passed and is left."""
 
-    _eraser = ""  # what wipes the bar off the terminal; empty while there is none
-
-    def __init__(self, label: str, unit: str = "B") -> None:
-        self._label = " ".join(label.split()).translate(_ESCAPES)
+    def __init__(self, terminal: _Terminal, label: str, unit: str = "MiB") -> None:
+        self._terminal = terminal
+        self._label = label
         self._unit = unit
         self._started = self._drawn = time.monotonic()
 
@@ -4623,150 +4821,211 @@ class _ProgressBar:
         if now - self._drawn < 0.1 and done != total:
             return
         self._drawn = now
-        rate = max(done, 1) / max(now - self._started, 1e-6)
-        text = f"{done:,} {self._unit}, {rate:,.0f} {self._unit}/s"
+        passed = max(now - self._started, 1e-6)
+        size, digits = (2**20, 1) if self._unit == "MiB" else (1, 0)
+        amount = f"{done / size:,.{digits}f}"
+        percent = left = ""
         if total:
-            text += f", {100 * done // total} %, {(total - done) / rate:.0f} s left"
-        with suppress(OSError):  # stderr is not a terminal
-            cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-            text = f"{text}: {self._label}"
-            while len(text) + sum(not character.isascii() for character in text) > cells:  # those may be two cells wide
-                text = text[:-1]
-            _ProgressBar._eraser = f"\r{' ' * cells}\r"  # first, as Ctrl-C may come in between
-            print(f"{_ProgressBar._eraser}{text}", end="", file=sys.stderr, flush=True)
-            if done == total:
-                print(file=sys.stderr)
-                _ProgressBar._eraser = ""
-
-    @staticmethod
-    def wipe() -> None:
-        """Makes room for what is printed next."""
-        print(_ProgressBar._eraser, end="", file=sys.stderr, flush=True)
-        _ProgressBar._eraser = ""
-
-
-def _print_line(text: str) -> None:
-    """Prints one line on stderr, with nothing in it that a terminal would obey."""
-    _ProgressBar.wipe()
-    lines = [line.strip() for line in text.expandtabs(1).splitlines()]
-    print("; ".join(filter(None, lines)).replace(":; ", ": ").translate(_ESCAPES), file=sys.stderr)
-
-
-def _print_text(text: str) -> None:
-    """Prints on stdout at once. A terminal gets control characters as escapes."""
-    _ProgressBar.wipe()
-    if sys.stdout.isatty():
-        text = text.translate(_ESCAPES)
-    print(text, end="", flush=True)
-
-
-def _print_json(document: Any, *, one_line: bool = False) -> None:
-    """Prints a document, which a terminal gets indented unless it is one of many lines."""
-    escape = "utf" not in str(sys.stdout.encoding).lower()  # the terminal could not show it
-    indent = 2 if sys.stdout.isatty() and not one_line else None
-    _print_text(json.dumps(document, ensure_ascii=escape, indent=indent) + "\n")
-
-
-def _result_document(result: PrefabResult) -> _Json:
-    return {"status": result.status, "output": result.output, "error": result.error, "job_id": result.job_id}
-
-
-def _raise_failed(results: Iterable[PrefabResult]) -> None:
-    failed = [result for result in results if not result.is_success()]
-    reasons = [f"{result.status}: {(result.error or {}).get('message') or result.error}" for result in failed]
-    if reasons:
-        raise GatewayError("\n".join(dict.fromkeys(reasons)))  # each reason once
+            amount += f" of {total / size:,.{digits}f}"
+            percent = f", {100 * done // total} %"
+            left = f", {_clock((total - done) * passed / max(done, 1))} left"
+        rate = f"{done / size / passed:,.1f} {self._unit}/s, {_clock(passed)} passed"
+        text = f"{amount} {self._unit}{percent}, {rate}{left}: {self._label}"
+        self._terminal.draw(text, last=done == total)
 
 
 def _read_text(path: str) -> str:
-    """A file, or stdin for `-`, as UTF-8 with or without a byte order mark, whatever the locale."""
-    with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-        content = file.read()
-    return content.decode("utf-8-sig").replace("\r\n", "\n")
+    """A file, or stdin for `-`, in UTF-8 or with a byte order mark, whatever the locale is."""
+    content = _read_all(path)
+    marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark))
+    encoding = next(marked, "utf-8")
+    try:
+        if encoding == "utf-8" and b"\0" in content[:2]:  # as UTF-16 begins without its mark
+            raise ValueError
+        return content.decode(encoding)
+    except ValueError:
+        name = "stdin" if path == "-" else path
+        remedy = "Save it as UTF-8 (in PowerShell by `Out-File -Encoding utf8`)"
+        raise ValidationError(f"{name} is not UTF-8. {remedy}.") from None
 
 
 def _decode_input(text: str, name: str) -> Any:
-    """The JSON that a user wrote. NaN, which `json` takes but which cannot be sent, is none."""
+    """The JSON that a user wrote. NaN, which Python takes and no gateway does, is none."""
     try:
         value = json.loads(text)
-        _encode(value)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ValidationError(f"{name} is not JSON: {error}") from error
     return value
 
 
 def _split_pairs(pairs: Iterable[str], form: str) -> list[tuple[str, str]]:
+    """Names and values of an option that is given as NAME=VALUE, as often as needed."""
+    found = []
     for pair in pairs:
-        _require_("=" in pair, f"{form} is needed, not {pair!r}.")
-    return [(pair.partition("=")[0], pair.partition("=")[2]) for pair in pairs]
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ValidationError(f"{form} is needed, not {pair!r}.")
+        found.append((name, value))
+    return found
 
 
-def _read_parameters(data: str, pairs: Iterable[str]) -> _Json:
-    """The parameters of `-d`, and over them those of `-p`."""
+def _read_parameters(args: Any) -> _Json:
+    """The parameters of `-d`, and over them those of `-p` and `-P`."""
+    data = args.data
     if data == "-" or data.startswith("@"):
-        data = _read_text(data.lstrip("@"))
-    parameters: _Json = _decode_input(data, "-d")
-    _require_(isinstance(parameters, dict), "-d must be a JSON object.")
-    for name, text in _split_pairs(pairs, "-p NAME=VALUE"):
-        parameters[name] = text
-        with suppress(ValidationError):
-            parameters[name] = _decode_input(text, name)
+        data = _read_text(data.removeprefix("@"))
+    parameters = _decode_input(data, "-d")
+    if not isinstance(parameters, dict):
+        raise ValidationError("-d must be a JSON object.")
+    for name, text in _split_pairs(args.parameter, "-p NAME=VALUE"):
+        if text.startswith("@"):
+            parameters[name] = _read_text(text[1:])
+        else:
+            parameters[name] = text
+            with suppress(ValidationError):
+                parameters[name] = _decode_input(text, name)
+    parameters.update(_split_pairs(args.text, "-P NAME=TEXT"))
     return parameters
 
 
-def _save(client: GatewayClient, urls: Iterable[str], folder: str) -> list[str]:
-    """Downloads files by the names at the ends of their URLs, numbered where two are alike."""
-    paths: list[str] = []
-    for url in urls:
-        name = re.sub(r"^\.*$|[\x00-\x1f\x7f\\:]", "_", url.rpartition("/")[2])
-        while os.path.join(folder, name) in paths:
-            name = f"{len(paths) + 1}-{name}"
-        path = os.path.join(folder, name)
-        client.download_file(url, path, on_progress=_ProgressBar(path))
-        paths.append(path)
-    return paths
-
-
-def _print_stream(stream: EventStream, as_json: bool) -> None:
-    failed = []
-    for event in stream:
-        if event.type == StreamEventType.ERROR:
-            failed.append(PrefabResult(CallStatus.FAILED, error=_event_error(event)))
-        if as_json:
-            _print_json(event.raw, one_line=True)
-        elif event.type == StreamEventType.CONTENT and isinstance(event.data, str):
-            _print_text(event.data)
-        elif event.type == StreamEventType.CONTENT:
-            _print_json(event.data, one_line=True)
-    if not as_json:
-        _print_text("\n")
-    _raise_failed(failed)
-
-
-def _run_command(client: GatewayClient, args: Any) -> None:
-    _require_(not (args.stream and args.save), "--save does not go with --stream.")
-    parameters = _read_parameters(args.data, args.parameter)
+def _upload_inputs(client: GatewayClient, args: Any, terminal: _Terminal) -> dict[str, list[str]]:
+    """The URLs of the files of `-f`. Nothing is uploaded unless all of them can be read."""
+    pairs = _split_pairs(args.file, "-f NAME=PATH")
+    local = [path for _, path in pairs if not path.startswith("s3://")]
+    for path in local:
+        open(path, "rb").close()
     files: dict[str, list[str]] = {}
-    for name, url in _split_pairs(args.file, "-f NAME=PATH"):
+    for name, url in pairs:
+        if url in local:
+            url = client.upload_input_file(url, on_progress=_ProgressBar(terminal, url))
         if not url.startswith("s3://"):
-            url = client.upload_input_file(url, on_progress=_ProgressBar(url))
-            if not url.startswith("s3://"):
-                raise GatewayError(f"The gateway's URL of an uploaded file is {url!r}, and not an s3:// URL.")
+            raise GatewayError(f"The gateway's URL of an upload is {url!r}, and not an s3:// URL.")
         files.setdefault(name, []).append(url)
-    if args.stream:
-        stream = client.run(args.prefab, args.version, args.function, parameters, files, stream=True)
-        _print_stream(stream, args.json)
-        return
-    result = client.run(args.prefab, args.version, args.function, parameters, files)
-    document = _result_document(result)
+    return files
+
+
+def _require_folder(folder: str) -> None:
+    """Raises if there is anything but a folder at this path, or on the way to it."""
+    path = os.path.abspath(folder)
+    while not os.path.lexists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise ValidationError(f"Nothing can be saved in {folder}: {path} is not a folder.")
+
+
+def _local_name(url: str) -> str:
+    """A name for a file of the gateway: the end of its URL, but for what some system refuses."""
+    name = _ODD_IN_NAMES.sub("_", url.rpartition("/")[2][-200:])
+    stem = name.rstrip(". ")  # Windows would leave those out
+    if stem != name or not name:
+        name = f"{stem}_"
+    if _DEVICES.match(name):
+        name = f"_{name}"
+    while len(name.encode()) > 240:  # most systems take 255, and a number may come in front
+        name = name[1:]
+    return name
+
+
+def _download_into(client: GatewayClient, url: str, folder: str, terminal: _Terminal) -> str:
+    """Downloads a file under a name that nothing in the folder has yet. Gives its path."""
+    os.makedirs(os.path.abspath(folder), exist_ok=True)
+    name, number = _local_name(url), 1
+    path = os.path.join(folder, name)
+    while True:
+        try:
+            open(path, "xb").close()  # takes the name, from commands that run beside this one too
+            break
+        except FileExistsError:
+            number += 1
+            path = os.path.join(folder, f"{number}-{name}")
     try:
-        if args.save:
-            document["saved"] = _save(client, result.get_file_urls(), args.save)
+        client.download_file(url, path, on_progress=_ProgressBar(terminal, path))
+    except BaseException:
+        os.unlink(path)
+        raise
+    return path
+
+
+def _print_result(
+    client: GatewayClient, result: PrefabResult, args: Any, terminal: _Terminal
+) -> None:
+    """Saves the output files if asked to, and prints the result, whatever becomes of them."""
+    saved: list[str] = []
+    try:
+        for url in result.get_file_urls() if args.save else ():
+            path = _download_into(client, url, args.save, terminal)
+            saved.append(path)
     except ValidationError as error:  # the URLs are the gateway's, so this is not wrong usage
-        raise GatewayError(f"An output file cannot be saved: {error}") from error
-    finally:  # the result was paid for, whatever becomes of its files
-        _print_json(document)
-    _raise_failed([result])
+        raise GatewayError(f"An output file cannot be saved: {error._in_shell()}") from error
+    finally:
+        if not args.result:
+            terminal.print_json({**result.to_dict(), **({"saved": saved} if args.save else {})})
+        elif result.is_success() or result.output is not None:
+            terminal.print_value(result.get_function_result())
+        for path in saved if args.result else ():
+            terminal.tell(f"saved: {path}")
+
+
+def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> PrefabResult:
+    """Prints what comes, as it comes. Gives the result, without most of its contents."""
+    kept: list[StreamEvent] = []  # not all of them: there may be more than memory has room for
+    has_content = False
+    try:
+        for event in stream:
+            # A heartbeat is of a type that the SDK does not know, and has no data.
+            is_heartbeat = event.data is None and event.raw.get("type") != "content"
+            if not kept or event.type in (StreamEventType.DONE, StreamEventType.ERROR):
+                kept.append(event)
+            if as_json:
+                terminal.print_json(event.raw, one_line=True)
+            elif event.type == StreamEventType.CONTENT and not is_heartbeat:
+                has_content = True
+                if isinstance(event.data, str):
+                    terminal.print_text(event.data)
+                else:
+                    terminal.print_json(event.data, one_line=True)
+    finally:
+        if has_content:
+            terminal.print_text("\n")
+    result = PrefabResult.from_events(kept)
+    if not as_json:
+        value = result.get_function_result()
+        if not has_content and value not in ("", [], {}):
+            terminal.print_value(value)
+        for url in result.get_file_urls():
+            terminal.tell(f"file: {url}")
+    return result
+
+
+def _reason(result: PrefabResult) -> str:
+    """Why a call failed."""
+    message = (result.error or {}).get("message") or result.error or "the gateway does not say why."
+    return f"{result.status}: {result.exception._in_shell() if result.exception else message}"
+
+
+def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    if args.stream and (args.save or args.result):
+        raise ValidationError("--save and --result do not go with --stream.")
+    parameters = _read_parameters(args)
+    if args.save:
+        _require_folder(args.save)
+    files = _upload_inputs(client, args, terminal)
+    call = (args.prefab, args.version, args.function, parameters, files)
+    terminal.if_interrupted = "the call may have run"
+    if args.stream:
+        with client.run(*call, stream=True) as stream:
+            result = _print_stream(stream, args.json, terminal)
+    else:
+        result = client.run(*call)
+        terminal.if_interrupted = "the call has run"
+        _print_result(client, result, args, terminal)
+    if not result.is_success():
+        raise GatewayError(_reason(result))
+    value = result.get_function_result()
+    if args.fail and isinstance(value, dict) and value.get("success") is False:
+        reason = result.get_business_error() or result.get_business_message() or "no reason"
+        raise GatewayError(f'The function reports "success": false: {reason}')
 
 
 def _read_calls(path: str) -> list[PrefabCall]:
@@ -4775,202 +5034,360 @@ def _read_calls(path: str) -> list[PrefabCall]:
     if text.lstrip().startswith("["):
         entries = _decode_input(text, path)
     else:
-        lines = enumerate(text.split("\n"), 1)  # not splitlines(): U+2028 does not end a line of JSON
+        lines = enumerate(text.split("\n"), 1)  # not splitlines(): JSON may have U+2028 in a line
         entries = [_decode_input(line, f"Line {number}") for number, line in lines if line.strip()]
-    calls = []
     for index, entry in enumerate(entries):
-        try:
-            calls.append(PrefabCall(**entry))
-        except TypeError as error:
-            fields_needed = "prefab_id, version and function_name, and may have parameters and files"
-            raise ValidationError(f"The call with index {index} needs {fields_needed}: {error}") from error
-    return calls
+        if not isinstance(entry, dict):
+            raise ValidationError(f"The call with index {index} is not a JSON object.")
+        problems = [f"lacks {name!r}" for name in _CALL_FIELDS[:3] if name not in entry]
+        unknown = [name for name in entry if name not in _CALL_FIELDS]
+        problems += [f"has {name!r}, which is no field of a call" for name in unknown]
+        if problems:
+            raise ValidationError(f"The call with index {index} {' and '.join(problems)}.")
+    return [PrefabCall(**entry) for entry in entries]
 
 
-def _batch_command(client: GatewayClient, args: Any) -> None:
+def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     calls = _read_calls(args.path)
-    bar = _ProgressBar("calls", "calls")
+    bar = _ProgressBar(terminal, "batch", "calls")
     waiting: dict[int, _Json] = {}  # until the results before them are printed
     printed = 0
 
     def on_result(index: int, result: PrefabResult) -> None:
         nonlocal printed
-        waiting[index] = {"index": index, **_result_document(result)}
-        while printed in waiting:
-            _print_json(waiting.pop(printed), one_line=True)
-            printed += 1
-        bar(printed + len(waiting), len(calls))
+        with terminal.whole():
+            waiting[index] = line = {"index": index, **result.to_dict()}
+            if result.exception:
+                line["error"] = {**line["error"], "message": result.exception._in_shell()}
+            elif not result.is_success():  # so says the gateway: the call has run
+                line["error"] = {**(result.error or {}), "may_have_run": True}
+            while printed in waiting:
+                terminal.print_json(waiting.pop(printed), one_line=True)
+                printed += 1
+            bar(printed + len(waiting), len(calls))
 
+    terminal.if_interrupted = "calls that have no line on stdout may have run"
     try:
-        _raise_failed(client.run_batch(calls, max_workers=args.workers, on_result=on_result).results)
+        results = client.run_batch(calls, max_workers=args.workers, on_result=on_result).results
     finally:
-        for index in sorted(waiting):
-            _print_json(waiting[index], one_line=True)
+        with terminal.whole():
+            for index in sorted(waiting):
+                terminal.print_json(waiting[index], one_line=True)
+    failed = [index for index, result in enumerate(results) if not result.is_success()]
+    if failed:
+        first = f"the first with index {failed[0]}: {_reason(results[failed[0]])}"
+        raise GatewayError(f"{len(failed)} of {len(calls)} calls failed, {first}")
 
 
-def _upload_command(client: GatewayClient, args: Any) -> None:
-    _require_(not (args.input and args.temp), "--input and --temp exclude each other.")
-    _require_(args.temp or (args.session is None and args.ttl is None), "--session and --ttl go with --temp.")
-    ttl = 86400 if args.ttl is None else args.ttl
+def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    prefabs = client.list_prefabs(args.status)
+    if not sys.stdout.isatty():
+        terminal.print_json([prefab.raw for prefab in prefabs])
+        return
+    cells = 80
+    with suppress(OSError):  # the NUL of Windows calls itself a terminal
+        cells = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    names = [f"{prefab.prefab_id} {prefab.version}" for prefab in prefabs]
+    for prefab, name in zip(prefabs, names):
+        state = "" if prefab.status in (None, "deployed") else f"({prefab.status}) "
+        line = f"{name:{max(map(len, names))}}  {state}{prefab.description}"
+        terminal.print_text(_clip(line, cells) + "\n")
+
+
+def _spec_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    terminal.print_json(client.get_prefab_spec(args.prefab, args.version))
+
+
+def _upload_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    if not args.temp and (args.session is not None or args.ttl is not None):
+        raise ValidationError("--session and --ttl go with --temp.")
+    if not args.input and args.content_type is not None:
+        raise ValidationError("--content-type goes with --input.")
     answers: list[_Json] = []
     try:
         for path in args.path:
-            bar = _ProgressBar(path)
+            bar = _ProgressBar(terminal, path)
             if args.input:
-                answers.append({"s3_url": client.upload_input_file(path, on_progress=bar)})
+                url = client.upload_input_file(path, args.content_type, on_progress=bar)
+                answers.append({"s3_url": url})
             elif args.temp:
+                ttl = args.ttl or 86400
                 answers.append(client.upload_temp_file(path, ttl, args.session, on_progress=bar))
             else:
                 answers.append(client.upload_file(path, on_progress=bar))
     finally:  # what was uploaded is there, whatever becomes of the others
         if answers:
-            _print_json(answers if len(args.path) > 1 else answers[0])
+            terminal.print_json(answers if len(args.path) > 1 else answers[0])
 
 
-def _download_command(client: GatewayClient, args: Any) -> _Json:
-    path = args.target or "."
+def _download_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    path = args.target
     if os.path.isdir(path) or path.endswith(("/", os.sep)):
-        path = _save(client, [args.s3_url], path)[0]
+        path = _download_into(client, args.s3_url, path, terminal)
     else:
-        client.download_file(args.s3_url, path, on_progress=_ProgressBar(path))
-    return {"path": path, "size": os.path.getsize(path)}
+        client.download_file(args.s3_url, path, on_progress=_ProgressBar(terminal, path))
+    terminal.print_json({"path": path, "size": os.path.getsize(path)})
 
 
-def _secret_command(client: GatewayClient, args: Any) -> Any:
-    if args.action == "list":
-        return client.list_secrets(args.prefab)
-    _require_(args.prefab and args.name, f"secret {args.action} needs a prefab and a name.")
-    if args.action == "delete":
-        client.delete_secret(args.prefab, args.name)
-    elif sys.stdin.isatty():
+def _ls_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    temporary = args.temp or args.session
+    files = client.iter_temp_files(args.session) if temporary else client.iter_files()
+    terminal.print_json(list(files))
+
+
+def _cleanup_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    terminal.print_json({"deleted_count": client.cleanup_temp_files(args.session)})
+
+
+def _url_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    terminal.print_json({"presigned_url": client.get_presigned_url(args.s3_url, args.expires)})
+
+
+def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    value = ""
+    if sys.stdin.isatty():
         import getpass  # asks without an echo; an argument would show in the list of processes
 
-        client.set_secret(args.prefab, args.name, getpass.getpass(f"{args.name}: "))
+        try:
+            value = getpass.getpass(f"{args.name}: ")
+        except (EOFError, KeyboardInterrupt) as error:
+            terminal.tell("")  # ends the line with the prompt
+            if not isinstance(error, EOFError):
+                raise
     else:
-        client.set_secret(args.prefab, args.name, _read_text("-").rstrip("\r\n"))
-    return {"prefab_id": args.prefab, "secret_name": args.name}
+        value = _read_text("-").removesuffix("\n").removesuffix("\r")
+    if not value:
+        raise ValidationError("The secret is empty: it is read from stdin, or typed at the prompt.")
+    client.set_secret(args.prefab, args.name, value)
+    terminal.print_json({"prefab_id": args.prefab, "secret_name": args.name})
 
 
-def _other_command(client: GatewayClient, args: Any) -> Any:
-    """The commands that are one call of the client."""
-    if args.command == "list":
-        return [prefab.raw for prefab in client.list_prefabs(args.status)]
-    if args.command == "spec":
-        return client.get_prefab_spec(args.prefab, args.version)
-    if args.command == "url":
-        return {"presigned_url": client.get_presigned_url(args.s3_url)}
-    if args.command == "cleanup":
-        return {"deleted_count": client.cleanup_temp_files(args.session)}
-    return list(client.iter_temp_files(args.session) if args.temp or args.session else client.iter_files())
+def _secret_list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    terminal.print_json(client.list_secrets(args.prefab))
 
 
-def _add_commands(add: Callable[..., Any]) -> None:
-    """Adds the commands by means of `add(handler, name, help, example, *positional_arguments)`."""
+def _secret_delete_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    client.delete_secret(args.prefab, args.name)
+    terminal.print_json({"prefab_id": args.prefab, "secret_name": args.name})
+
+
+def _number(kind: type, least: float, text: str) -> Any:
+    """The value of an option, which is an `int` or a `float`."""
+    import argparse
+
+    with suppress(ValueError):
+        if least <= kind(text) < 10**9:
+            return kind(text)
+    name = "a whole number" if kind is int else "a number"
+    raise argparse.ArgumentTypeError(f"{name} from {least} on is needed, not {text!r}")
+
+
+def _add_run(add: Callable[..., Any]) -> None:
     repeated: _Json = {"action": "append", "default": []}
-    text = 'run a function; if it reports "success": false, the exit status is 0 all the same'
-    example = "text-tools 1.1.0 statistics -p text='Hello you'"
-    run = add(_run_command, "run", text, example, "prefab", "version", "function")
-    run.add_argument("-p", "--parameter", metavar="NAME=VALUE", help="VALUE is JSON, else text", **repeated)
-    run.add_argument("-d", "--data", default="{}", metavar="JSON", help="all parameters: JSON, @FILE or - for stdin")
-    run.add_argument("-f", "--file", metavar="NAME=PATH", help="an input: a file, or an s3:// URL", **repeated)
+    run = add("run", help="run a function", usage="%(prog)s PREFAB VERSION FUNCTION [options]",
+              epilog="example: gateway-sdk run text-tools 1.1.0 statistics -p text='Hello you'")
+    run.set_defaults(handler=_run_command)
+    run.add_argument("prefab", metavar="PREFAB", help="an id, see `gateway-sdk list`")
+    run.add_argument("version", metavar="VERSION", help="such as 1.0.0")
+    run.add_argument("function", metavar="FUNCTION", help="see `gateway-sdk spec PREFAB`")
+    run.add_argument("-p", "--parameter", metavar="NAME=VALUE", **repeated,
+                     help="a parameter: JSON, or else text; NAME=@FILE is the text of a file")
+    run.add_argument("-P", "--text", metavar="NAME=TEXT", **repeated,
+                     help="a parameter that is text, whatever it looks like")
+    run.add_argument("-d", "--data", metavar="JSON", default="{}",
+                     help="all parameters: JSON, @FILE or - for stdin")
+    run.add_argument("-f", "--file", metavar="NAME=PATH", **repeated,
+                     help="an input: a file, or an s3:// URL")
     run.add_argument("--stream", action="store_true", help="print contents as they come")
-    run.add_argument("--json", action="store_true", help="with --stream: print events as JSON lines")
-    run.add_argument("--save", metavar="FOLDER", help="download the output files")
-    batch = add(_batch_command, "batch", "run the calls of a file: JSON lines or an array", "calls.jsonl", "path")
-    batch.add_argument("--workers", type=int, default=8, help="calls at a time")
-    prefabs = add(_other_command, "list", "list the prefabs", "--status deployed")
-    prefabs.add_argument("--status", help="deployed or failed")
-    spec = add(_other_command, "spec", "show the functions of a prefab", "text-tools", "prefab")
-    spec.add_argument("version", nargs="?", help="default: the newest")
-    upload = add(_upload_command, "upload", "upload files", "--input report.txt")
-    upload.add_argument("path", nargs="+")
-    upload.add_argument("--input", action="store_true", help="as the input of a call; needs no agent's token")
-    upload.add_argument("--temp", action="store_true", help="temporary files")
-    upload.add_argument("--ttl", type=int, help="seconds that temporary files live; default: 86400")
-    upload.add_argument("--session", help="an id that temporary files have in common")
-    download = add(_download_command, "download", "download a file", "s3://bucket/key/report.txt downloads/", "s3_url")
-    download.add_argument("target", nargs="?", help="a file or a folder")
-    add(_other_command, "url", "print a URL that anyone can download from", "s3://bucket/key/report.txt", "s3_url")
-    ls = add(_other_command, "ls", "list the agent's files", "--temp")
+    run.add_argument("--json", action="store_true", help="with --stream: events as JSON lines")
+    run.add_argument("--result", action="store_true", help="print the function's value alone")
+    run.add_argument("--save", metavar="FOLDER", help="download the output files; replaces none")
+    run.add_argument("--fail", action="store_true",
+                     help='exit with 1, and not 0, if the function reports "success": false')
+
+
+def _add_batch(add: Callable[..., Any]) -> None:
+    call = {"prefab_id": "text-tools", "version": "1.1.0", "function_name": "echo"}
+    example = json.dumps({**call, "parameters": {"value": 1}})
+    batch = add(
+        "batch", help="run the calls of a file", usage="%(prog)s FILE [options]", description=
+        "Runs calls side by side. FILE has a call in each line, or is a JSON array of calls.\n"
+        "A call has the fields prefab_id, version and function_name, and may have parameters\n"
+        "(an object) and files (names to lists of s3:// URLs). Prints each result as a line\n"
+        "of JSON, with the index of its call, from 0. Exits with 1 if a call failed.",
+        epilog=f"example: gateway-sdk batch calls.jsonl\n\na line of calls.jsonl:\n{example}",
+    )
+    batch.set_defaults(handler=_batch_command)
+    batch.add_argument("path", metavar="FILE", help="a file, or - for stdin")
+    batch.add_argument("--workers", metavar="N", type=partial(_number, int, 1), default=8,
+                       help="calls at a time; default: 8")
+
+
+def _add_directory(add: Callable[..., Any]) -> None:
+    prefabs = add("list", help="list the prefabs: as lines on a terminal, else as JSON",
+                  usage="%(prog)s [options]", epilog="example: gateway-sdk list --status deployed")
+    prefabs.set_defaults(handler=_list_command)
+    prefabs.add_argument("--status", metavar="STATUS", help="deployed or failed")
+    spec = add("spec", help="show functions", usage="%(prog)s PREFAB [VERSION] [options]",
+               epilog="example: gateway-sdk spec text-tools")
+    spec.set_defaults(handler=_spec_command)
+    spec.add_argument("prefab", metavar="PREFAB", help="an id, see `gateway-sdk list`")
+    spec.add_argument("version", metavar="VERSION", nargs="?", help="default: the newest")
+
+
+def _add_files(add: Callable[..., Any]) -> None:
+    upload = add("upload", help="upload files", usage="%(prog)s PATH... [options]",
+                 epilog="example: gateway-sdk upload --input report.txt")
+    upload.set_defaults(handler=_upload_command)
+    upload.add_argument("path", metavar="PATH", nargs="+", help="a file")
+    kind = upload.add_mutually_exclusive_group()
+    kind.add_argument("--input", action="store_true", help="inputs of calls; no agent needed")
+    kind.add_argument("--temp", action="store_true", help="temporary files")
+    upload.add_argument("--content-type", metavar="T", help="of an input, such as video/mp4")
+    upload.add_argument("--ttl", metavar="S", type=partial(_number, int, 1),
+                        help="seconds that a temporary file lives; default: 86400")
+    upload.add_argument("--session", metavar="ID", help="what temporary files have in common")
+    download = add("download", help="download a file", usage="%(prog)s S3_URL [TARGET] [options]",
+                   epilog="example: gateway-sdk download s3://bucket/key/report.txt downloads/")
+    download.set_defaults(handler=_download_command)
+    download.add_argument("s3_url", metavar="S3_URL", help="the file's URL")
+    download.add_argument("target", metavar="TARGET", nargs="?", default=".",
+                          help="a file; or a folder, where none is replaced; default: this one")
+    url = add("url", help="print a URL that anyone can download from",
+              usage="%(prog)s S3_URL [options]",
+              epilog="example: gateway-sdk url s3://bucket/key/report.txt --expires 600")
+    url.set_defaults(handler=_url_command)
+    url.add_argument("s3_url", metavar="S3_URL", help="the file's URL")
+    url.add_argument("--expires", metavar="S", type=partial(_number, int, 1), default=3600,
+                     help="seconds until it ends; default: 3600")
+    ls = add("ls", help="list the agent's files", usage="%(prog)s [options]",
+             epilog="example: gateway-sdk ls --temp")
+    ls.set_defaults(handler=_ls_command)
     ls.add_argument("--temp", action="store_true", help="temporary files")
-    ls.add_argument("--session", help="an id that temporary files have in common")
-    add(_other_command, "cleanup", "delete a session's temporary files", "session-1", "session")
-    secret = add(_secret_command, "secret", "set (from stdin), list or delete your secrets", "list")
-    secret.add_argument("action", choices=("set", "list", "delete"))
-    secret.add_argument("prefab", nargs="?")
-    secret.add_argument("name", nargs="?")
+    ls.add_argument("--session", metavar="ID", help="what temporary files have in common")
+    cleanup = add("cleanup", help="delete temporary files", usage="%(prog)s SESSION [options]",
+                  epilog="example: gateway-sdk cleanup session-1")
+    cleanup.set_defaults(handler=_cleanup_command)
+    cleanup.add_argument("session", metavar="SESSION", help="what the files have in common")
+
+
+def _add_secret(add: Callable[..., Any], common: Any) -> None:
+    secret = add("secret", help="set, list or delete your secrets",
+                 usage="%(prog)s ACTION ... [options]", epilog="example: gateway-sdk secret list")
+    actions = secret.add_subparsers(metavar="ACTION", required=True, prog=secret.prog)
+    put = actions.add_parser("set", help="set one, from stdin or a prompt", parents=[common],
+                             usage="%(prog)s PREFAB NAME [options]")
+    put.set_defaults(handler=_secret_set_command)
+    delete = actions.add_parser("delete", help="delete one", parents=[common],
+                                usage="%(prog)s PREFAB NAME [options]")
+    delete.set_defaults(handler=_secret_delete_command)
+    for action in (put, delete):
+        action.add_argument("prefab", metavar="PREFAB", help="the prefab that needs it")
+        action.add_argument("name", metavar="NAME", help="its name")
+    names = actions.add_parser("list", help="list their names", parents=[common],
+                               usage="%(prog)s [PREFAB] [options]")
+    names.set_defaults(handler=_secret_list_command)
+    names.add_argument("prefab", metavar="PREFAB", nargs="?", help="only those of this one")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
+    """The arguments, with the command's `handler`. Raises SystemExit after help and version."""
     import argparse  # here only: nobody else should wait for it
 
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--base-url", help="the gateway; default: $GATEWAY_BASE_URL")
-    common.add_argument("--timeout", type=float, help="seconds for each wait; default: 60")
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            usage = str(self.usage).replace("%(prog)s", self.prog)
+            raise ValidationError(f"{message} (usage: {usage})")
+
+    # These stand before or after the command: a default at one place would hide the other.
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--base-url", metavar="URL", help="default: $GATEWAY_BASE_URL")
+    common.add_argument("--timeout", metavar="S", type=partial(_number, float, 0.001),
+                        help="seconds for each wait; default: 60")
+    common.add_argument("--retries", metavar="N", type=partial(_number, int, 0),
+                        help="of what can do no harm; default: 2")
+    common.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     common.add_argument("-v", "--verbose", action="store_true", help="log requests to stderr")
-    credentials = "The credential comes from X_INTERNAL_TOKEN, AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN."
-    parser = argparse.ArgumentParser("gateway-sdk", description=credentials, parents=[common])
+    parser = Parser(
+        "gateway-sdk", usage="%(prog)s COMMAND ... [options]", parents=[common],
+        description="The credential is that in the environment: "
+        "X_INTERNAL_TOKEN, AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True)
-
-    def add(handler: Any, name: str, text: str, example: str, *positional: str) -> argparse.ArgumentParser:
-        example = f"example: gateway-sdk {name} {example}"
-        command = commands.add_parser(name, help=text, description=text, epilog=example, parents=[common])
-        command.set_defaults(command=name, handler=handler)
-        for argument in positional:
-            command.add_argument(argument)
-        return command
-
-    _add_commands(add)
-    return parser.parse_args(argv, argparse.Namespace(base_url=None, timeout=60, verbose=False))
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog)
+    formatter = argparse.RawDescriptionHelpFormatter
+    add = partial(commands.add_parser, parents=[common], formatter_class=formatter)
+    _add_run(add)
+    _add_batch(add)
+    _add_directory(add)
+    _add_files(add)
+    _add_secret(add, common)
+    values = argparse.Namespace(base_url=None, timeout=60, retries=2, quiet=False, verbose=False)
+    return parser.parse_args(argv, values)
 
 
-def _report(error: Exception) -> int:
-    """Prints an error as one line. Returns the exit status for it."""
-    try:
-        sys.stdout.flush()
-    except OSError:  # keep the interpreter from trying it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):  # the reader has seen enough
+def _log_to(terminal: _Terminal) -> None:
+    """Shows the log of the SDK."""
+    import logging
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            terminal.tell(self.format(record))
+
+    logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
+
+
+def _execute(argv: Sequence[str] | None, terminal: _Terminal) -> None:
+    """Does what the arguments ask for."""
+    args = _parse_arguments(argv)
+    terminal.quiet = args.quiet
+    if args.verbose:
+        _log_to(terminal)
+    options = {"base_url": args.base_url, "timeout": args.timeout, "max_retries": args.retries}
+    with GatewayClient.from_env(**options) as client:
+        args.handler(client, args, terminal)
+
+
+def _report(error: BaseException, terminal: _Terminal) -> int:
+    """Says on stderr why the command ended. Returns the exit status for it."""
+    if terminal.signal or isinstance(error, KeyboardInterrupt):
+        terminal.tell(f"interrupted: {terminal.if_interrupted}.")
+        return 128 + (terminal.signal or 2)
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has seen enough
         return 0
-    message = error._in_shell() if isinstance(error, GatewayError) else str(error).strip() or repr(error)
-    _print_line(f"error: {message}")
-    if isinstance(error, ValidationError):
-        return 2 if error.status_code is None else 1
-    return 2 if isinstance(error, UnicodeDecodeError) else 1  # a user's file; no answer raises that
+    message = str(error)
+    if isinstance(error, GatewayError):
+        message = error._in_shell()
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.strerror}: {error.filename!r}"
+    terminal.tell(f"error: {message}")
+    return 2 if isinstance(error, ValidationError) and error.status_code is None else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `gateway-sdk`.
 
     Returns:
-        The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+        The exit status: 0 done, 1 failed, 2 wrong usage; interrupted, 128 and the signal's number:
+        130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
-    args = _parse_arguments(argv)
-    if args.verbose:
-        import logging
-
-        class Handler(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                _print_line(self.format(record))
-
-        logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
-    if hasattr(sys.stdout, 'reconfigure'):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        with GatewayClient.from_env(base_url=args.base_url, timeout=args.timeout) as client:
-            document = args.handler(client, args)
-        if document is not None:
-            _print_json(document)
-    except KeyboardInterrupt:
-        return 130
-    except (GatewayError, OSError, ValueError, EOFError, RecursionError) as error:
-        return _report(error)
-    finally:
-        _ProgressBar.wipe()
+    terminal = _Terminal()
+    with terminal.signals():
+        try:
+            try:
+                _execute(argv, terminal)
+            finally:
+                terminal.finish()
+        except SystemExit:  # after help and version
+            try:
+                sys.stdout.flush()
+            except OSError:  # keep the interpreter from trying it again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (KeyboardInterrupt, GatewayError, OSError, ValueError, RecursionError) as error:
+            return _report(error, terminal)
     return 0
 
 

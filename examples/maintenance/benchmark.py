@@ -156,7 +156,8 @@ def converse(sock: socket.socket, answers: dict[str, list[Any]], file_path: str)
                 sock.sendall(OK + b'ETag: "1"\r\nContent-Length: %d\r\n\r\n' % length)
                 sock.sendfile(file)
             elif key == RUN_PATH:
-                key = re.search(rb'"function_name": *"(\w+)"', body)[1].decode()  # type: ignore[index]
+                found = re.search(rb'"function_name": *"(\w+)"', body)
+                key = found[1].decode()  # type: ignore[index]
             for step in answers.get(key, ()):
                 if isinstance(step, float):
                     time.sleep(step)

@@ -1,6 +1,7 @@
 """What the tests of examples share: fixtures of the module's own tests, and a few helpers.
 
-Servers and other helpers of the module's tests are imported from `test_gateway_sdk` where they are needed.
+Servers and other helpers of the module's tests are imported from `test_gateway_sdk` where they are
+needed.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from test_gateway_sdk import (
     shell,
 )
 
-__all__ = ["_clean", "_closed", "_interruptible", "client", "content_file", "gateway", "shell"]  # the fixtures
+# The fixtures
+__all__ = ["_clean", "_closed", "_interruptible", "client", "content_file", "gateway", "shell"]
 
 EXAMPLES = ROOT / "examples"
 
 
 class Gated:
-    """A streaming function that gives its next event when it is told to, and notes when it is cut off."""
+    """A streaming function that gives its next event when told to, and notes when it is cut off."""
 
     def __init__(self) -> None:
         self.gate = threading.Semaphore(0)

@@ -1,4 +1,4 @@
-"""Tests of `mcp_server.py`: its tools, its calls without MCP, then over stdio with the client of `mcp`."""
+"""Tests of `mcp_server.py`: its tools, its calls without MCP, then over stdio with `mcp`'s client."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ MERGE_SCHEMA = {
 
 
 def call_tool(gateway: Any, prefab: str, name: str, save: Any = None, reported: Any = None, **arguments: Any) -> Any:
-    """Calls a tool in this process: all of the server but MCP itself. What it reports goes into `reported`."""
+    """Calls a tool in this process: all of the server but MCP. `reported` gets what it reports."""
     async def report(text: str) -> None:
         reported.append(text)
 
@@ -211,8 +211,8 @@ def test_the_tools_are_listed_for_models_without_the_package(
     assert ("listed__count" in tools) == runs_already
     assert tools["text-tools__statistics"] == {"type": "function", "function": {
         "name": "text-tools__statistics",
-        "description": "Count the characters, words and lines of a text, and its most common words.\n\n"
-                       "Prefab text-tools 1.1.0. Looks at texts",
+        "description": "Count the characters, words and lines of a text, and its most common "
+                       "words.\n\nPrefab text-tools 1.1.0. Looks at texts",
         "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"],
                        "additionalProperties": False},
     }}
@@ -333,7 +333,7 @@ async def open_session(gateway: LocalGateway, log: Any) -> AsyncIterator[Any]:
 
 
 class ToolClient(NamedTuple):
-    """The package's own client of the server in a process of its own, for tests that are not asynchronous."""
+    """The package's own client of a server process, for tests that are not asynchronous."""
 
     portal: Any  # to where the session lives
     session: Any
