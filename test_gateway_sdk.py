@@ -8634,6 +8634,24 @@ def test_a_client_that_was_made_outside_of_a_loop_serves_one_loop_after_another(
         server.wait_until(lambda: server.open_connections == 0)
 
 
+def test_a_worker_that_waits_lets_go_of_its_last_call() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            parameters = Weak(n=1)
+            weakref.finalize(parameters, gone.set)
+            await client.run("p", "1.0.0", "f", parameters)
+            del parameters
+            gc.collect()
+            assert await asyncio.to_thread(gone.wait, WAIT_SECONDS)
+
+    class Weak(dict):  # type: ignore[type-arg]
+        """To which there can be weak references."""
+
+    gone = threading.Event()
+    with Script(ran()) as server:
+        in_loop(main())
+
+
 def test_a_client_that_is_dropped_leaves_no_thread_and_no_connection() -> None:
     code = """if True:
         import asyncio, gc, socket, sys, threading, gateway_sdk
@@ -8983,6 +9001,46 @@ def test_closing_a_client_can_end_what_its_threads_wait_for(
     assert error.may_have_run == phase.may_have_run
 
 
+@cpython_only
+def test_a_call_may_be_ended_at_any_moment() -> None:
+    """Before each line that is run until it waits for more events: it must not do so any more."""
+    timeout, ended_at = 4 * SHORT_SECONDS, 0.0
+
+    def end() -> None:
+        nonlocal ended_at
+        ended_at = time.monotonic()
+        client.close(cancel=True)
+
+    with Routed(lambda _: Pause(OPEN_STREAM)) as server:
+        for at in itertools.count(1):
+            client = client_of(server, timeout=timeout)
+            started = time.monotonic()
+            with interrupted(at, end), pytest.raises(GatewayError) as caught:
+                run(client)
+            if ended_at < started or ended_at - started >= timeout:
+                break  # this was behind the wait
+            assert not isinstance(caught.value, GatewayTimeoutError), f"line {at} does not notice"
+        server.wait_until(lambda: server.open_connections == 0)
+    assert at > 50
+
+
+def test_closing_a_client_ends_a_wait_of_the_main_thread_too() -> None:
+    def close() -> None:
+        server.wait_until(lambda: server.received and not server.open_connections)
+        time.sleep(SHORT_SECONDS)  # no event tells that it waits
+        client.close(cancel=True)
+
+    with Script(WAIT_LONG, answer([])) as server, client_of(server) as client:
+        closing_it = threading.Thread(target=close)
+        closing_it.start()
+        started = time.monotonic()
+        with pytest.raises(GatewayError):
+            client.list_prefabs()
+        assert time.monotonic() - started < WAIT_SECONDS  # of the 30 that it was told to wait
+        closing_it.join()
+    assert len(server.received) == 1
+
+
 def test_closing_a_client_ends_no_call_unless_it_is_told_to() -> None:
     gate = threading.Event()
     with Script(Steps((lambda _: gate.wait(WAIT_SECONDS), send(ran(5))))) as server:
@@ -9259,8 +9317,11 @@ LEAVING = {
 def test_leaving_an_async_stream_closes_its_connection(way: str, script: Any) -> None:
     async def main() -> None:
         async with async_client_of(server, timeout=LONG_SECONDS) as client:
-            await LEAVING[way](await run(client, stream=True))
-            gc.collect()
+            stream = await run(client, stream=True)
+            await LEAVING[way](stream)
+            if way in ("break", "drop", "drop after events"):  # the others close it themselves
+                del stream
+                gc.collect()
             await until(server, lambda: server.open_connections == 0)
             assert (await run(client)).is_success()  # on any thread that there is
 
