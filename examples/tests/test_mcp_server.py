@@ -1,4 +1,4 @@
-"""Tests of `mcp_server.py`: its tools, its calls without MCP, then over stdio with `mcp`'s client."""
+"""Tests of `mcp_server.py`: its tools, its calls without MCP, then all over stdio with `mcp`."""
 
 from __future__ import annotations
 
@@ -57,12 +57,14 @@ MERGE_SPEC = {"id": "papers", "version": "0.2.0", "description": "Works on paper
         {"name": "title", "type": "str", "description": "Of the whole", "required": True},
         {"name": "style", "type": "string", "enum": ["plain", "bold"], "default": "plain"},
         {"name": "page", "type": "object", "required": False, "properties": {
-            "size": {"type": "string", "required": True}, "margins": {"type": "array", "items": {"type": "float"}}}},
+            "size": {"type": "string", "required": True},
+            "margins": {"type": "array", "items": {"type": "float"}}}},
         {"name": "clip", "type": "InputFile", "required": False},  # as older specs have it
         {"name": "clips", "type": "array", "items": {"type": "InputFile"}, "required": False},
     ],
     "files": {
-        "papers": {"type": "array", "items": {"type": "InputFile"}, "minItems": 1, "required": True},
+        "papers": {"type": "array", "items": {"type": "InputFile"}, "minItems": 1,
+                   "required": True},
         "title": {"type": "InputFile", "description": "A picture for the title page"},
         "merged": {"type": "array", "items": {"type": "OutputFile"}},
     },
@@ -78,14 +80,17 @@ MERGE_SCHEMA = {
         "clip": {"type": "string", "description": mcp_server.FILE_HINT},
         "clips": {**STRINGS, "description": mcp_server.FILE_HINT},
         "papers": {**STRINGS, "minItems": 1, "description": mcp_server.FILE_HINT},
-        "title_files": {**STRINGS, "description": f"A picture for the title page {mcp_server.FILE_HINT}"},
+        "title_files": {**STRINGS,
+                        "description": f"A picture for the title page {mcp_server.FILE_HINT}"},
     },
     "required": ["title", "papers"],
     "additionalProperties": False,
 }
 
 
-def call_tool(gateway: Any, prefab: str, name: str, save: Any = None, reported: Any = None, **arguments: Any) -> Any:
+def call_tool(
+    gateway: Any, prefab: str, name: str, save: Any = None, reported: Any = None, **arguments: Any
+) -> Any:
     """Calls a tool in this process: all of the server but MCP. `reported` gets what it reports."""
     async def report(text: str) -> None:
         reported.append(text)
@@ -107,8 +112,10 @@ def texts_of(result: dict[str, Any]) -> list[str]:
 # Names and schemas
 
 FUNCTIONS = [
-    ("text-tools", "words"), ("text-tools", "_words"), ("text-tools_", "words"), ("a__b", "c"), ("a", "b__c"),
-    ("a_b", "c"), ("a", "b_c"), ("a.b", "c"), ("a b", "c"), ("a", "b.c"), ("数据", "查询"), ("数据", "查找"), ("", "a"),
+    ("text-tools", "words"), ("text-tools", "_words"), ("text-tools_", "words"), ("a__b", "c"),
+    ("a", "b__c"),
+    ("a_b", "c"), ("a", "b_c"), ("a.b", "c"), ("a b", "c"), ("a", "b.c"), ("数据", "查询"),
+    ("数据", "查找"), ("", "a"),
     ("long" * 20, "function"), ("long" * 20, "other"), ("x" * 30, "y" * 32), ("x" * 30, "y" * 33),
     ("A", "b"), ("a", "B"),
 ]
@@ -129,7 +136,8 @@ def test_a_tool_keeps_its_name_when_other_prefabs_come_and_versions_go() -> None
         gateway.add_prefab("text-tools", "2.0.0", {"words": len_of})
         after = tools_of(gateway)
     assert before - set(after) == {"text-tools__statistics", "text-tools__echo", "text-tools__find"}
-    assert (after["text-tools__words"].version, after["text_tools__words"].prefab_id) == ("2.0.0", "text_tools")
+    assert after["text-tools__words"].version == "2.0.0"
+    assert after["text_tools__words"].prefab_id == "text_tools"
 
 
 def test_the_schema_has_all_that_a_spec_says() -> None:
@@ -140,14 +148,16 @@ def test_the_schema_has_all_that_a_spec_says() -> None:
 
 @pytest.mark.parametrize(("entry", "schema"), [
     ({"type": "bool", "default": False}, {"type": "boolean", "default": False}),
-    ({"type": "integer", "minimum": 1, "maximum": 9}, {"type": "integer", "minimum": 1, "maximum": 9}),
+    ({"type": "integer", "minimum": 1, "maximum": 9},
+     {"type": "integer", "minimum": 1, "maximum": 9}),
     ({"type": "string | array"}, {"type": ["string", "array"], "items": {}}),
     ({"type": "list[str]"}, {"type": "array", "items": {}}),
     ({"type": "any"}, {}), ({"type": "Paper"}, {}), ({}, {}),
     ({"type": "string", "default": None}, {"type": "string"}),
     ({"type": "array", "items": {"type": "object", "properties": {"n": {"type": "int"}}}},
      {"type": "array", "items": {"type": "object", "properties": {"n": {"type": "integer"}}}}),
-    ({"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object", "required": ["c"]}}},
+    ({"type": "object", "required": ["b"],
+      "properties": {"a": {}, "b": {"type": "object", "required": ["c"]}}},
      {"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object"}}}),
 ])
 def test_a_specs_type_becomes_json_schema(entry: dict[str, Any], schema: dict[str, Any]) -> None:
@@ -155,8 +165,11 @@ def test_a_specs_type_becomes_json_schema(entry: dict[str, Any], schema: dict[st
 
 
 @pytest.mark.parametrize(("entry", "required"), [
-    ({}, ["a"]), ({"required": True, "default": 1}, ["a"]), ({"default": 1}, None), ({"required": False}, None)])
-def test_a_parameter_is_required_unless_the_spec_says_otherwise(entry: dict[str, Any], required: Any) -> None:
+    ({}, ["a"]), ({"required": True, "default": 1}, ["a"]), ({"default": 1}, None),
+    ({"required": False}, None)])
+def test_a_parameter_is_required_unless_the_spec_says_otherwise(
+    entry: dict[str, Any], required: Any
+) -> None:
     assert mcp_server.object_schema({"a": entry}, default_required=True).get("required") == required
 
 
@@ -174,10 +187,19 @@ def test_the_newest_deployed_versions_are_served_unless_others_are_asked_for() -
                 tools_of(gateway, wanted)
 
 
-def test_a_prefab_whose_spec_is_no_use_costs_no_other_one(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcp_server, "SPECS_AT_ONCE", 1)  # so that the specs are asked for in this order
-    good = {"id": "good", "version": "1.0.0", "functions": [{"name": "f", "description": "half a pair: \ud83d"}]}
-    deep = functools.reduce(lambda inner, _: {"properties": {"a": inner}}, range(200), {"name": "a"})
+def test_a_prefab_whose_spec_is_no_use_costs_no_other_one(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that the specs are asked for in this order.
+    monkeypatch.setattr(mcp_server, "SPECS_AT_ONCE", 1)
+    good = {
+        "id": "good",
+        "version": "1.0.0",
+        "functions": [{"name": "f", "description": "half a pair: \ud83d"}],
+    }
+    deep = functools.reduce(
+        lambda inner, _: {"properties": {"a": inner}}, range(200), {"name": "a"}
+    )
     deep_function = {"name": "f", "parameters": [{"name": "a", **deep}]}
     specs = {"bad": {**good, "functions": ["f"]}, "deep": {**good, "functions": [deep_function]},
              "good": good, "worse": {}}
@@ -185,7 +207,9 @@ def test_a_prefab_whose_spec_is_no_use_costs_no_other_one(capsys: Any, monkeypat
     pairs = [(directory, answer(spec)) for spec in specs.values()]
     with Script(directory, *itertools.chain(*pairs)) as server:
         tools = tools_of(server)
-    assert [(name, tool.description[:14]) for name, tool in tools.items()] == [("good__f", "half a pair: ?")]
+    assert [(name, tool.description[:14]) for name, tool in tools.items()] == [
+        ("good__f", "half a pair: ?")
+    ]
     assert re.findall(r"left out: (\w+):", capsys.readouterr().err) == ["bad", "deep", "worse"]
 
 
@@ -199,7 +223,8 @@ def mcp_main(gateway: LocalGateway, monkeypatch: Any, capsys: Any) -> Callable[.
     return lambda *arguments: Ended(mcp_server.main(arguments), *capsys.readouterr())
 
 
-@pytest.mark.parametrize("runs_already", [False, True], ids=["a gateway of its own", "one that runs already"])
+@pytest.mark.parametrize("runs_already", [False, True],
+                         ids=["a gateway of its own", "one that runs already"])
 def test_the_tools_are_listed_for_models_without_the_package(
         runs_already: bool, mcp_main: Any, gateway: LocalGateway, monkeypatch: Any) -> None:
     gateway.add_prefab("listed", "1.0.0", {"count": len_of})
@@ -209,16 +234,25 @@ def test_the_tools_are_listed_for_models_without_the_package(
     assert (done.status, done.err) == (0, "")
     tools = {tool["function"]["name"]: tool for tool in json.loads(done.out)}
     assert ("listed__count" in tools) == runs_already
-    assert tools["text-tools__statistics"] == {"type": "function", "function": {
-        "name": "text-tools__statistics",
-        "description": "Count the characters, words and lines of a text, and its most common "
-                       "words.\n\nPrefab text-tools 1.1.0. Looks at texts",
-        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"],
-                       "additionalProperties": False},
-    }}
+    assert tools["text-tools__statistics"] == {
+        "type": "function",
+        "function": {
+            "name": "text-tools__statistics",
+            "description": "Count the characters, words and lines of a text, and its most common "
+            "words.\n\nPrefab text-tools 1.1.0. Looks at texts",
+            "parameters": {
+                "type": "object",
+                "properties": {"text": {"type": "string"}},
+                "required": ["text"],
+                "additionalProperties": False,
+            },
+        },
+    }
 
 
-def test_the_server_says_what_is_missing(mcp_main: Any, gateway: LocalGateway, monkeypatch: Any) -> None:
+def test_the_server_says_what_is_missing(
+    mcp_main: Any, gateway: LocalGateway, monkeypatch: Any
+) -> None:
     assert mcp_main("--list", "--prefab", "q")[:2] == (1, "")
     monkeypatch.setattr(gateway, "down", True)
     down = "mcp_server: GET /v1/prefabs answered 503: The gateway is down\n"
@@ -251,9 +285,15 @@ def test_the_configuration_of_the_readme_starts_a_server(name: str, mcp_main: An
     (None, "{}", {}),
     ({"success": True}, '{"success": true}', {"success": True}),
 ])
-def test_a_result_is_structured_content_and_text(value: Any, text: str, structured: Any, gateway: LocalGateway) -> None:
+def test_a_result_is_structured_content_and_text(
+    value: Any, text: str, structured: Any, gateway: LocalGateway
+) -> None:
     result = call_tool(gateway, "text-tools", "text-tools__echo", value=value)
-    assert result == {"content": [{"type": "text", "text": text}], "structuredContent": structured, "isError": False}
+    assert result == {
+        "content": [{"type": "text", "text": text}],
+        "structuredContent": structured,
+        "isError": False,
+    }
 
 
 def test_local_files_are_uploaded_to_where_the_spec_wants_them(content_file: Path) -> None:
@@ -261,17 +301,32 @@ def test_local_files_are_uploaded_to_where_the_spec_wants_them(content_file: Pat
     uploads = [link(), NO_BODY] * 3
     name = mcp_server.tool_name("papers", "merge", "0.2.0")
     with Script(answer(MERGE_SPEC), *uploads, ran("done")) as server:
-        result = call_tool(server, "papers@0.2.0", name, title="t", papers=[local, kept], title_files=local,
-                           clip=local, clips=[kept])
+        result = call_tool(
+            server,
+            "papers@0.2.0",
+            name,
+            title="t",
+            papers=[local, kept],
+            title_files=local,
+            clip=local,
+            clips=[kept],
+        )
     assert texts_of(result) == ["done"]
-    assert [request.body for request in server.received if request.method == "PUT"] == [b"content"] * 3
+    assert [request.body for request in server.received if request.method == "PUT"] == [
+        b"content"
+    ] * 3
     assert server.received[-1].json["calls"][0]["inputs"] == {
-        "parameters": {"title": "t", "clip": S3, "clips": [kept]}, "files": {"papers": [S3, kept], "title": [S3]}}
+        "parameters": {"title": "t", "clip": S3, "clips": [kept]},
+        "files": {"papers": [S3, kept], "title": [S3]},
+    }
 
 
-def test_output_files_are_saved_to_a_folder(gateway: LocalGateway, content_file: Path, tmp_path: Path) -> None:
+def test_output_files_are_saved_to_a_folder(
+    gateway: LocalGateway, content_file: Path, tmp_path: Path
+) -> None:
     files, folder = {"files": [str(content_file)]}, tmp_path / "new" / "folder"
-    for path in (folder / "SHA256SUMS.txt", folder / "2-SHA256SUMS.txt"):  # no file takes another's place
+    # No file takes another's place.
+    for path in (folder / "SHA256SUMS.txt", folder / "2-SHA256SUMS.txt"):
         result = call_tool(gateway, "file-tools", "file-tools__checksum", folder, files=files)
         (file,) = result["structuredContent"]["output_files"]
         assert (file["path"], file["uri"], file["name"]) == (str(path), path.as_uri(), "checksums")
@@ -283,10 +338,13 @@ def test_output_files_are_saved_to_a_folder(gateway: LocalGateway, content_file:
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_files_that_cannot_be_had_do_not_cost_the_result(
-        saved: bool, gateway: LocalGateway, content_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        saved: bool, gateway: LocalGateway, content_file: Path, tmp_path: Path,
+        monkeypatch: Any) -> None:
     monkeypatch.setattr(gateway, "internal_token", None)  # the client's, which then is no agent
     files, folder = {"files": [str(content_file)]}, tmp_path / "folder"
-    result = call_tool(gateway, "file-tools", "file-tools__checksum", folder if saved else None, files=files)
+    result = call_tool(
+        gateway, "file-tools", "file-tools__checksum", folder if saved else None, files=files
+    )
     (file,) = result["structuredContent"]["output_files"]
     assert ("agent" in file["error"], "uri" in file) == (True, False)
     assert (result["structuredContent"]["success"], result["isError"]) == (True, False)
@@ -294,7 +352,8 @@ def test_files_that_cannot_be_had_do_not_cost_the_result(
 
 
 @pytest.mark.parametrize(("events", "text", "problem"), [
-    ([event("start"), event("content", "a "), event("content", "b"), event("done", None)], "a b", None),
+    ([event("start"), event("content", "a "), event("content", "b"), event("done", None)], "a b",
+     None),
     ([event("content", "a"), event("content", {"b": 1}), event("done")], '["a", {"b": 1}]', None),
     ([event("progress", 0.5), event("done", {"x": 1})], '{"x": 1}', None),
     ([event("content", "half"), event("error", {"message": "stumbled"})], "half", "stumbled"),
@@ -304,15 +363,20 @@ def test_files_that_cannot_be_had_do_not_cost_the_result(
     ([event("start"), event("done")], "", None),
     ([event("content", "half a pair: \ud83d"), event("done")], "half a pair: ?", None),
 ])
-def test_a_stream_gives_the_whole_at_its_end(events: list[bytes], text: str, problem: str | None) -> None:
+def test_a_stream_gives_the_whole_at_its_end(
+    events: list[bytes], text: str, problem: str | None
+) -> None:
     spec = {"id": "p", "version": "1.0.0", "functions": [{"name": "f", "streaming": True}]}
     stream = chunked(*events, end=problem != "cut short")
     given = HangUp(stream) if problem == "cut short" else stream
     reported: list[str] = []
     with Script(answer(spec), given) as server:
-        result = call_tool(server, "p@1.0.0", mcp_server.tool_name("p", "f", "1.0.0"), None, reported)
+        result = call_tool(
+            server, "p@1.0.0", mcp_server.tool_name("p", "f", "1.0.0"), None, reported
+        )
     assert texts_of(result)[-1] == text
-    assert (result["isError"], problem is None or problem in texts_of(result)[0]) == (bool(problem), True)
+    assert result["isError"] == bool(problem)
+    assert problem is None or problem in texts_of(result)[0]
     assert len(reported) == sum(b'"content"' in line or b'"progress"' in line for line in events)
     assert "\ud83d" not in "".join(reported)
 
@@ -326,7 +390,9 @@ async def open_session(gateway: LocalGateway, log: Any) -> AsyncIterator[Any]:
     from mcp.client.stdio import stdio_client
 
     arguments = ["-X", "dev", str(EXAMPLES / "mcp_server.py")]
-    parameters = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment_for(gateway))
+    parameters = mcp.StdioServerParameters(
+        command=sys.executable, args=arguments, env=environment_for(gateway)
+    )
     async with stdio_client(parameters, log) as streams, mcp.ClientSession(*streams) as session:
         await session.initialize()
         yield session
@@ -347,7 +413,9 @@ class ToolClient(NamedTuple):
         """The result of a call, as it is on the wire."""
         return self.start(name, **arguments).result(3 * WAIT_SECONDS)
 
-    def start(self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any) -> Any:
+    def start(
+        self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any
+    ) -> Any:
         """Starts a call, whose result will be in a future."""
         async def report(progress: float, total: float | None, message: str | None) -> None:
             on_progress((progress, message))
@@ -373,7 +441,9 @@ def tool_client(gateway: LocalGateway) -> Iterator[ToolClient]:
 
 
 @needs_mcp
-def test_mcp_lists_the_tools_as_they_are_now(tool_client: ToolClient, gateway: LocalGateway) -> None:
+def test_mcp_lists_the_tools_as_they_are_now(
+    tool_client: ToolClient, gateway: LocalGateway
+) -> None:
     before = tool_client.list()
     assert before["text-tools__echo"]["inputSchema"] == tools_of(gateway)["text-tools__echo"].schema
     gateway.add_prefab("later", "1.0.0", {"count": len_of})
@@ -383,7 +453,9 @@ def test_mcp_lists_the_tools_as_they_are_now(tool_client: ToolClient, gateway: L
 
 
 @needs_mcp
-def test_mcp_gives_what_is_nested_too_deeply_as_text(tool_client: ToolClient, gateway: LocalGateway) -> None:
+def test_mcp_gives_what_is_nested_too_deeply_as_text(
+    tool_client: ToolClient, gateway: LocalGateway
+) -> None:
     deep = functools.reduce(lambda inner, _: {"a": inner}, range(400), 1)
     gateway.add_prefab("odd", "1.0.0", {"deep": lambda: deep})
     assert texts_of(tool_client.call("odd__deep"))[0].startswith('{"a": {"a":')
@@ -391,7 +463,9 @@ def test_mcp_gives_what_is_nested_too_deeply_as_text(tool_client: ToolClient, ga
 
 
 @needs_mcp
-def test_mcp_reports_contents_and_progress_at_once(tool_client: ToolClient, gateway: LocalGateway) -> None:
+def test_mcp_reports_contents_and_progress_at_once(
+    tool_client: ToolClient, gateway: LocalGateway
+) -> None:
     gated, progress = Gated(), queue.Queue()
 
     def words(text: str, outputs: Path) -> Iterator[Any]:
@@ -401,7 +475,8 @@ def test_mcp_reports_contents_and_progress_at_once(tool_client: ToolClient, gate
 
     gateway.add_prefab("gated", "1.0.0", {"words": words})
     running = tool_client.start("gated__words", progress.put, text="one two")
-    for expected in ((1, "one"), (2, "two")):  # the next word is not made before this one was heard of here
+    # The next word is not made before this one was heard of here.
+    for expected in ((1, "one"), (2, "two")):
         gated.gate.release()
         assert progress.get(timeout=WAIT_SECONDS) == expected
     assert progress.get(timeout=WAIT_SECONDS) == (3, '{"done": 2}')
@@ -420,7 +495,8 @@ def test_mcp_takes_and_gives_files(tool_client: ToolClient, content_file: Path) 
     with urllib.request.urlopen(link["uri"]) as download:
         assert download.read().endswith(b"  content\n")
     (file,) = result["structuredContent"]["output_files"]
-    again = tool_client.call("file-tools__line_count", files={"files": file["s3_url"]})  # its URL is an input
+    # Its URL is an input.
+    again = tool_client.call("file-tools__line_count", files={"files": file["s3_url"]})
     assert again["structuredContent"]["lines"] == 1
 
 
@@ -432,21 +508,28 @@ def test_mcp_takes_and_gives_files(tool_client: ToolClient, content_file: Path) 
     ("faulty__stumble", {"text": "so far"}, "stumbled"),
     ("vault__sign", {"text": "x"}, r"(?s)Secret 'SIGNING_KEY' .* secret set vault SIGNING_KEY"),
     ("text-tools__statistics", {}, "answered 422: Missing required parameter: text"),
-    ("text-tools__statistics", {"text": "a", "txt": "b"}, r"has no argument txt\. It takes: text\."),
-    ("text-tools__statistics", {"text": 5}, "answered 422: Parameter 'text' must be of type string"),
+    ("text-tools__statistics", {"text": "a", "txt": "b"},
+     r"has no argument txt\. It takes: text\."),
+    ("text-tools__statistics", {"text": 5},
+     "answered 422: Parameter 'text' must be of type string"),
     ("file-tools__line_count", {}, "Give the input files under the key 'files'"),
     ("file-tools__line_count", {"files": ["a.txt"]}, "files must be an object"),
-    ("file-tools__line_count", {"files": {"files": 3}}, "must be an array of local paths or s3:// URLs, not 3"),
-    ("file-tools__line_count", {"files": {"files": "http://a/b"}}, "files must be .*, not http://a/b"),
+    ("file-tools__line_count", {"files": {"files": 3}},
+     "must be an array of local paths or s3:// URLs, not 3"),
+    ("file-tools__line_count", {"files": {"files": "http://a/b"}},
+     "files must be .*, not http://a/b"),
     ("file-tools__line_count", {"files": {"files": ["no/such"]}}, "FileNotFoundError: .*no/such"),
     ("file-tools__line_count", {"files": {"files": [str(ROOT)]}}, "not a regular file"),
-    ("file-tools__line_count", {"files": {"files": ["s3://local/x"]}}, "Input file not found: s3://local/x"),
+    ("file-tools__line_count", {"files": {"files": ["s3://local/x"]}},
+     "Input file not found: s3://local/x"),
     ("no_such_tool", {}, "Unknown tool: no_such_tool"),
 ])
 def test_mcp_tells_of_a_failure_and_goes_on(
         name: str, arguments: dict[str, Any], message: str, tool_client: ToolClient) -> None:
     result = tool_client.call(name, **arguments)
-    assert (result["isError"], bool(re.search(message, texts_of(result)[0]))) == (True, True), result
+    assert (result["isError"], bool(re.search(message, texts_of(result)[0]))) == (True, True), (
+        result
+    )
     if name == "faulty__stumble":
         assert texts_of(result)[1] == "so far"  # what came before
     if name == "faulty__fail":
@@ -461,7 +544,8 @@ def test_mcp_outlives_a_gateway_that_is_down(
     with monkeypatch.context() as patched:
         patched.setattr(gateway, "down", True)
         result = tool_client.call("text-tools__echo", value=1)
-        assert (result["isError"], "answered 503: The gateway is down" in texts_of(result)[0]) == (True, True)
+        assert result["isError"] is True
+        assert "answered 503: The gateway is down" in texts_of(result)[0]
         with pytest.raises(Exception, match="answered 503: The gateway is down"):
             tool_client.list()
     assert tool_client.call("text-tools__echo", value=1)["isError"] is False
@@ -528,7 +612,9 @@ class NoisyServer:
     def __init__(self, gateway: LocalGateway) -> None:
         environment = {**environment_for(gateway), "PYTHONPATH": str(EXAMPLES)}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen([sys.executable, "-c", NOISY], env=environment, encoding="utf-8", **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NOISY], env=environment, encoding="utf-8", **pipes
+        )
         self._watchdog = threading.Timer(2 * START_SECONDS, self.process.kill)
         self._watchdog.start()
 
@@ -542,7 +628,9 @@ class NoisyServer:
 
     def send(self, method: str, number: int | None = None, **params: Any) -> None:
         asked = {} if number is None else {"id": number}
-        self.process.stdin.write(json.dumps({"jsonrpc": "2.0", **asked, "method": method, "params": params}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"jsonrpc": "2.0", **asked, "method": method, "params": params}) + "\n"
+        )
         self.process.stdin.flush()
 
     def receive(self) -> Any:
@@ -550,7 +638,9 @@ class NoisyServer:
 
     def greet(self) -> None:
         client_info = {"name": "test", "version": "1"}
-        self.send("initialize", 0, protocolVersion="2025-06-18", capabilities={}, clientInfo=client_info)
+        self.send(
+            "initialize", 0, protocolVersion="2025-06-18", capabilities={}, clientInfo=client_info
+        )
         assert self.receive()["result"]["serverInfo"]["name"] == "gateway"
         self.send("notifications/initialized")
 
@@ -563,7 +653,8 @@ def noisy_servers(gateway: LocalGateway) -> Iterator[list[NoisyServer]]:
 
 @posix
 @needs_mcp
-@pytest.mark.parametrize(("how", "status"), [("its client closes stdin", 0), ("it is interrupted", 130)])
+@pytest.mark.parametrize(("how", "status"),
+                         [("its client closes stdin", 0), ("it is interrupted", 130)])
 def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
         how: str, status: int, noisy_servers: list[NoisyServer], gateway: LocalGateway) -> None:
     gated, begun, closing = Gated(), threading.Event(), threading.Event()
@@ -579,7 +670,13 @@ def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
         server.send("tools/call", 1, name="text-tools__echo", arguments={"value": "a\nb\u2028é"})
         assert server.receive()["result"]["structuredContent"] == {"result": "a\nb\u2028é"}
         server.send("tools/call", 2, name="hanging__wait", arguments={})
-        server.send("tools/call", 3, name="hanging__words", arguments={"text": "a " * 99}, _meta={"progressToken": 7})
+        server.send(
+            "tools/call",
+            3,
+            name="hanging__words",
+            arguments={"text": "a " * 99},
+            _meta={"progressToken": 7},
+        )
         gated.gate.release()
         assert server.receive()["method"] == "notifications/progress"
         assert begun.wait(WAIT_SECONDS)
@@ -588,8 +685,12 @@ def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
         else:
             server.process.stdin.close()
         try:
-            assert server.process.wait(START_SECONDS) == status  # although a call hangs and another one streams
-            assert [json.loads(line)["jsonrpc"] for line in server.process.stdout] in ([], ["2.0"] * 2)
+            # Although a call hangs and another one streams.
+            assert server.process.wait(START_SECONDS) == status
+            assert [json.loads(line)["jsonrpc"] for line in server.process.stdout] in (
+                [],
+                ["2.0"] * 2,
+            )
             log = server.process.stderr.read()
             assert ("noise" in log, "Traceback" in log) == (True, False), log
             gated.gate.release(99)

@@ -70,7 +70,10 @@ def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
             (sandbox / "script.py").write_text(code, encoding="utf-8")
             code = "python3 script.py"
         ended = shell(code, sandbox)
-        assert (ended.status, re.findall("failed|did not run|may have run", ended.out)) == (0, []), code + ended.err
+        assert (ended.status, re.findall("failed|did not run|may have run", ended.out)) == (
+            0,
+            [],
+        ), code + ended.err
         shown.append(ended.out)
     out = "".join(shown)
     assert "X_INTERNAL_TOKEN" in shown[0]
@@ -81,7 +84,9 @@ def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
     lines = (sandbox / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["output"]["output"] for line in lines] == [1, 2]
     assert [path.name for path in (sandbox / "results").iterdir()] == ["SHA256SUMS.txt"]
-    assert (sandbox / "made" / "checksums.txt").read_text() == (sandbox / "results" / "SHA256SUMS.txt").read_text()
+    assert (sandbox / "made" / "checksums.txt").read_text() == (
+        sandbox / "results" / "SHA256SUMS.txt"
+    ).read_text()
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -91,20 +96,28 @@ def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
     (ran({"success": False, "error": "out of luck"}), "out of luck"),
     (FAILED_CALL, "out of luck"),
 ], ids=["refused", "unavailable", "hang up", "a failure of its own", "a failed call"])
-def test_the_script_of_the_skill_sends_once_and_tells_what_failed(run_skill: Any, given: Any, message: str) -> None:
+def test_the_script_of_the_skill_sends_once_and_tells_what_failed(
+    run_skill: Any, given: Any, message: str
+) -> None:
     out, told, sent = run_skill("from_env(timeout=300)", given)
     assert (out, message in told, sent) == ("", True, 1)
 
 
 def test_the_stream_of_the_skill_tells_of_an_error_event(run_skill: Any) -> None:
-    out, told, _ = run_skill("stream=True", chunked(event("content", "so far"), event("error", "out of luck")))
+    out, told, _ = run_skill(
+        "stream=True", chunked(event("content", "so far"), event("error", "out of luck"))
+    )
     assert (out, "out of luck" in told) == ("so far", True)
 
 
 def test_the_batch_of_the_skill_tells_what_may_be_repeated(run_skill: Any) -> None:
     out, _, sent = run_skill("run_batch", FAILED_CALL, HangUp(), answer({"detail": "wrong"}, 422))
     ran_or_may_have = "ran or may have run, do not repeat"
-    assert [line.partition(":")[0] for line in out.splitlines()] == [ran_or_may_have, ran_or_may_have, "did not run"]
+    assert [line.partition(":")[0] for line in out.splitlines()] == [
+        ran_or_may_have,
+        ran_or_may_have,
+        "did not run",
+    ]
     assert sent == 3
 
 
