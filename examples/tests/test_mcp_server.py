@@ -1,4 +1,4 @@
-"""Tests of `mcp_server.py`: its tools, its calls without MCP, then over stdio with `mcp`'s client."""
+"""Tests of `mcp_server.py`: its tools, its calls without MCP, then all over stdio with `mcp`."""
 
 from __future__ import annotations
 
@@ -57,12 +57,14 @@ MERGE_SPEC = {"id": "papers", "version": "0.2.0", "description": "Works on paper
         {"name": "title", "type": "str", "description": "Of the whole", "required": True},
         {"name": "style", "type": "string", "enum": ["plain", "bold"], "default": "plain", "required": False},
         {"name": "page", "type": "object", "required": False, "properties": {
-            "size": {"type": "string", "required": True}, "margins": {"type": "array", "items": {"type": "float"}}}},
+            "size": {"type": "string", "required": True},
+            "margins": {"type": "array", "items": {"type": "float"}}}},
         {"name": "clip", "type": "InputFile", "required": False},  # as older specs have it
         {"name": "clips", "type": "array", "items": {"type": "InputFile"}, "required": False},
     ],
     "files": {
-        "papers": {"type": "array", "items": {"type": "InputFile"}, "minItems": 1, "required": True},
+        "papers": {"type": "array", "items": {"type": "InputFile"}, "minItems": 1,
+                   "required": True},
         "title": {"type": "InputFile", "description": "A picture for the title page"},
         "merged": {"type": "array", "items": {"type": "OutputFile"}},
     },
@@ -122,8 +124,10 @@ def texts_of(result: dict[str, Any]) -> list[str]:
 # Names and schemas
 
 FUNCTIONS = [
-    ("text-tools", "words"), ("text-tools", "_words"), ("text-tools_", "words"), ("a__b", "c"), ("a", "b__c"),
-    ("a_b", "c"), ("a", "b_c"), ("a.b", "c"), ("a b", "c"), ("a", "b.c"), ("数据", "查询"), ("数据", "查找"), ("", "a"),
+    ("text-tools", "words"), ("text-tools", "_words"), ("text-tools_", "words"), ("a__b", "c"),
+    ("a", "b__c"),
+    ("a_b", "c"), ("a", "b_c"), ("a.b", "c"), ("a b", "c"), ("a", "b.c"), ("数据", "查询"),
+    ("数据", "查找"), ("", "a"),
     ("long" * 20, "function"), ("long" * 20, "other"), ("x" * 30, "y" * 32), ("x" * 30, "y" * 33),
     ("A", "b"), ("a", "B"),
 ]
@@ -144,7 +148,8 @@ def test_a_tool_keeps_its_name_when_other_prefabs_come_and_versions_go() -> None
         gateway.add_prefab("text-tools", "2.0.0", {"words": len_of})
         after = tools_of(gateway)
     assert before - set(after) == {"text-tools__statistics", "text-tools__echo", "text-tools__find"}
-    assert (after["text-tools__words"].version, after["text_tools__words"].prefab_id) == ("2.0.0", "text_tools")
+    assert after["text-tools__words"].version == "2.0.0"
+    assert after["text_tools__words"].prefab_id == "text_tools"
 
 
 def test_the_schema_has_all_that_a_spec_says() -> None:
@@ -230,17 +235,28 @@ def test_listing_costs_one_directory_and_a_spec_of_each_prefab_and_is_kept_for_a
         assert asyncio.run(list_often(client)) == [1 + len(prefabs), 0, 1 + len(prefabs)]
 
 
-def test_a_prefab_whose_spec_is_no_use_costs_no_other_one(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mcp_server, "SPECS_AT_ONCE", 1)  # so that the specs are asked for in this order
-    good = {"id": "good", "version": "1.0.0", "functions": [{"name": "f", "description": "half a pair: \ud83d"}]}
-    deep = functools.reduce(lambda inner, _: {"properties": {"a": inner}}, range(200), {"name": "a"})
+def test_a_prefab_whose_spec_is_no_use_costs_no_other_one(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that the specs are asked for in this order.
+    monkeypatch.setattr(mcp_server, "SPECS_AT_ONCE", 1)
+    good = {
+        "id": "good",
+        "version": "1.0.0",
+        "functions": [{"name": "f", "description": "half a pair: \ud83d"}],
+    }
+    deep = functools.reduce(
+        lambda inner, _: {"properties": {"a": inner}}, range(200), {"name": "a"}
+    )
     deep_function = {"name": "f", "parameters": [{"name": "a", **deep}]}
     specs = {"bad": {**good, "functions": ["f"]}, "deep": {**good, "functions": [deep_function]},
              "good": good, "worse": {}}
     directory = answer([{"id": name, "version": "1.0.0"} for name in specs])
     with Script(directory, *map(answer, specs.values())) as server:
         tools = tools_of(server)
-    assert [(name, tool.description[:14]) for name, tool in tools.items()] == [("good__f", "half a pair: ?")]
+    assert [(name, tool.description[:14]) for name, tool in tools.items()] == [
+        ("good__f", "half a pair: ?")
+    ]
     assert re.findall(r"left out: (\w+):", capsys.readouterr().err) == ["bad", "deep", "worse"]
 
 
@@ -254,7 +270,8 @@ def mcp_main(gateway: LocalGateway, monkeypatch: Any, capsys: Any) -> Callable[.
     return lambda *arguments: Ended(mcp_server.main(arguments), *capsys.readouterr())
 
 
-@pytest.mark.parametrize("runs_already", [False, True], ids=["a gateway of its own", "one that runs already"])
+@pytest.mark.parametrize("runs_already", [False, True],
+                         ids=["a gateway of its own", "one that runs already"])
 def test_the_tools_are_listed_for_models_without_the_package(
         runs_already: bool, mcp_main: Any, gateway: LocalGateway, monkeypatch: Any) -> None:
     gateway.add_prefab("listed", "1.0.0", {"count": len_of})
@@ -275,7 +292,9 @@ def test_the_tools_are_listed_for_models_without_the_package(
     }}
 
 
-def test_the_server_says_what_is_missing(mcp_main: Any, gateway: LocalGateway, monkeypatch: Any) -> None:
+def test_the_server_says_what_is_missing(
+    mcp_main: Any, gateway: LocalGateway, monkeypatch: Any
+) -> None:
     assert mcp_main("--list", "--prefab", "q")[:2] == (1, "")
     monkeypatch.setattr(gateway, "down", True)
     done = mcp_main("--list")
@@ -322,9 +341,13 @@ def test_local_files_are_uploaded_to_where_the_spec_wants_them(content_file: Pat
     with Script(answer(MERGE_SPEC), *uploads, ran("done")) as server:
         result = call_tool(server, "papers@0.2.0", name, arguments)
     assert texts_of(result) == ["done"]
-    assert [request.body for request in server.received if request.method == "PUT"] == [b"content"] * 3
+    assert [request.body for request in server.received if request.method == "PUT"] == [
+        b"content"
+    ] * 3
     assert server.received[-1].json["calls"][0]["inputs"] == {
-        "parameters": {"title": "t", "clip": S3, "clips": [kept]}, "files": {"papers": [S3, kept], "title": [S3]}}
+        "parameters": {"title": "t", "clip": S3, "clips": [kept]},
+        "files": {"papers": [S3, kept], "title": [S3]},
+    }
 
 
 @pytest.mark.parametrize("links", [False, True])
@@ -345,7 +368,8 @@ def test_output_files_are_saved_to_a_folder(
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_files_that_cannot_be_had_do_not_cost_the_result(
-        saved: bool, gateway: LocalGateway, content_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+        saved: bool, gateway: LocalGateway, content_file: Path, tmp_path: Path,
+        monkeypatch: Any) -> None:
     monkeypatch.setattr(gateway, "internal_token", None)  # the client's, which then is no agent
     files, folder = {"files": [str(content_file)]}, tmp_path / "folder" if saved else None
     result = call_tool(gateway, "file-tools", "file-tools__checksum", {"files": files}, folder=folder, links=True)
@@ -356,7 +380,8 @@ def test_files_that_cannot_be_had_do_not_cost_the_result(
 
 
 @pytest.mark.parametrize(("events", "text", "problem"), [
-    ([event("start"), event("content", "a "), event("content", "b"), event("done", None)], "a b", None),
+    ([event("start"), event("content", "a "), event("content", "b"), event("done", None)], "a b",
+     None),
     ([event("content", "a"), event("content", {"b": 1}), event("done")], '["a", {"b": 1}]', None),
     ([event("progress", 0.5), event("done", {"x": 1})], '{"x": 1}', None),
     ([event("done", {"x": 1, "y": 1}), event("done", {"y": 2}), event("done", {"job_id": "j", "files": {}})],
@@ -496,7 +521,9 @@ async def open_session(gateway: LocalGateway, log: Any) -> AsyncIterator[Any]:
     from mcp.client.stdio import stdio_client
 
     arguments = ["-X", "dev", str(EXAMPLES / "mcp_server.py")]
-    parameters = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=environment_for(gateway))
+    parameters = mcp.StdioServerParameters(
+        command=sys.executable, args=arguments, env=environment_for(gateway)
+    )
     async with stdio_client(parameters, log) as streams, mcp.ClientSession(*streams) as session:
         await session.initialize()
         yield session
@@ -517,7 +544,9 @@ class ToolClient(NamedTuple):
         """The result of a call, as it is on the wire."""
         return self.start(name, **arguments).result(3 * WAIT_SECONDS)
 
-    def start(self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any) -> Any:
+    def start(
+        self, name: str, on_progress: Callable[[Any], object] = lambda _: None, **arguments: Any
+    ) -> Any:
         """Starts a call, whose result will be in a future."""
         async def report(progress: float, total: float | None, message: str | None) -> None:
             on_progress((progress, message))
@@ -543,7 +572,9 @@ def tool_client(gateway: LocalGateway) -> Iterator[ToolClient]:
 
 
 @needs_mcp
-def test_mcp_lists_the_tools_as_they_are_now(tool_client: ToolClient, gateway: LocalGateway) -> None:
+def test_mcp_lists_the_tools_as_they_are_now(
+    tool_client: ToolClient, gateway: LocalGateway
+) -> None:
     before = tool_client.list()
     echo, tool = before["text-tools__echo"], tools_of(gateway)["text-tools__echo"]
     shown = (echo["inputSchema"], echo["title"], echo["description"])
@@ -554,7 +585,9 @@ def test_mcp_lists_the_tools_as_they_are_now(tool_client: ToolClient, gateway: L
 
 
 @needs_mcp
-def test_mcp_gives_what_is_nested_too_deeply_as_text(tool_client: ToolClient, gateway: LocalGateway) -> None:
+def test_mcp_gives_what_is_nested_too_deeply_as_text(
+    tool_client: ToolClient, gateway: LocalGateway
+) -> None:
     deep = functools.reduce(lambda inner, _: {"a": inner}, range(400), 1)
     gateway.add_prefab("odd", "1.0.0", {"deep": lambda: deep})
     assert texts_of(tool_client.call("odd__deep"))[0].startswith('{"a": {"a":')
@@ -562,7 +595,9 @@ def test_mcp_gives_what_is_nested_too_deeply_as_text(tool_client: ToolClient, ga
 
 
 @needs_mcp
-def test_mcp_reports_contents_and_progress_at_once(tool_client: ToolClient, gateway: LocalGateway) -> None:
+def test_mcp_reports_contents_and_progress_at_once(
+    tool_client: ToolClient, gateway: LocalGateway
+) -> None:
     gated, progress = Gated(), queue.Queue()
 
     def words(text: str, outputs: Path) -> Iterator[Any]:
@@ -572,7 +607,8 @@ def test_mcp_reports_contents_and_progress_at_once(tool_client: ToolClient, gate
 
     gateway.add_prefab("gated", "1.0.0", {"words": words})
     running = tool_client.start("gated__words", progress.put, text="one two")
-    for expected in ((1, "one"), (2, "two")):  # the next word is not made before this one was heard of here
+    # The next word is not made before this one was heard of here.
+    for expected in ((1, "one"), (2, "two")):
         gated.gate.release()
         assert progress.get(timeout=WAIT_SECONDS) == expected
     assert progress.get(timeout=WAIT_SECONDS) == (3, '{"done": 2}')
@@ -610,13 +646,16 @@ def test_mcp_takes_and_gives_files(tool_client: ToolClient, content_file: Path) 
     ("file-tools__line_count", {"files": {"files": "http://a/b"}}, "files must be .*, not http://a/b"),
     ("file-tools__line_count", {"files": {"files": ["/no/such"]}}, "FileNotFoundError: .*no/such"),
     ("file-tools__line_count", {"files": {"files": [str(ROOT)]}}, "not a regular file"),
-    ("file-tools__line_count", {"files": {"files": ["s3://local/x"]}}, "Input file not found: s3://local/x"),
+    ("file-tools__line_count", {"files": {"files": ["s3://local/x"]}},
+     "Input file not found: s3://local/x"),
     ("no_such_tool", {}, "Unknown tool: no_such_tool"),
 ])
 def test_mcp_tells_of_a_failure_and_goes_on(
         name: str, arguments: dict[str, Any], message: str, tool_client: ToolClient) -> None:
     result = tool_client.call(name, **arguments)
-    assert (result["isError"], bool(re.search(message, texts_of(result)[0]))) == (True, True), result
+    assert (result["isError"], bool(re.search(message, texts_of(result)[0]))) == (True, True), (
+        result
+    )
     if name == "faulty__stumble":
         assert texts_of(result)[1] == "so far"  # what came before
     if name == "faulty__fail":
@@ -695,7 +734,9 @@ class NoisyServer:
     def __init__(self, gateway: LocalGateway) -> None:
         environment = {**environment_for(gateway), "PYTHONPATH": str(EXAMPLES)}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = subprocess.Popen([sys.executable, "-c", NOISY], env=environment, encoding="utf-8", **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NOISY], env=environment, encoding="utf-8", **pipes
+        )
         self._watchdog = threading.Timer(2 * START_SECONDS, self.process.kill)
         self._watchdog.start()
 
@@ -709,7 +750,9 @@ class NoisyServer:
 
     def send(self, method: str, number: int | None = None, **params: Any) -> None:
         asked = {} if number is None else {"id": number}
-        self.process.stdin.write(json.dumps({"jsonrpc": "2.0", **asked, "method": method, "params": params}) + "\n")
+        self.process.stdin.write(
+            json.dumps({"jsonrpc": "2.0", **asked, "method": method, "params": params}) + "\n"
+        )
         self.process.stdin.flush()
 
     def receive(self) -> Any:
@@ -731,7 +774,8 @@ def noisy_servers(gateway: LocalGateway) -> Iterator[list[NoisyServer]]:
 
 @posix
 @needs_mcp
-@pytest.mark.parametrize(("how", "status"), [("its client closes stdin", 0), ("it is interrupted", 130)])
+@pytest.mark.parametrize(("how", "status"),
+                         [("its client closes stdin", 0), ("it is interrupted", 130)])
 def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
         how: str, status: int, noisy_servers: list[NoisyServer], gateway: LocalGateway, monkeypatch: Any) -> None:
     gated, begun, closing = Gated(), threading.Event(), threading.Event()
@@ -751,7 +795,13 @@ def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
         server.send("tools/call", 1, name="text-tools__echo", arguments={"value": "a\nb\u2028é"})
         assert server.receive()["result"]["structuredContent"] == {"result": "a\nb\u2028é"}
         server.send("tools/call", 2, name="hanging__wait", arguments={})
-        server.send("tools/call", 3, name="hanging__words", arguments={"text": "a " * 99}, _meta={"progressToken": 7})
+        server.send(
+            "tools/call",
+            3,
+            name="hanging__words",
+            arguments={"text": "a " * 99},
+            _meta={"progressToken": 7},
+        )
         gated.gate.release()
         assert server.receive()["method"] == "notifications/progress"
         assert begun.wait(WAIT_SECONDS)
@@ -760,8 +810,12 @@ def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
         else:
             server.process.stdin.close()
         try:
-            assert server.process.wait(START_SECONDS) == status  # although a call hangs and another one streams
-            assert [json.loads(line)["jsonrpc"] for line in server.process.stdout] in ([], ["2.0"] * 2)
+            # Although a call hangs and another one streams.
+            assert server.process.wait(START_SECONDS) == status
+            assert [json.loads(line)["jsonrpc"] for line in server.process.stdout] in (
+                [],
+                ["2.0"] * 2,
+            )
             log = server.process.stderr.read()
             assert ("noise" in log, "Traceback" in log) == (True, False), log
             gated.gate.release(99)

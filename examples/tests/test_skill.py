@@ -83,7 +83,9 @@ def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
     lines = (sandbox / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["output"]["output"] for line in lines] == [1, 2]
     assert [path.name for path in (sandbox / "results").iterdir()] == ["SHA256SUMS.txt"]
-    assert (sandbox / "made" / "checksums.txt").read_text() == (sandbox / "results" / "SHA256SUMS.txt").read_text()
+    assert (sandbox / "made" / "checksums.txt").read_text() == (
+        sandbox / "results" / "SHA256SUMS.txt"
+    ).read_text()
 
 
 @pytest.mark.parametrize(("given", "message"), [
@@ -99,14 +101,20 @@ def test_the_script_of_the_skill_sends_once_and_tells_what_failed(run_skill: Any
 
 
 def test_the_stream_of_the_skill_tells_of_an_error_event(run_skill: Any) -> None:
-    out, told, _ = run_skill("stream=True", chunked(event("content", "so far"), event("error", "out of luck")))
+    out, told, _ = run_skill(
+        "stream=True", chunked(event("content", "so far"), event("error", "out of luck"))
+    )
     assert (out, "out of luck" in told) == ("so far", True)
 
 
 def test_the_batch_of_the_skill_tells_what_may_be_repeated(run_skill: Any) -> None:
     out, _, sent = run_skill("run_batch", FAILED_CALL, HangUp(), answer({"detail": "wrong"}, 422))
     ran_or_may_have = "ran or may have run, do not repeat"
-    assert [line.partition(":")[0] for line in out.splitlines()] == [ran_or_may_have, ran_or_may_have, "did not run"]
+    assert [line.partition(":")[0] for line in out.splitlines()] == [
+        ran_or_may_have,
+        ran_or_may_have,
+        "did not run",
+    ]
     assert sent == 3
 
 
