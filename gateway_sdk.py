@@ -2112,14 +2112,21 @@ def _read_detail(response: _Response) -> Any:
     return detail
 
 
+def _is_fastapis(detail: Any) -> bool:
+    """Whether this is the list by which FastAPI refuses a request, before anything has run."""
+    return isinstance(detail, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("loc"), list) and "msg" in entry
+        for entry in detail
+    )
+
+
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
-    if isinstance(detail, list):
-        lines = [_text_of(entry) for entry in detail]
-        # If it is FastAPI's list.
-        with suppress(TypeError, KeyError, ValueError):
-            lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in detail]
+    if _is_fastapis(detail):
+        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {entry['msg']}" for entry in detail]
         return "\n  ".join(lines), {"errors": detail}
+    if isinstance(detail, list):
+        return "\n  ".join(map(_text_of, detail)), {"errors": detail}
     if isinstance(detail, dict):
         more = detail.get("details")
         fields = {**detail, **more} if isinstance(more, dict) else detail
@@ -2222,7 +2229,7 @@ def _status_error(response: _Response) -> GatewayError:
         address = head.get("Location").partition("?")[0][:_MAX_SHOWN_CHARACTERS]
         message = f"a redirect to {address or 'nowhere'}, which is not followed."
         advice = _REDIRECT_ADVICE if request.to_gateway else None
-    refused = no_such_path or status == 401 or (status == 422 and isinstance(detail, list))
+    refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
     instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
         request.redact(f"{request!r} answered {status}: {message or head.reason or 'no reason'}"),
