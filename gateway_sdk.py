@@ -2544,6 +2544,8 @@ class _Transport:
 
 # --- Event stream ---------------------------------------------------------------------------------
 
+_LAST_EVENTS = (StreamEventType.DONE, StreamEventType.ERROR)
+
 
 def _decode_data(text: str) -> Any:
     """The JSON of an event's data."""
@@ -2562,9 +2564,7 @@ def _make_event(value: Any, name: str = "") -> StreamEvent:
 def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     """The events of the lines between two blank lines: one, or none if there is no data.
 
-    Some servers leave out the blank lines: if the data is not JSON, but each of its lines is, each is
-    an event. Data that is not JSON at all is the text of an event, unless the block may be cut short
-    (not `whole`).
+    A block that may be cut short (not `whole`) has none whose data is not JSON.
     """
     name, lines = "", []
     for line in block.split("\n"):
@@ -2577,22 +2577,17 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     if not data.strip():
         # WHATWG dispatches an empty line of data: it is an event if its type says something.
         return [_make_event("", name)] if lines and whole and name in _EVENT_TYPES else []
+    # Some servers leave out the blank lines: then the data is no JSON, but each of its lines is.
     for candidates in ([data], lines):
-        try:
+        with suppress(ValueError, RecursionError):
             return [_make_event(_decode_data(candidate), name) for candidate in candidates]
-        except (ValueError, RecursionError):
-            continue
     return [_make_event(data, name)] if whole else []
 
 
 def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[list[StreamEvent]]:
-    """The events of a stream (WHATWG HTML §9.2.6), those of a chunk together.
+    """The events of a stream (WHATWG HTML §9.2.6), all those that a chunk completes together.
 
-    Each comes as soon as its blank line has arrived.
-
-    Args:
-        framed: Whether HTTP says where the stream ends. If not, its end may be a break, and half an
-            event is dropped.
+    If HTTP does not say where the stream ends (not `framed`), its end may be a break.
     """
     # Takes half the time of `json.loads`.
     decode = json.JSONDecoder(strict=False).raw_decode
@@ -2610,16 +2605,16 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[l
         if b"\r" in chunk:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         pending.append(chunk)
-        is_blank = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
+        has_blank_line = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
         last = chunk[-1:] or last
-        if not is_blank:
+        if not has_blank_line:
             continue
         *blocks, begun = b"".join(pending).split(b"\n\n")
         pending = [begun]
         events: list[StreamEvent] = []
         for block in blocks:
             text, codec = block.decode(codec, "replace"), "utf-8"
-            # The short way for one line with an object, as nearly all are: half the time.
+            # A short way, in half the time, for one line with an object, as nearly all are.
             if text.startswith("data: {") and "\n" not in text:
                 try:
                     value, end = decode(text, 6)
@@ -2640,36 +2635,35 @@ def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
     """The events of an answer, as they arrive. If there is none, `response.body` is what came.
 
     After `done` or `error` more may follow: a function yields its own `done`, and the gateway's file
-    URLs come when they are uploaded. So the stream goes on until the server ends it, or until
-    `timeout` seconds in all have brought no further event.
-
-    Raises:
-        ServiceUnavailableError: the connection broke when the last event was neither `done` nor
-            `error`, or ended there where a break would look just like the end.
+    URLs come when they are uploaded. So the stream goes on until the server ends it or breaks it off,
+    or until `timeout` seconds in all have brought no further event.
     """
-    last: StreamEvent | None = None
-    is_end = False
-    # What came before the first event.
+    # Whether the last event was `done` or `error`; None: there was no event yet.
+    is_end: bool | None = None
     unread: list[bytes] = []
 
     def chunks() -> Iterator[bytes]:
         for chunk in response.chunks():
-            if last is None:
+            if is_end is None:
                 unread.append(chunk)
             yield chunk
 
-    try:
-        for events in _parse_events(chunks(), framed=response.head.framed):
-            last = events[-1]
-            yield events
-            is_end = last.type in (StreamEventType.DONE, StreamEventType.ERROR)
-            seconds = response.request.timeout or _AFTER_DONE_SECONDS
-            response.wait_at_most(seconds if is_end else None)
-    except ServiceUnavailableError:
-        if not is_end:
-            raise
-        return
-    if last is None:
+    lists = _parse_events(chunks(), framed=response.head.framed)
+    while True:
+        # No `yield` in here: when Python ends, this name may be gone.
+        try:
+            events = next(lists, [])
+        except ServiceUnavailableError:
+            if not is_end:
+                raise
+            return
+        if not events:
+            break
+        is_end = events[-1].type in _LAST_EVENTS
+        yield events
+        seconds = response.request.timeout or _AFTER_DONE_SECONDS
+        response.wait_at_most(seconds if is_end else None)
+    if is_end is None:
         response.body = b"".join(unread)
     if not response.head.framed and not is_end and not response.body:
         fault = _Fault("no done or error event")
@@ -2692,14 +2686,12 @@ def _result_events(result: PrefabResult) -> list[StreamEvent]:
         return [StreamEvent.from_dict({"type": "error", "data": error})]
     files = result.get_files()
     done = {"job_id": result.job_id, "files": files} if files else None
-    return [
-        StreamEvent.from_dict({"type": "content", "data": result.get_result()}),
-        StreamEvent.from_dict({"type": "done", "data": done}),
-    ]
+    events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": done}]
+    return [StreamEvent.from_dict(event) for event in events]
 
 
-def _read_stream_events(response: _Response) -> Iterator[list[StreamEvent]]:
-    """The events of an answer; a result that comes as one stands for those that it would have given."""
+def _read_event_stream(response: _Response) -> Iterator[list[StreamEvent]]:
+    """The events of an answer, or else those that stand for the result in it."""
     is_empty = True
     for events in _read_events(response):
         is_empty = False
@@ -2713,71 +2705,54 @@ class EventStream(Iterator[StreamEvent]):
 
     `close()`, the end of a `with` and garbage collection end the stream and free its connection. One
     thread reads it; any may close it, and so may a signal handler: a loop that waits for an event then
-    ends. An `error` event is yielded, not raised.
-
-    Args:
-        events: For tests of your own, any iterable of events.
+    ends. An `error` event is yielded, not raised. For tests, it can be made of any `events`.
 
     Raises (from iterating):
-        ServiceUnavailableError: the connection broke: the stream is not complete.
-        GatewayTimeoutError: nothing came for `timeout` seconds.
-        GatewayError: it was read on after it failed, or after it was closed before its end, or by two
-            threads at a time; or it had no events.
+        ServiceUnavailableError, GatewayTimeoutError: it broke, so it is not complete.
+        GatewayError: it had no events, or was read by two threads, or on after it failed or was closed.
     """
 
     def __init__(self, events: Iterable[StreamEvent], _response: _Response | None = None) -> None:
         self._response = _response
-        # Those that come together.
-        self._lists = _read_stream_events(_response) if _response else ([event] for event in events)
+        self._lists = _read_event_stream(_response) if _response else ([event] for event in events)
+        # What came with the last event.
         self._arrived: Iterator[StreamEvent] = iter(())
-        self._state: Literal["open", "ended", "closed", "failed"] = "open"
-        # The text of the error that ended it.
-        self._failure = ""
+        self._ended = False
+        # What ended it before its end.
+        self._problem = ""
         self._reading = threading.Lock()
 
     def __next__(self) -> StreamEvent:
-        return self._guarded(self._next_event)
-
-    def _next_event(self) -> StreamEvent:
-        for event in self._arrived:
-            return event
-        self._arrived = iter(next(self._lists))
-        return next(self._arrived)
-
-    def _read_some(self) -> list[StreamEvent]:
-        """The events that have arrived, after waiting for the first; none at the end."""
-        try:
-            return self._guarded(lambda: list(self._arrived) or next(self._lists))
-        except StopIteration:
-            return []
-
-    def _guarded(self, read: Callable[[], _T]) -> _T:
-        """What `read` gives, if nobody else reads; `StopIteration` at the end."""
-        if self._state in ("closed", "failed"):
-            raise self._no_more()
+        if self._problem:
+            raise GatewayError(
+                f"This stream {self._problem}. What came before is not all there is."
+            )
         # Never waits: a signal handler may read while the same thread does.
         if not self._reading.acquire(blocking=False):
             raise GatewayError("This stream is being read already: one thread or handler reads it.")
         try:
-            return read()
+            for event in self._arrived:
+                return event
+            self._arrived = iter(next(self._lists))
+            return next(self._arrived)
         except StopIteration:
-            if self._state == "open":
-                self._state = "ended"
+            self._ended = not self._problem
             raise
         except BaseException as error:
             # It was closed while this thread waited.
-            if self._state == "closed" and isinstance(error, GatewayError):
+            if self._problem and isinstance(error, GatewayError):
                 raise StopIteration from None
-            self._state, self._failure = "failed", str(error)
+            self._problem = f"cannot be read on, since it failed: {str(error).rstrip('.')}"
             raise
         finally:
             self._reading.release()
 
-    def _no_more(self) -> GatewayError:
-        what_happened = "was closed before its end"
-        if self._state == "failed":
-            what_happened = f"cannot be read on, since it failed: {self._failure.rstrip('.')}"
-        return GatewayError(f"This stream {what_happened}. What came before is not all there is.")
+    def _read_some(self) -> list[StreamEvent]:
+        """Waits for an event, and gives those that came with it, too; none at the end."""
+        for event in self:
+            rest, self._arrived = self._arrived, iter(())
+            return [event, *rest]
+        return []
 
     def __enter__(self) -> EventStream:
         return self
@@ -2787,8 +2762,8 @@ class EventStream(Iterator[StreamEvent]):
 
     def close(self) -> None:
         """Ends the stream, also for another thread that waits for an event. May be called twice."""
-        if self._state == "open":
-            self._state = "closed"
+        if not self._ended and not self._problem:
+            self._problem = "was closed before its end"
         if self._response:
             self._response.close()
 
