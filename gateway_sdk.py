@@ -2280,9 +2280,7 @@ def _next_request(response: _Response) -> _Request:
 # --- Transport ------------------------------------------------------------------------------------
 
 
-def _retry_delay(
-    request: _Request, error: GatewayError, attempt: int, max_retries: int
-) -> float | None:
+def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float | None:
     """Seconds before `request` is sent again after `error`; None if it must not be.
 
     No connection: nothing was sent, so it always may. Lost or 502, 503, 504: only if sending it twice
@@ -2290,7 +2288,7 @@ def _retry_delay(
     """
     unsent = error._fault == "unreachable"
     passing = error._fault == "lost" or error.status_code in (502, 503, 504)
-    if attempt > max_retries or not (unsent or (passing and request.idempotent)):
+    if not unsent and not (passing and request.idempotent):
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
@@ -2304,7 +2302,7 @@ def _retry_delay(
 
 
 class _Resume:
-    """How a transfer goes on after an attempt that broke off: like this, from its start."""
+    """How a transfer goes on after an attempt that broke off: like this, from the start."""
 
     def headers(self) -> Mapping[str, str]:
         """What the next attempt asks for."""
@@ -2385,7 +2383,7 @@ class _Transport:
             scopes: By which it can be ended, beside the client's own.
         """
         flight = _Flight((self.scope, *scopes))
-        may_renew = request.to_gateway and not request.credential and bool(self.token_request)
+        may_renew = request.to_gateway and not request.credential and self.token_request is not None
         attempt = 1
         while not flight.cancelled:
             credential = request.credential or self.credential
@@ -2395,21 +2393,21 @@ class _Transport:
             except GatewayError as error:
                 if flight.cancelled:
                     raise
-                refused = error.status_code == 401 and may_renew
                 if resume.made_progress():
                     # So that a long download on a bad line ends.
                     attempt = 1
-                delay = 0.0 if refused else _retry_delay(request, error, attempt, self.max_retries)
-                if delay is None:
+                delay = _retry_delay(request, error, attempt)
+                is_refused = error.status_code == 401 and may_renew
+                if not is_refused and (delay is None or attempt > self.max_retries):
                     raise
-                _log("%s; it is sent again in %.1f s", error.message, delay)
-            if refused:
+                _log("%s; it is sent again in %.1f s", error.message, delay or 0.0)
+            if is_refused:
                 # A second refusal is final.
                 may_renew = False
                 self.renew_token(credential, request.caller_headers, scopes, flight)
             else:
                 attempt += 1
-                flight.wait(delay)
+                flight.wait(delay or 0.0)
         raise GatewayError(f"{request!r}: cancelled before it was sent.")
 
     def exchange(self, token_request: _Request, scopes: tuple[_Scope, ...]) -> None:
@@ -2793,8 +2791,8 @@ def _read_prefabs(response: _Response) -> list[PrefabInfo]:
     """The entries of the directory."""
     entries = _read_json(response, list)
     for entry in entries:
-        names = [entry.get("id"), entry.get("version")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(name, str) for name in names):
+        names = [entry.get("id"), entry.get("version")] if isinstance(entry, dict) else []
+        if [type(name) for name in names] != [str, str]:
             raise _unexpected_response(response, "an entry lacks its id or version")
     return [PrefabInfo._from_dict(entry) for entry in entries]
 
@@ -2818,26 +2816,21 @@ def _file_name(path: _Path) -> str:
 
 def _open_file(path: _Path) -> Any:
     """The file at a path, to be read from its start. The caller closes it."""
-    if not isinstance(path, (str, os.PathLike)):
+    if not isinstance(path, (str, os.PathLike)) or re.match(r"\w+://", str(path)):
         problem = f"The path of a file is needed, not {_shown(path)}"
         raise ValidationError(f"{problem}: save the contents in a file first.")
     if os.path.exists(path) and not os.path.isfile(path):
-        problem = "is not a regular file, so its length is not known beforehand."
-        raise ValidationError(f"{path} {problem}")
+        raise ValidationError(f"{path} is not a regular file, whose length is known beforehand.")
     file = open(path, "rb")  # noqa: SIM115
     # As in /proc.
     if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        problem = "says that it is empty, but is not: copy it into a regular file first."
-        raise ValidationError(f"{path} {problem}")
+        raise ValidationError(f"{path} says that it is empty, but is not: copy it into a regular file.")
     return file
 
 
 def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
-    """`fields`, then a file, as `multipart/form-data`: its type, what precedes and what follows the file.
-
-    File names go out as browsers send them: UTF-8, quotes and line breaks percent-encoded (RFC 7578).
-    """
+    """A form with a file in it (RFC 7578): its type, and what precedes and what follows the file."""
     # Reads the system's tables: for uploads only.
     import mimetypes
 
@@ -2845,6 +2838,7 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
     media_type, compression = mimetypes.guess_type(name)
     if compression:
         media_type = _COMPRESSED_TYPES.get(compression)
+    # As browsers do.
     name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
     part = f"--{boundary}\r\nContent-Disposition: form-data; name="
     head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
@@ -2867,14 +2861,11 @@ def _naming(target: str) -> Iterator[None]:
 
 def _replace(path: str, target: str) -> None:
     """Renames a file. Windows refuses that while somebody else has the old one open."""
-    deadline = time.monotonic() + 1.0
-    while True:
-        try:
+    for seconds in (0.05, 0.2, 0.8) if sys.platform == "win32" else ():
+        with suppress(PermissionError):
             return os.replace(path, target)
-        except PermissionError:
-            if sys.platform != "win32" or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+        time.sleep(seconds)
+    os.replace(path, target)
 
 
 @contextmanager
@@ -2891,15 +2882,14 @@ def _replacement(target: str) -> Iterator[Any]:
         path = os.path.join(folder, f".{os.urandom(4).hex()}.part")
         file = open(path, "xb")  # noqa: SIM115
     try:
-        try:
-            yield file
-        finally:
-            with _naming(target):
-                file.close()
+        yield file
         with _naming(target):
+            file.close()
             os.makedirs(os.path.dirname(target), exist_ok=True)
             _replace(path, target)
     finally:
+        with suppress(OSError):
+            file.close()
         # Unless it was renamed.
         with suppress(OSError):
             os.unlink(path)
@@ -2912,8 +2902,8 @@ class _Download(_Resume):
         self._file = file
         self._target = target
         self._on_progress = on_progress or _ignore
-        # Of the object that `file` has the beginning of: how long it is and how it is encoded, and a
-        # strong ETag (RFC 9110 §13.1.5), without which the next attempt asks for the whole object.
+        # Of the object that `file` has the beginning of: its length and its encoding, and a strong
+        # ETag (RFC 9110 §13.1.5), without which the next attempt asks for the whole object.
         self._size: int | None = None
         self._encoding = ""
         self._etag = ""
@@ -3022,14 +3012,15 @@ def _send_call(
         flat, names = _flattened(request)
         if missing not in names:
             raise
-    helped = True
     try:
-        return transport.send(flat, read, scopes)
-    except ValidationError as error:
-        helped = _missing_parameter(error) is None
-        raise
-    finally:
+        answer = transport.send(flat, read, scopes)
+    except GatewayError as error:
+        # Any other answer is not one to the form.
+        helped = error.status_code is not None and _missing_parameter(error) is None
         transport.reads_flat = transport.reads_flat or helped
+        raise
+    transport.reads_flat = True
+    return answer
 
 
 # In a worker process, of the clients whose calls it ran last.
@@ -3039,8 +3030,8 @@ _worker_transports: dict[Any, _Transport] = {}
 def _run_one(
     transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
 ) -> PrefabResult:
-    """Sends one call of a batch. Picklable, as are its arguments, so that any executor can run it."""
-    # The calls of one client share connections and token in a worker process, too.
+    """Sends one call of a batch. Any executor can run it: it can be pickled, as can its arguments."""
+    # Calls of one client share connections and token in a worker process, too.
     if transport.origin[0] != _process_id():
         transport = _worker_transports.setdefault(transport.origin, transport)
         for origin in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
@@ -3132,23 +3123,18 @@ class _Batch:
                 # Another thread took the last one.
                 return
             if self._refused:
-                self._arrive(index, PrefabResult._from_exception(self._unsent()))
-            elif self._executor:
-                self._submit(self._executor, index, request)
-            else:
+                self._fail(index, self._unsent())
+            elif not self._executor:
                 self._arrive(index, _run_one(self._transport, request, self._scopes))
-
-    def _submit(self, executor: Executor, index: int, request: _Request) -> None:
-        """Hands one call to the executor; `_finish` is called when it is done."""
-        try:
-            future = executor.submit(_run_one, self._transport, request)
-        except Exception as error:  # noqa: BLE001
-            # A broken executor must not cost the other results.
-            unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
-            self._arrive(index, PrefabResult._from_exception(unsent))
-        else:
-            self._futures[index] = future
-            future.add_done_callback(partial(self._finish, index))
+            else:
+                try:
+                    future = self._executor.submit(_run_one, self._transport, request)
+                except Exception as error:  # noqa: BLE001
+                    # A broken executor must not cost the other results.
+                    self._fail(index, self._unsent(f"the executor did not take it: {error}"))
+                else:
+                    self._futures[index] = future
+                    future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
         """Takes the result of a future: of its call, of the executor's failure, or of a cancelled one."""
@@ -3160,23 +3146,26 @@ class _Batch:
                 raise TypeError(f"the executor gave {_shown(result)}")
         except BaseException as error:  # noqa: BLE001
             # Each call must arrive, or the batch would wait for ever.
-            raised = self._cancelled() if future.cancelled() else error
-            result = PrefabResult._from_exception(raised)
-        self._arrive(index, result)
+            self._fail(index, self._cancelled() if future.cancelled() else error)
+        else:
+            self._arrive(index, result)
 
     def _cancelled(self) -> GatewayError:
         """What a call is whose future was cancelled, by this batch or by somebody else."""
-        # Of which it is known that what they give back as cancelled was never started.
+        # What these give back as cancelled was never started.
         known = ("concurrent.futures.thread", "concurrent.futures.process")
         if any(base.__module__ in known for base in type(self._executor).__mro__):
-            return self._unsent()
+            return self._unsent("the executor cancelled it.")
         problem = "The executor cancelled the call, and cannot tell if it was running by then."
         return ServiceUnavailableError._create(problem, may_have_run=True)
 
-    def _unsent(self) -> GatewayError:
+    def _unsent(self, reason: str = "") -> GatewayError:
         if self._refused:
             return AuthenticationError("Not sent: the credential of an earlier call was refused.")
-        return ServiceUnavailableError("Not sent: the executor cancelled it.")
+        return ServiceUnavailableError(f"Not sent: {reason}")
+
+    def _fail(self, index: int, error: BaseException) -> None:
+        self._arrive(index, PrefabResult._from_exception(error))
 
     def _arrive(self, index: int, result: PrefabResult) -> None:
         if result.exception and result.exception.status_code == 401:
@@ -3748,7 +3737,8 @@ class GatewayClient:
         target = os.path.realpath(local_path)
         can_be_made = os.path.basename(local_path) and not os.path.exists(target)
         if not can_be_made and not os.path.isfile(target):
-            raise ValidationError(f"{target} is not a file: local_path needs the file's name, too.")
+            problem = "is not a file: local_path needs the file's name, too."
+            raise ValidationError(f"{_mask_queries(target)} {problem}")
         request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
         with _replacement(target) as file:
             download = _Download(file, target, on_progress)
