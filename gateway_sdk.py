@@ -2315,11 +2315,11 @@ class _Resume:
 
 def _check_whole(response: _Response) -> None:
     """Raises if a 2xx is none: its request did not arrive, or its body is in an unknown coding."""
+    request, head = response.request, response.head
     if response.broken:
-        raise _wire_error(response.request, response.broken, "sending broke off")
-    head = response.head
+        raise _wire_error(request, response.broken, "sending broke off")
     # A file in a storage may have been stored in an encoding.
-    encoding = head.content_encoding() if response.request.to_gateway else head.coding
+    encoding = head.content_encoding() if request.to_gateway else head.coding
     if encoding:
         raise _unexpected_response(response, f"the body is in {encoding}, which was not asked for")
 
@@ -2356,8 +2356,7 @@ class _Transport:
         # All requests of the client.
         self.scope = _Scope()
         self._tls = self._given_tls
-        # By process: a lock held during a fork stays held in the child. A signal handler of the same
-        # thread may come in between, hence RLock.
+        # By process: a lock held during a fork stays held in the child. For signal handlers, an RLock.
         self._locks: dict[Any, Any] = {}
         # Of the last exchange that failed.
         self._renewal_error: GatewayError | None = None
@@ -2379,8 +2378,7 @@ class _Transport:
     ) -> _T:
         """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed.
 
-        Args:
-            scopes: By which it can be ended, beside the client's own.
+        `scopes` can end it, as can the client's own.
         """
         flight = _Flight((self.scope, *scopes))
         may_renew = request.to_gateway and not request.credential and self.token_request is not None
@@ -2419,12 +2417,9 @@ class _Transport:
         self, refused: _Credential | None, caller_headers: Mapping[str, str],
         scopes: tuple[_Scope, ...], flight: _Flight | None = None,
     ) -> None:
-        """Exchanges the API key for a new token, in place of `refused`.
+        """Exchanges the API key for a new token, in place of `refused`, for a request that needs it.
 
         If another thread does so meanwhile, its token serves both, or both fail with its error.
-
-        Args:
-            flight: Of the request that needs the token: when it is cancelled, waiting ends.
         """
         error_before = self._renewal_error
         lock = self._locks.setdefault(_process_id(), threading.RLock())
@@ -2437,13 +2432,12 @@ class _Transport:
             if self._renewal_error and self._renewal_error is not error_before:
                 raise copy.copy(self._renewal_error)
             token_request = replace(self.token_request, caller_headers=caller_headers)
-            try:
-                self.credential = self.send(token_request, _read_token, scopes)
-            except GatewayError as error:
-                if not any(scope.cancelled for scope in scopes):
-                    # The copy has no traceback, which would keep much alive.
-                    self._renewal_error = copy.copy(error)
-                raise
+            self.credential = self.send(token_request, _read_token, scopes)
+        except GatewayError as error:
+            if not any(scope.cancelled for scope in scopes):
+                # The copy has no traceback, which would keep much alive.
+                self._renewal_error = copy.copy(error)
+            raise
         finally:
             lock.release()
 
@@ -2519,8 +2513,9 @@ class _Transport:
         except (_Fault, ValueError) as error:
             # A ValueError: a host or a port that there cannot be.
             fault = error if isinstance(error, _Fault) else _Fault(str(error), error)
-            through = f" through {connection.proxy}" if connection.proxy else ""
-            doing = f"no connection to {request.origin}{through}"
+            doing = f"no connection to {request.origin}"
+            if request.proxy:
+                doing += f" through {request.proxy}"
             raise _wire_error(request, fault, doing, connected=False)
 
     def _tls_context(self) -> SSLContext:
@@ -2722,9 +2717,7 @@ class EventStream(Iterator[StreamEvent]):
 
     def __next__(self) -> StreamEvent:
         if self._problem:
-            raise GatewayError(
-                f"This stream {self._problem}. What came before is not all there is."
-            )
+            raise GatewayError(f"This stream {self._problem}: what came is not all there is.")
         # Never waits: a signal handler may read while the same thread does.
         if not self._reading.acquire(blocking=False):
             raise GatewayError("This stream is being read already: one thread or handler reads it.")
@@ -2740,7 +2733,7 @@ class EventStream(Iterator[StreamEvent]):
             # It was closed while this thread waited.
             if self._problem and isinstance(error, GatewayError):
                 raise StopIteration from None
-            self._problem = f"cannot be read on, since it failed: {str(error).rstrip('.')}"
+            self._problem = f"cannot be read on, since it failed ({str(error).rstrip('.')})"
             raise
         finally:
             self._reading.release()
