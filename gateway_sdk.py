@@ -2665,11 +2665,15 @@ def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
 
 def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
     """The results of a run request with `count` calls, from the JSON in `response.body`."""
-    answer = _json_of(response)
-    entries = answer.get("results") if isinstance(answer, dict) else None
-    if not isinstance(entries, list) or [type(entry) for entry in entries] != [dict] * count:
+    content = _json_of(response)
+    answer = _Secret(content if isinstance(content, dict) else {})
+    entries = _Secret(answer.reveal().get("results"))
+    del content
+    is_list = isinstance(entries.reveal(), list)
+    if not is_list or [type(entry) for entry in entries.reveal()] != [dict] * count:
         raise _unexpected_response(response, f"'results' is not a list of {count} objects")
-    return [PrefabResult._from_dict(entry, answer.get("job_id")) for entry in entries]
+    job_id = answer.reveal().get("job_id")
+    return [PrefabResult._from_dict(entry, job_id) for entry in entries.reveal()]
 
 
 def _result_events(result: PrefabResult) -> list[StreamEvent]:
