@@ -2796,7 +2796,6 @@ def _read_prefabs(response: _Response) -> list[PrefabInfo]:
 
 # --- Files ----------------------------------------------------------------------------------------
 
-# The type of a compressed file is that of its compression, not of what is inside.
 _COMPRESSED_TYPES = {
     "gzip": "application/gzip",
     "bzip2": "application/x-bzip2",
@@ -2834,6 +2833,7 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
     boundary, name = os.urandom(16).hex(), _file_name(path)
     media_type, compression = mimetypes.guess_type(name)
     if compression:
+        # Not the type of what is inside.
         media_type = _COMPRESSED_TYPES.get(compression)
     # As browsers do.
     name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
@@ -2869,11 +2869,11 @@ def _replace(path: str, target: str) -> None:
 def _replacement(target: str) -> Iterator[Any]:
     """A new file that takes the target's place if all goes well, and is gone if not."""
     with _naming(target):
-        # Fails early for a name that is too long; a missing file is fine.
+        # Fails early for a name that is too long.
         with suppress(FileNotFoundError):
             os.lstat(target)
         folder = os.path.dirname(target)
-        # Missing folders are made when there is something for them. A missing drive is its own parent.
+        # Missing ones are made when there is something for them. A missing drive is its own parent.
         while not os.path.exists(folder) and folder != os.path.dirname(folder):
             folder = os.path.dirname(folder)
         path = os.path.join(folder, f".{os.urandom(4).hex()}.part")
@@ -2970,16 +2970,16 @@ class _Download(_Resume):
 def _flattened(request: _Request) -> tuple[_Request, set[str]]:
     """A run request for a gateway that reads parameters flat, `{"inputs": {"text": ...}}`; their names.
 
-    Files are parameters there: a URL, or a list where there are several.
+    A file is a parameter there: its URL, or a list where there are several.
     """
-    body: Any = json.loads(request.body if isinstance(request.body, bytes) else b"{}")
     names: set[str] = set()
+    body = json.loads(request.body if isinstance(request.body, bytes) else b"{}")
     for call in body["calls"]:
-        flat = call["inputs"]["parameters"]
-        for name, urls in call["inputs"].get("files", {}).items():
-            flat[name] = urls[0] if len(urls) == 1 else urls
-        call["inputs"] = flat
-        names.update(flat)
+        inputs = call["inputs"]
+        call["inputs"] = inputs["parameters"]
+        for name, urls in inputs.get("files", {}).items():
+            call["inputs"][name] = urls[0] if len(urls) == 1 else urls
+        names.update(call["inputs"])
     return replace(request, body=_encode(body)), names
 
 
@@ -2995,26 +2995,23 @@ def _send_call(
 ) -> _T:
     """What `read` makes of the answer to a run request, in the form in which the gateway reads it.
 
-    The published gateway reads parameters flat. It refuses the usual form before anything has run, so
-    a single call is sent again, flat; if that helped, all later ones are sent so at once.
+    The published one reads parameters flat, and refuses the usual form before anything has run. So a
+    single call is sent again, flat; if that helped, all later ones are sent so at once.
     """
     if transport.reads_flat:
         return transport.send(_flattened(request)[0], read, scopes)
     try:
         return transport.send(request, read, scopes)
     except ValidationError as error:
-        missing = _missing_parameter(error)
-        if missing is None or request.calls != 1:
-            raise
         flat, names = _flattened(request)
-        if missing not in names:
+        if request.calls != 1 or _missing_parameter(error) not in names:
             raise
     try:
         answer = transport.send(flat, read, scopes)
     except GatewayError as error:
-        # Any other answer is not one to the form.
-        helped = error.status_code is not None and _missing_parameter(error) is None
-        transport.reads_flat = transport.reads_flat or helped
+        # Any other answer is none to the form.
+        if error.status_code and not _missing_parameter(error):
+            transport.reads_flat = True
         raise
     transport.reads_flat = True
     return answer
@@ -3052,10 +3049,10 @@ class _Batch:
         # Ends the calls in flight when the batch is interrupted.
         self._scope = _Scope()
         self._scopes = (*scopes, self._scope)
-        # The only reference to the requests: memory is freed as calls are sent.
+        # The only reference to the requests, so that memory is freed as calls are sent.
         self._waiting = deque(enumerate(requests))
         self._futures: dict[int, Future[PrefabResult]] = {}
-        # What has come and was not handed over yet; released when something has.
+        # What has come and was not handed over yet, and what is released then.
         self._arrived: deque[tuple[int, PrefabResult]] = deque()
         self._gate = threading.Lock()
         self._results: dict[int, PrefabResult] = {}
@@ -3134,7 +3131,7 @@ class _Batch:
                     future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
-        """Takes the result of a future: of its call, of the executor's failure, or of a cancelled one."""
+        """Takes the result of a call from its future, or the error that the executor gives for it."""
         # A cluster may run a call again as long as somebody holds its future.
         self._futures.pop(index, None)
         try:
@@ -3148,8 +3145,8 @@ class _Batch:
             self._arrive(index, result)
 
     def _cancelled(self) -> GatewayError:
-        """What a call is whose future was cancelled, by this batch or by somebody else."""
-        # What these give back as cancelled was never started.
+        """The error of a call whose future was cancelled, by this batch or by somebody else."""
+        # What these executors give back as cancelled was never started.
         known = ("concurrent.futures.thread", "concurrent.futures.process")
         if any(base.__module__ in known for base in type(self._executor).__mro__):
             return self._unsent("the executor cancelled it.")
