@@ -2283,8 +2283,8 @@ def _next_request(response: _Response) -> _Request:
 def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float | None:
     """Seconds before `request` is sent again after `error`; None if it must not be.
 
-    No connection: nothing was sent, so it always may. Lost or 502, 503, 504: only if sending it twice
-    does no more than once. Everything else, a timeout among it, is raised.
+    Without a connection, always, as nothing was sent. Lost or 502 to 504: only if it does no more
+    when it is sent twice. Everything else, a timeout among it, is raised.
     """
     unsent = error._fault == "unreachable"
     passing = error._fault == "lost" or error.status_code in (502, 503, 504)
@@ -2311,6 +2311,9 @@ class _Resume:
     def made_progress(self) -> bool:
         """Whether more came since this was asked last than ever before."""
         return False
+
+
+_FROM_THE_START = _Resume()
 
 
 def _check_whole(response: _Response) -> None:
@@ -2356,7 +2359,7 @@ class _Transport:
         # All requests of the client.
         self.scope = _Scope()
         self._tls = self._given_tls
-        # By process: a lock held during a fork stays held in the child. For signal handlers, an RLock.
+        # By process, as one held during a fork stays held in the child. RLocks for signal handlers.
         self._locks: dict[Any, Any] = {}
         # Of the last exchange that failed.
         self._renewal_error: GatewayError | None = None
@@ -2365,7 +2368,7 @@ class _Transport:
         if self._given_tls:
             problem = "A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do."
             raise _NotPicklableError(problem)
-        names = "credential max_retries token_request reads_flat origin _given_tls".split()
+        names = ("credential", "max_retries", "token_request", "reads_flat", "origin", "_given_tls")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: _Json) -> None:
@@ -2374,7 +2377,7 @@ class _Transport:
 
     def send(
         self, request: _Request, read: Callable[[_Response], _T], scopes: tuple[_Scope, ...] = (),
-        resume: _Resume = _Resume(),
+        resume: _Resume = _FROM_THE_START,
     ) -> _T:
         """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed.
 
@@ -2417,7 +2420,7 @@ class _Transport:
         self, refused: _Credential | None, caller_headers: Mapping[str, str],
         scopes: tuple[_Scope, ...], flight: _Flight | None = None,
     ) -> None:
-        """Exchanges the API key for a new token, in place of `refused`, for a request that needs it.
+        """Exchanges the API key for a token in place of `refused`, for a request that needs it.
 
         If another thread does so meanwhile, its token serves both, or both fail with its error.
         """
@@ -2458,7 +2461,7 @@ class _Transport:
     def _attempt(
         self, flight: _Flight, request: _Request, attempt: int, read: Callable[[_Response], _T]
     ) -> _T:
-        """What `read` makes of one answer, behind redirects. On failure the connection is closed."""
+        """What `read` makes of one answer, behind redirects. A failure closes the connection."""
         try:
             for _ in range(1 + _MAX_REDIRECTS):
                 started, status = time.perf_counter(), "failed"
@@ -2530,8 +2533,9 @@ class _Transport:
                 problem = "https needs Python's ssl module, which is missing here."
                 raise GatewayError(problem) from error
             except OSError as error:
-                problem = "TLS cannot be set up: is the file right that SSLKEYLOGFILE, SSL_CERT_FILE or"
-                raise GatewayError(f"{problem} SSL_CERT_DIR names? {error}") from error
+                names = "SSLKEYLOGFILE, SSL_CERT_FILE or SSL_CERT_DIR"
+                problem = f"TLS cannot be set up: is the file right that {names} names? {error}"
+                raise GatewayError(problem) from error
         return self._tls
 
 
@@ -2547,7 +2551,7 @@ def _decode_data(text: str) -> Any:
 
 
 def _make_event(value: Any, name: str = "") -> StreamEvent:
-    """The event of decoded data. Its type is the data's `type`, or else `name`, the `event:` field."""
+    """The event of decoded data. Its type is the data's `type`, or else `name`, of `event:`."""
     if isinstance(value, dict) and "type" in value:
         return StreamEvent.from_dict(value)
     raw = value if isinstance(value, dict) else {"type": name or "content", "data": value}
@@ -2627,9 +2631,9 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[l
 def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
     """The events of an answer, as they arrive. If there is none, `response.body` is what came.
 
-    After `done` or `error` more may follow: a function yields its own `done`, and the gateway's file
-    URLs come when they are uploaded. So the stream goes on until the server ends it or breaks it off,
-    or until `timeout` seconds in all have brought no further event.
+    More may follow `done` or `error`: a function yields its own `done`, and the gateway's file URLs
+    come when they are uploaded. So it goes on until the server ends it or breaks it off, or until
+    `timeout` seconds in all have brought no further event.
     """
     # Whether the last event was `done` or `error`; None: there was no event yet.
     is_end: bool | None = None
@@ -2700,13 +2704,13 @@ def _read_event_stream(response: _Response) -> Iterator[list[StreamEvent]]:
 class EventStream(Iterator[StreamEvent]):
     """The events of one call, each handed over as it arrives: an iterator and a context manager.
 
-    `close()`, the end of a `with` and garbage collection end the stream and free its connection. One
-    thread reads it; any may close it, and so may a signal handler: a loop that waits for an event then
-    ends. An `error` event is yielded, not raised. For tests, it can be made of any `events`.
+    `close()`, the end of a `with` and garbage collection end the stream and free its connection.
+    One thread reads it; any may close it, and so may a signal handler: a loop that waits for an
+    event then ends. An `error` event is yielded, not raised. Tests can make it of any `events`.
 
     Raises (from iterating):
         ServiceUnavailableError, GatewayTimeoutError: it broke, so it is not complete.
-        GatewayError: it had no events, or was read by two threads, or on after it failed or was closed.
+        GatewayError: it had no events, or was read by two threads or after it failed or was closed.
     """
 
     def __init__(self, events: Iterable[StreamEvent], _response: _Response | None = None) -> None:
@@ -2806,7 +2810,7 @@ _COMPRESSED_TYPES = {
 
 
 def _file_name(path: _Path) -> str:
-    """The last part of a path. Bytes in it that are not UTF-8 are replaced, so that it can be sent."""
+    """The last part of a path, with bytes in it replaced that UTF-8 does not have."""
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
 
@@ -2821,12 +2825,13 @@ def _open_file(path: _Path) -> Any:
     # As in /proc.
     if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        raise ValidationError(f"{path} says that it is empty, but is not: copy it into a regular file.")
+        problem = "says that it is empty, but is not: copy it into a regular file first."
+        raise ValidationError(f"{path} {problem}")
     return file
 
 
 def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
-    """A form with a file in it (RFC 7578): its type, and what precedes and what follows the file."""
+    """A form with a file in it (RFC 7578): its type, what precedes the file and what follows it."""
     # Reads the system's tables: for uploads only.
     import mimetypes
 
@@ -2860,7 +2865,8 @@ def _replace(path: str, target: str) -> None:
     """Renames a file. Windows refuses that while somebody else has the old one open."""
     for seconds in (0.05, 0.2, 0.8) if sys.platform == "win32" else ():
         with suppress(PermissionError):
-            return os.replace(path, target)
+            os.replace(path, target)
+            return
         time.sleep(seconds)
     os.replace(path, target)
 
@@ -2893,7 +2899,7 @@ def _replacement(target: str) -> Iterator[Any]:
 
 
 class _Download(_Resume):
-    """A file on its way here: writes what comes, and knows what to ask for when a transfer broke."""
+    """A file on its way here: writes what comes, and knows what to ask for after a break."""
 
     def __init__(self, file: Any, target: str, on_progress: _Progress | None) -> None:
         self._file = file
@@ -2919,7 +2925,7 @@ class _Download(_Resume):
         return progressed
 
     def outlasts(self, error: GatewayError, max_restarts: int) -> bool:
-        """Whether it can go on after the storage refused to: with a new URL, or after a 416 anew."""
+        """Whether it goes on after the storage refused to: with a new URL, or after a 416 anew."""
         if error.status_code == 416 and self._etag:
             # The object is shorter than what was received of it.
             self._etag = ""
@@ -2968,7 +2974,7 @@ class _Download(_Resume):
 
 
 def _flattened(request: _Request) -> tuple[_Request, set[str]]:
-    """A run request for a gateway that reads parameters flat, `{"inputs": {"text": ...}}`; their names.
+    """A run request with flat parameters, `{"inputs": {"text": ...}}`, and their names.
 
     A file is a parameter there: its URL, or a list where there are several.
     """
@@ -2984,7 +2990,7 @@ def _flattened(request: _Request) -> tuple[_Request, set[str]]:
 
 
 def _missing_parameter(error: GatewayError) -> str | None:
-    """The name of the parameter that the gateway says is missing; None if it says something else."""
+    """The name of the parameter that the gateway says is missing; None if it says no such thing."""
     found = re.search(r"Missing required parameter: (.+)", error.message)
     return found[1].strip() if found and error.status_code == 422 else None
 
@@ -2995,8 +3001,8 @@ def _send_call(
 ) -> _T:
     """What `read` makes of the answer to a run request, in the form in which the gateway reads it.
 
-    The published one reads parameters flat, and refuses the usual form before anything has run. So a
-    single call is sent again, flat; if that helped, all later ones are sent so at once.
+    The published one reads parameters flat, and refuses the usual form before anything has run. So
+    a single call is sent again, flat; if that helped, all later ones are sent so at once.
     """
     if transport.reads_flat:
         return transport.send(_flattened(request)[0], read, scopes)
@@ -3024,7 +3030,7 @@ _worker_transports: dict[Any, _Transport] = {}
 def _run_one(
     transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
 ) -> PrefabResult:
-    """Sends one call of a batch. Any executor can run it: it can be pickled, as can its arguments."""
+    """Sends one call of a batch. Any executor can run it: all of it can be pickled."""
     # Calls of one client share connections and token in a worker process, too.
     if transport.origin[0] != _process_id():
         transport = _worker_transports.setdefault(transport.origin, transport)
@@ -3038,7 +3044,7 @@ def _run_one(
 
 
 class _Batch:
-    """Single calls on their way, in threads or on an executor. Each arrives once, with its result."""
+    """Calls on their way, in threads or on an executor. Each arrives once, with its result."""
 
     def __init__(
         self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None,
@@ -3131,7 +3137,7 @@ class _Batch:
                     future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
-        """Takes the result of a call from its future, or the error that the executor gives for it."""
+        """Takes the result of a call from its future, or the error that the executor gives."""
         # A cluster may run a call again as long as somebody holds its future.
         self._futures.pop(index, None)
         try:
