@@ -2123,7 +2123,7 @@ def _is_fastapis(detail: Any) -> bool:
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
     if _is_fastapis(detail):
-        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {entry['msg']}" for entry in detail]
+        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {_text_of(entry['msg'])}" for entry in detail]
         return "\n  ".join(lines), {"errors": detail}
     if isinstance(detail, list):
         return "\n  ".join(map(_text_of, detail)), {"errors": detail}
