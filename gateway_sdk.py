@@ -145,9 +145,18 @@ _CallerHeaders = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
 _MODULE_ID = os.urandom(8)
 
 
-def _process_id() -> tuple[bytes, int]:
-    """Where this code runs: another value after a fork, and in another interpreter."""
-    return _MODULE_ID, os.getpid()
+class _Process:
+    """Where this code runs: another `id` after a fork, and in another interpreter."""
+
+    id = _MODULE_ID, os.getpid()
+
+    @classmethod
+    def renew(cls) -> None:
+        cls.id = _MODULE_ID, os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Process.renew)
 
 
 def _log(message: str, *args: object) -> None:
@@ -1403,6 +1412,8 @@ class _Head:
 
     def content_encoding(self) -> str:
         """How the body is encoded; empty if it is not. Some servers name a charset there."""
+        if not self.coding and "content-encoding" not in self.fields:
+            return ""
         codings = [self.coding, *_list_of(self.fields, "content-encoding")]
         none = ("", "identity", "none", "utf-8", "utf8")
         return ", ".join(coding[:80] for coding in codings if coding not in none)
@@ -1410,7 +1421,9 @@ class _Head:
 
 def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
     """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
-    items = ",".join(fields.get(name, ())).lower().split(",")
+    if name not in fields:
+        return []
+    items = ",".join(fields[name]).lower().split(",")
     return [item.strip() for item in items if item.strip()]
 
 
@@ -1452,44 +1465,48 @@ def _read_fields(reader: Any) -> dict[str, list[str]]:
     raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
 
 
+_status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullmatch
+
+
 def _read_head(reader: Any) -> _Head:
     """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
     for _ in range(_MAX_INTERIM_RESPONSES):
         line = _read_line(reader).decode("latin-1").rstrip()
-        found = re.fullmatch(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?", line)
+        found = _status_line(line)
         if not found:
             raise _Fault(f"the server does not answer in HTTP/1.1, but with {line!r}")
         status, fields = int(found[2]), _read_fields(reader)
         # After 101 the server speaks another protocol.
         if status >= 200 or status == 101:
             reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
-            return _frame(_Head(status, reason, fields), is_old=found[1] == "0")
+            return _Head(status, reason, fields, **_framing(status, fields, found[1] == "0"))
     raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
 
 
-def _frame(head: _Head, *, is_old: bool) -> _Head:
-    """A head with how its body is framed. Where that is doubtful, the connection is not kept.
+def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> dict[str, Any]:
+    """How the body behind a head is framed. Where that is doubtful, the connection is not kept.
 
     Args:
         is_old: The answer is in HTTP/1.0, where a connection ends unless the server says otherwise.
     """
-    options = _list_of(head.fields, "connection")
+    options = _list_of(fields, "connection")
     keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
-    lengths = set(_list_of(head.fields, "content-length"))
-    codings = _list_of(head.fields, "transfer-encoding")
-    if head.status < 200 or head.status in (204, 304):
-        return replace(head, length=0, keep_alive=keep_alive and not codings and lengths <= {"0"})
+    lengths = set(_list_of(fields, "content-length"))
+    codings = _list_of(fields, "transfer-encoding")
+    if status < 200 or status in (204, 304):
+        return {"length": 0, "keep_alive": keep_alive and not codings and lengths <= {"0"}}
     if codings:
         chunked = codings[-1] == "chunked"
-        return replace(
-            head, chunked=chunked, coding=", ".join(codings[:-1] if chunked else codings),
-            keep_alive=keep_alive and codings == ["chunked"] and not lengths,
-        )
+        return {
+            "chunked": chunked,
+            "coding": ", ".join(codings[:-1] if chunked else codings),
+            "keep_alive": keep_alive and codings == ["chunked"] and not lengths,
+        }
     if len(lengths) != 1 or not re.fullmatch("[0-9]+", min(lengths)):
         # None, or two of which either may be right: until the connection ends.
-        return head
+        return {}
     # Python itself refuses to read very long numbers.
-    return replace(head, length=int(min(lengths)[-18:]), keep_alive=keep_alive)
+    return {"length": int(min(lengths)[-18:]), "keep_alive": keep_alive}
 
 
 def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
@@ -1541,7 +1558,7 @@ class _Connection:
     def __init__(self, origin: str, proxy: _Proxy | None) -> None:
         self.origin = origin
         self.proxy = proxy
-        self.process_id = _process_id()
+        self.process_id = _Process.id
         self.idle_since = 0.0
         self.reader: Any = None
         self._sock: Any = None
@@ -1661,14 +1678,14 @@ class _Connection:
         """Closes it, also while another thread waits in an operation on it, which then ends."""
         if self._closing.acquire(blocking=False):
             # When Python ends, the names of this module may be gone already.
-            if _process_id is not None:
+            if _Process is not None:
                 self._wake()
             self._shut = True
             self._free()
 
     def _wake(self) -> None:
         """Ends an operation that waits. After a fork, the parent may still use the connection."""
-        if self._sock is not None and self.process_id == _process_id():
+        if self._sock is not None and self.process_id == _Process.id:
             with suppress(OSError):
                 self._bare().shutdown(socket.SHUT_RDWR)
 
@@ -1697,18 +1714,22 @@ class _Connection:
             return False
         try:
             self._sock.settimeout(0)
-            # A byte is left over from an answer, or is half a record of TLS; none is the end.
-            self._bare().recv(1, socket.MSG_PEEK)
-            return False
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError):
-            return False
-        try:
-            return not self.reader.peek(1)
-        except OSError as error:
+            # Half a record of TLS is nothing to read yet, but seen by the socket itself.
+            if self._is_tls and self._has_bytes():
+                return False
+            # A byte would be left over from an answer, and b"" would be the end.
+            return self.reader.read(1) is None
+        except (OSError, ValueError) as error:
             # So TLS reports that nothing can be read.
             return type(error).__name__ == "SSLWantReadError"
+
+    def _has_bytes(self) -> bool:
+        """Whether a byte, or the end, has arrived on the socket below TLS."""
+        try:
+            self._bare().recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return True
 
     def set_timeout(self, seconds: float | None) -> None:
         """Seconds for each wait from now on; 0 reads only what has already arrived."""
@@ -1761,7 +1782,7 @@ class _Pool:
 
     def acquire(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
-        idle = self._idle.get((_process_id(), origin), [])
+        idle = self._idle.get((_Process.id, origin), [])
         with suppress(IndexError):
             while True:
                 connection = idle.pop()
@@ -1868,6 +1889,9 @@ class _Scope:
 # --- Responses ------------------------------------------------------------------------------------
 
 
+_is_chunk_size = re.compile(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n").fullmatch
+
+
 class _Response:
     """An answer, whose head is read. Its body can be read once, piece by piece (RFC 9112 §6, §7).
 
@@ -1957,7 +1981,7 @@ class _Response:
             line = _read_line(reader)
         elif self._line_end_is_due:
             self._may_keep = False
-        if not re.fullmatch(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n", line):
+        if not _is_chunk_size(line):
             self._may_keep = False
         try:
             size = int(line.partition(b";")[0], 16)
@@ -2352,7 +2376,7 @@ class _Transport:
         self.pool = _Pool()
         # All requests of the client.
         self.scope = _Scope()
-        self.process_id = _process_id()
+        self.process_id = _Process.id
         # The same for its copies in other processes.
         self.identity = os.urandom(16)
         # Whether the gateway turned out to read parameters flat: see `_send_call`.
@@ -2434,7 +2458,7 @@ class _Transport:
             flight: Of the request that needs the token: when it is cancelled, waiting ends.
         """
         error_before = self._renewal_error
-        lock = self._locks.setdefault(_process_id(), threading.RLock())
+        lock = self._locks.setdefault(_Process.id, threading.RLock())
         while not lock.acquire(timeout=0.2):
             if flight and flight.cancelled:
                 return
@@ -3102,7 +3126,7 @@ def _run_one(
 ) -> PrefabResult:
     """Sends one call of a batch. Picklable, as are its arguments, so that any executor can run it."""
     # The calls of one client share connections and token in a worker process, too.
-    if transport.process_id != _process_id():
+    if transport.process_id != _Process.id:
         transport = _worker_transports.setdefault(transport.identity, transport)
         for identity in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
             _worker_transports.pop(identity, None)
