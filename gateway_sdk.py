@@ -36,7 +36,9 @@ import time
 import weakref
 from base64 import b64encode, urlsafe_b64decode
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -123,8 +125,6 @@ _MAX_INTERIM_RESPONSES = 100
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_WORKER_TRANSPORTS = 8
-# How many events an `AsyncEventStream` reads ahead: a slow reader must hold the sender back.
-_MAX_EVENTS_AHEAD = 16
 # Fits the processor's cache: larger blocks cost more.
 _BLOCK_BYTES = 256 * 1024
 _MAX_SHOWN_CHARACTERS = 500
@@ -3360,23 +3360,29 @@ def _version_key(version: str) -> tuple[Any, ...]:
     return numbers, not candidate, re.sub("[0-9]+", "", candidate), candidate_numbers
 
 
-def _next_token(page: _Json, token: str | None) -> str | None:
+def _next_token(page: _Json, token: str) -> str | None:
     """The token of the page behind `page`, which `token` led to; None if it is the last."""
     following: str | None = page.get("next_token") or None
-    if following is not None and following == token:
+    if following == token:
         raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
     return following
 
 
 def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
     """The files of all pages."""
-    token: str | None = None
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = list_page(page_size, token)
         yield from page["files"]
         token = _next_token(page, token)
-        if token is None:
-            return
+
+
+def _session_id(given: Any) -> str:
+    """The id of a session, a new one if none is given. Raises if no request can carry it."""
+    # Also a UUID.
+    session_id = str(given or os.urandom(16).hex())
+    _encode({"session_id": session_id})
+    return session_id
 
 
 # What serializers, templates and tests ask any object for, to learn what it is. Each would be a call.
@@ -3392,11 +3398,11 @@ _PROTOCOL_NAMES = frozenset(
 class Prefab:
     """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`.
 
-    Names that begin with an underscore, or that protocols ask any object for (`keys`, `to_dict`,
-    `model_dump` ...), are no methods: `call("keys")` reaches such a function.
+    Not so names that begin with an underscore, or that protocols ask any object for (`keys`,
+    `to_dict`, `model_dump` ...): `call("keys")` reaches such a function.
     """
 
-    _client: Any = field(repr=False)
+    _client: GatewayClient = field(repr=False)
     prefab_id: str
     version: str
 
@@ -3404,19 +3410,14 @@ class Prefab:
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> PrefabResult:
         """Runs a function: see `GatewayClient.run`."""
-        result: PrefabResult = self._client.run(
-            self.prefab_id, self.version, function_name, parameters, files
-        )
-        return result
+        return self._client.run(self.prefab_id, self.version, function_name, parameters, files)
 
     def stream(
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> EventStream:
         """Runs a function and gives its events: see `GatewayClient.run`."""
-        events: EventStream = self._client.run(
-            self.prefab_id, self.version, function_name, parameters, files, stream=True
-        )
-        return events
+        run = partial(self._client.run, stream=True)
+        return run(self.prefab_id, self.version, function_name, parameters, files)
 
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
         if name.startswith("_") or name in _PROTOCOL_NAMES:
@@ -3435,25 +3436,27 @@ class Prefab:
 def _check_credential(name: str, value: _Secret) -> None:
     """Raises if a value cannot be a credential. The error does not show it."""
     _check_header_value(name, value)
-    if re.match("https?://", value.reveal(), re.IGNORECASE):
+    if re.match(" *https?://", value.reveal(), re.IGNORECASE):
         raise ValidationError(
-            f"{name} is a URL: the address of the gateway goes into base_url=,"
-            " which is the first argument."
+            f"{name} is a URL: the address of the gateway goes into base_url=, the first argument,"
+            " and a token into internal_token=."
         )
 
 
 def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
     """The one credential among these, by their headers; None if all are None."""
-    names = [name for name, value in given.items() if value.reveal() is not None]
-    if len(names) > 1:
-        raise ValidationError(f"Give one credential, not {' and '.join(names)}: who is the client?")
-    for name in names:
-        _check_credential(f"The credential ({name})", given[name])
-        if name == "Authorization":
-            bearer = re.compile("^bearer +", re.IGNORECASE)
-            return _Credential(name, f"Bearer {bearer.sub('', given[name].reveal().strip())}")
-        return _Credential(name, given[name].reveal())
-    return None
+    headers = [header for header, value in given.items() if value.reveal() is not None]
+    if not headers:
+        return None
+    if len(headers) > 1:
+        names = " and ".join(headers)
+        raise ValidationError(f"Give one credential, not {names}: who is the client?")
+    header, value = headers[0], given[headers[0]]
+    _check_credential(f"The credential ({header})", value)
+    if header == "Authorization":
+        token = _Secret(re.sub("^bearer +", "", value.reveal().strip(), flags=re.IGNORECASE))
+        return _Credential(header, f"Bearer {token.reveal()}")
+    return _Credential(header, value.reveal())
 
 
 def _gateway_address(base_url: _Secret) -> tuple[str, str]:
@@ -3462,34 +3465,28 @@ def _gateway_address(base_url: _Secret) -> tuple[str, str]:
         base_url = _Secret(os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL)
     # Blanks come from copy and paste.
     base_url = _Secret(str(base_url.reveal()).strip())
-    problem = ""
     try:
-        origin, target = _split_url(base_url.reveal())
+        if re.search(r"[?#\s\0-\x1f]", base_url.reveal()):
+            raise ValueError("must not have a query, a fragment or blanks in it")
+        origin, path = _split_url(base_url.reveal())
+        return origin, path.rstrip("/")
     except ValueError as error:
-        problem = str(error)
-    if not problem and re.search(r"[?#\s\0-\x1f]", base_url.reveal()):
-        problem = "must not have a query, a fragment or blanks in it"
-    if problem:
-        raise ValidationError._create(
-            f"The address of the gateway {problem}.",
-            {},
-            _Advice(
-                "It comes from base_url, or else from GATEWAY_BASE_URL. A token goes into"
-                " internal_token=.",
-                "It comes from --base-url, or else from GATEWAY_BASE_URL. A token goes into"
-                " X_INTERNAL_TOKEN.",
-            ),
-        )
-    return origin, target.rstrip("/")
+        problem = f"The address of the gateway {error}."
+    # Not in the `except`: the other error's frames show the value.
+    text = "It comes from {}, or else from GATEWAY_BASE_URL. A token goes into {}."
+    advice = _Advice(
+        text.format("base_url", "internal_token="), text.format("--base-url", "X_INTERNAL_TOKEN")
+    )
+    raise ValidationError._create(problem, {}, advice)
 
 
-def _environment_credential() -> str | None:
-    """The name of the one variable that has a credential, or None."""
+def _has_api_key() -> bool:
+    """Whether the environment's credential is an API key. Raises if there are two credentials."""
     names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
     given = [name for name in names if os.environ.get(name)]
     if len(given) > 1:
         raise ValidationError(f"Set one credential, not {' and '.join(given)}: who is the client?")
-    return given[0] if given else None
+    return given == ["AGENT_BUILDER_API_KEY"]
 
 
 class GatewayClient:
@@ -3499,10 +3496,10 @@ class GatewayClient:
         base_url: http(s), path prefix included; None: `GATEWAY_BASE_URL`, else `DEFAULT_BASE_URL`.
         api_key: Sent as such; `from_api_key` exchanges one.
         jwt_token: With or without `Bearer `.
-        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. A call's own
+        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. That of a call
             counts instead, unless it is None.
-        internal_token: What the gateway gave to an agent or a prefab. Without any credential, it must
-            have this machine's address on its allow-list.
+        internal_token: What the gateway gave to an agent or a prefab. Without any credential, this
+            machine's address must be on the gateway's allow-list.
         max_retries: How often a request is sent again, if that can do no harm.
         ssl_context: For https; None trusts what the system does, or `SSL_CERT_FILE`.
         headers: Further headers of each request to the gateway, such as `traceparent`; or a function
@@ -3523,13 +3520,13 @@ class GatewayClient:
         timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
     ) -> None:
-        # From here on, no local variable shows a secret.
         given = {
             "X-Internal-Token": _Secret(internal_token),
             "X-API-Key": _Secret(api_key),
             "Authorization": _Secret(jwt_token),
         }
         address = _Secret(base_url)
+        # From here on, no local variable shows a secret.
         del internal_token, api_key, jwt_token, base_url
         credential = _choose_credential(given)
         self._origin, self._prefix = _gateway_address(address)
@@ -3538,9 +3535,9 @@ class GatewayClient:
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError("ssl_context must be an SSLContext.")
         header = credential.header if credential else None
-        # A function is asked, and checked, for each request.
-        if headers is not None and not callable(headers):
-            headers = dict(_check_caller_headers(headers, header))
+        # A function is asked for each request.
+        if not callable(headers):
+            headers = dict(_check_caller_headers({} if headers is None else headers, header))
         self._headers = headers
         is_users = header in ("X-API-Key", "Authorization")
         self._run_path = "/v1/run" if is_users else "/v1/internal/run"
@@ -3561,10 +3558,8 @@ class GatewayClient:
         """
         key = _Secret(api_key)
         del api_key
-        client = cls(
-            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
-            headers=headers,
-        )
+        client = cls(base_url, None, None, timeout, max_retries=max_retries,
+                     ssl_context=ssl_context, headers=headers)
         client._exchange(key)
         return client
 
@@ -3572,9 +3567,11 @@ class GatewayClient:
         """Has the transport use the token for an API key. Closes the client if there is none."""
         try:
             _check_credential("api_key", key)
+            if not callable(self._headers):
+                _check_caller_headers(self._headers, "X-Internal-Token")
             token_request = self._request(
-                "POST", "/v1/auth/convert_to_internal_token",
-                credential=_Credential("Authorization", f"Bearer {key.reveal()}"), idempotent=True,
+                "POST", "/v1/auth/convert_to_internal_token", idempotent=True,
+                credential=_Credential("Authorization", f"Bearer {key.reveal()}"),
             )
             self._transport.exchange(token_request, self._scopes)
         except BaseException:
@@ -3589,14 +3586,12 @@ class GatewayClient:
 
         `options` are `base_url`, `timeout`, `max_retries`, `ssl_context` and `headers`.
         """
-        name = _environment_credential()
-        if name == "AGENT_BUILDER_API_KEY":
-            return cls.from_api_key(os.environ[name], **options)
-        if name == "X_INTERNAL_TOKEN":
-            return cls(internal_token=os.environ[name], **options)
-        if name == "GATEWAY_JWT_TOKEN":
-            return cls(jwt_token=os.environ[name], **options)
-        return cls(**options)
+        if _has_api_key():
+            return cls.from_api_key(os.environ["AGENT_BUILDER_API_KEY"], **options)
+        return cls(
+            internal_token=os.environ.get("X_INTERNAL_TOKEN") or None,
+            jwt_token=os.environ.get("GATEWAY_JWT_TOKEN") or None, **options,
+        )
 
     @property
     def base_url(self) -> str:
@@ -3610,13 +3605,14 @@ class GatewayClient:
         is_token = credential is not None and credential.header == "X-Internal-Token"
         return credential.value if credential and is_token else None
 
-    @internal_token.setter
-    def internal_token(self, value: str) -> NoReturn:
-        del value
-        raise AttributeError(
-            "internal_token cannot be set: who else is to be the client needs another one,"
-            " GatewayClient(base_url, internal_token=...)."
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("internal_token", "api_key", "jwt_token"):
+            del value
+            raise AttributeError(
+                f"{name} cannot be set: who else is to be the client needs another one,"
+                f" GatewayClient(base_url, {name}=...)."
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         # Of a client whose constructor failed, a crash reporter asks this, too.
@@ -3654,20 +3650,13 @@ class GatewayClient:
     @overload
     def run(
         self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
-        files: _Files | None = None, stream: Literal[False] = False, *,
-        timeout: float | None = None,
+        files: _Files | None = None, stream: Literal[False] = False, *, timeout: float | None = None,
     ) -> PrefabResult: ...
 
     @overload
     def run(
         self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
         files: _Files | None = None, *, stream: Literal[True], timeout: float | None = None,
-    ) -> EventStream: ...
-
-    @overload
-    def run(
-        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
-        files: _Files | None, stream: Literal[True], *, timeout: float | None = None,
     ) -> EventStream: ...
 
     @overload
@@ -3693,9 +3682,11 @@ class GatewayClient:
             PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
             ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
         """
-        call = PrefabCall(prefab_id, version, function_name, parameters, files)
-        _check_call(call)
-        request = self._run_request([call], timeout)
+        # A URL may have been given that is a secret.
+        call = _Secret(PrefabCall(prefab_id, version, function_name, parameters, files))
+        del parameters, files
+        _check_call(call.reveal())
+        request = self._run_request([call.reveal()], timeout)
         if stream:
             return _send_call(self._transport, request, _read_stream, self._scopes)
         return _send_call(self._transport, request, _read_results, self._scopes)[0]
@@ -3737,9 +3728,7 @@ class GatewayClient:
             for index, result in enumerate(results):
                 report(index, result)
             return BatchResult._from_results(results, results[0].job_id)
-        requests = (
-            self._run_request([call], timeout, index) for index, call in enumerate(calls)
-        )
+        requests = (self._run_request([call], timeout, index) for index, call in enumerate(calls))
         batch = _Batch(self._transport, requests, executor, self._scopes)
         return BatchResult._from_results(batch.run(max_workers, report), None)
 
@@ -3758,10 +3747,8 @@ class GatewayClient:
         except ValidationError:
             # The path that this error gives begins with what the user knows.
             for index, call in enumerate(calls, place or 0):
-                if place is None:
-                    _encode(call.parameters)
-                else:
-                    _encode(call.to_dict()["inputs"], f"calls[{index}].inputs")
+                where = "" if place is None else f"calls[{index}].inputs.parameters"
+                _encode(call.parameters, where)
             raise
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
@@ -3770,10 +3757,9 @@ class GatewayClient:
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
         """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
-        request = self._request(
-            "GET", "/v1/prefabs", {"status": status}, not_found=PrefabNotFoundError
-        )
-        return self._transport.send(request, _read_prefabs, self._scopes)
+        query = {"status": status}
+        request = self._request("GET", "/v1/prefabs", query, not_found=PrefabNotFoundError)
+        return self._send(request, _read_prefabs)
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
         """A prefab's functions. `GET /v1/prefabs/{prefab_id}/{version}/spec`
@@ -3789,14 +3775,13 @@ class GatewayClient:
                     f"The gateway's directory has no prefab {_shown(prefab_id)}.", missing,
                     PrefabNotFoundError._advice_for(missing),
                 )
-            newest = max(
-                found, key=lambda info: (info.status != "failed", _version_key(info.version))
-            )
+            newest = max(found, key=lambda one: (one.status != "failed", _version_key(one.version)))
             version = newest.version
-        return self._fetch(
+        request = self._request(
             "GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", not_found=PrefabNotFoundError,
             prefab={"prefab_id": prefab_id, "version": version},
         )
+        return self._fetch(request)
 
     # Secrets
 
@@ -3811,23 +3796,20 @@ class GatewayClient:
             raise ValidationError("secret_value has characters that UTF-8 does not have.")
         names = {"prefab_id": prefab_id, "secret_name": secret_name}
         content = _Secret({**names, "secret_value": secret.reveal()})
-        request = self._request("POST", "/v1/secrets", content=content, secrets=(secret,))
-        self._transport.send(request, _Response.read_all, self._scopes)
+        self._send(self._request("POST", "/v1/secrets", content=content, secrets=(secret,)))
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
         """Deletes a secret of yours. `DELETE /v1/secrets/{prefab_id}/{secret_name}`"""
-        request = self._request("DELETE", f"/v1/secrets/{_segments(prefab_id, secret_name)}")
-        self._transport.send(request, _Response.read_all, self._scopes)
+        path = f"/v1/secrets/{_segments(prefab_id, secret_name)}"
+        self._send(self._request("DELETE", path))
 
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
-            return list(self._fetch("GET", "/v1/secrets", expect={"secrets": list})["secrets"])
-        path = f"/v1/secrets/{_segments(prefab_id)}"
-        answer = self._fetch("GET", path, expect={"secret_names": list})
-        return [
-            {"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]
-        ]
+            return list(self._fetch(self._request("GET", "/v1/secrets"), secrets=list)["secrets"])
+        request = self._request("GET", f"/v1/secrets/{_segments(prefab_id)}")
+        names = self._fetch(request, secret_names=list)["secret_names"]
+        return [{"prefab_id": prefab_id, "secret_name": name} for name in names]
 
     # Files
 
@@ -3845,17 +3827,14 @@ class GatewayClient:
             _check_header_value("content_type", _Secret(content_type))
             headers["Content-Type"] = content_type
         with _open_file(file_path) as file:
-            answer = _Secret(
-                self._fetch(
-                    "POST", "/internal/files/generate_upload_url",
-                    content={"filename": _file_name(file_path), "content_type": content_type},
-                    idempotent=True, expect={"upload_url": str, "s3_url": str},
-                )
+            content = {"filename": _file_name(file_path), "content_type": content_type}
+            request = self._request(
+                "POST", "/internal/files/generate_upload_url", content=content, idempotent=True
             )
-            body = _FileBody(b"", file, b"", on_progress)
+            answer = _Secret(self._fetch(request, upload_url=str, s3_url=str))
             url = _Secret(answer.reveal()["upload_url"])
-            request = self._presigned("PUT", url, headers, body)
-            self._transport.send(request, _Response.read_all, self._scopes)
+            body = _FileBody(b"", file, b"", on_progress)
+            self._send(self._presigned("PUT", url, headers=headers, body=body))
         return str(answer.reveal()["s3_url"])
 
     def upload_file(self, file_path: _Path, *, on_progress: _Progress | None = None) -> _Json:
@@ -3863,7 +3842,7 @@ class GatewayClient:
 
         `POST /internal/files/upload`
         """
-        return self._upload("/internal/files/upload", {}, file_path, on_progress)
+        return self._upload("upload", {}, file_path, on_progress)
 
     def upload_temp_file(
         self, file_path: _Path, ttl: int = 86400, session_id: str | None = None, *,
@@ -3877,17 +3856,18 @@ class GatewayClient:
         form = {"ttl": str(ttl)}
         if session_id:
             form["session_id"] = str(session_id)
-        return self._upload("/internal/files/upload_temp", form, file_path, on_progress)
+        return self._upload("upload_temp", form, file_path, on_progress)
 
     def _upload(
-        self, path: str, form: Mapping[str, str], file_path: _Path, on_progress: _Progress | None,
+        self, name: str, form: Mapping[str, str], path: _Path, on_progress: _Progress | None
     ) -> _Json:
-        with _open_file(file_path) as file:
-            content_type, head, tail = _multipart(form, file_path)
-            return self._fetch(
-                "POST", path, headers={"Content-Type": content_type},
-                body=_FileBody(head, file, tail, on_progress), expect={"s3_url": str},
+        with _open_file(path) as file:
+            content_type, head, tail = _multipart(form, path)
+            request = self._request(
+                "POST", f"/internal/files/{name}", headers={"Content-Type": content_type},
+                body=_FileBody(head, file, tail, on_progress),
             )
+            return self._fetch(request, s3_url=str)
 
     def download_file(
         self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
@@ -3925,13 +3905,14 @@ class GatewayClient:
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
         """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
-        _check_s3_url("s3_url", s3_url, "a result's get_file_urls(), or list_files(),")
+        # Another URL, given by mistake, may be a secret.
+        url = _Secret(s3_url)
+        del s3_url
+        _check_s3_url("s3_url", url.reveal(), "a result's get_file_urls(), or list_files(),")
         _check_number("expires_in", expires_in)
-        query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        answer = self._fetch(
-            "GET", "/internal/files/download", query, expect={"presigned_url": str}
-        )
-        return str(answer["presigned_url"])
+        query = {"s3_url": url.reveal(), "mode": "presigned", "expires_in": expires_in}
+        request = self._request("GET", "/internal/files/download", query)
+        return str(self._fetch(request, presigned_url=str)["presigned_url"])
 
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
         """A page of the permanent files. `GET /internal/files/list`
@@ -3942,8 +3923,7 @@ class GatewayClient:
         return self._list("list", limit, continuation_token)
 
     def list_temp_files(
-        self, session_id: str | None = None, limit: int = 100,
-        continuation_token: str | None = None,
+        self, session_id: str | None = None, limit: int = 100, continuation_token: str | None = None
     ) -> _Json:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
         return self._list("list_temp", limit, continuation_token, session_id)
@@ -3952,12 +3932,8 @@ class GatewayClient:
         self, name: str, limit: int, token: str | None, session_id: str | None = None
     ) -> _Json:
         _check_number("limit", limit)
-        query = {
-            "limit": limit,
-            "session_id": session_id or None,
-            "continuation_token": token or None,
-        }
-        return self._fetch("GET", f"/internal/files/{name}", query, expect={"files": list})
+        query = {"limit": limit, "session_id": session_id, "continuation_token": token}
+        return self._fetch(self._request("GET", f"/internal/files/{name}", query), files=list)
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
@@ -3973,16 +3949,13 @@ class GatewayClient:
         """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
         _check_text(session_id=session_id)
         query = {"session_id": session_id}
-        answer = self._fetch(
-            "DELETE", "/internal/files/cleanup_temp", query, expect={"deleted_count": int}
-        )
-        return int(answer["deleted_count"])
+        request = self._request("DELETE", "/internal/files/cleanup_temp", query)
+        return int(self._fetch(request, deleted_count=int)["deleted_count"])
 
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
         """A session id for temporary files, which are deleted on the way out, error or not."""
-        # Also a UUID.
-        session_id = str(session_id or os.urandom(16).hex())
+        session_id = _session_id(session_id)
         try:
             yield session_id
         except BaseException:
@@ -3995,84 +3968,64 @@ class GatewayClient:
     # What the endpoints are made of
 
     def _request(
-        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-        content: Any = None, body: bytes | _FileBody = b"",
-        headers: Mapping[str, str] | None = None, timeout: float | None = None,
-        idempotent: bool | None = None, calls: int = 0,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
-        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
+        self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
+        timeout: float | None = None, credential: _Credential | None = None, **more: Any,
     ) -> _Request:
-        """A request to the gateway.
+        """A request to the gateway, which may be repeated unless it is a POST.
 
         Args:
-            content: To be sent as JSON, in place of `body`.
-            idempotent: Whether it may be repeated; None: unless it is a POST.
+            query: What is None or empty is not sent.
+            content: To be sent as JSON; it may be in a `_Secret`.
+            more: Further fields of the `_Request`.
         """
-        asked = {name: value for name, value in (query or {}).items() if value is not None}
+        asked = {name: value for name, value in query.items() if value not in (None, "")}
         # Refuses what UTF-8 does not have, with the same error as in a body.
         _encode(asked)
-        encoded = urlencode(asked, quote_via=quote)
+        target = f"{self._prefix}{path}"
+        if asked:
+            target += f"?{urlencode(asked, quote_via=quote)}"
         timeout = self.timeout if timeout is None else timeout
         _check_timeout(timeout)
-        if content is not None:
-            headers = {"Content-Type": "application/json"}
-        return _Request(
-            method, self._origin,
-            f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}", timeout,
-            headers=headers or {}, caller_headers=self._caller_headers(),
-            body=body if content is None else _encode(_revealed(content)),
-            idempotent=method != "POST" if idempotent is None else idempotent, calls=calls,
-            not_found=not_found, prefab=prefab or {}, credential=credential, secrets=secrets,
+        in_use = credential or self._transport.credential
+        caller_headers = self._headers
+        if callable(caller_headers):
+            given = caller_headers()
+            caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
+        request = _Request(
+            method, self._origin, target, timeout, caller_headers=caller_headers,
+            credential=credential, **{"idempotent": method != "POST", **more},
         )
+        if content is None:
+            return request
+        json_header = {"Content-Type": "application/json"}
+        return replace(request, headers=json_header, body=_encode(_revealed(content)))
 
-    def _caller_headers(self) -> Mapping[str, str]:
-        """What `headers=` gives for the request that is being made."""
-        if not callable(self._headers):
-            return self._headers or {}
-        credential = self._transport.credential
-        return _check_caller_headers(self._headers(), credential.header if credential else None)
-
-    def _presigned(
-        self, method: str, url: _Secret, headers: Mapping[str, str] | None = None,
-        body: bytes | _FileBody = b"",
-    ) -> _Request:
+    def _presigned(self, method: str, url: _Secret, **more: Any) -> _Request:
         """A request to the storage, which must not see the credential."""
         try:
             origin, target = _split_url(url.reveal())
+            return _Request(
+                method, origin, target, self.timeout, idempotent=True, to_gateway=False,
+                secrets=_query_secrets(target), **more,
+            )
         except ValueError as error:
             problem = f"The URL that the gateway gave for a {method} {error}."
-            raise GatewayError(problem) from None
-        return _Request(
-            method, origin, target, self.timeout, headers=headers or {}, body=body, idempotent=True,
-            to_gateway=False, secrets=_query_secrets(target),
-        )
+        # Not in the `except`: the other error's frames show the URL.
+        raise GatewayError(problem)
 
-    def _fetch(
-        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-        content: Any = None, body: bytes | _FileBody = b"",
-        headers: Mapping[str, str] | None = None, idempotent: bool | None = None,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
-        expect: Mapping[str, type] = {},
-    ) -> _Json:
-        """The JSON object that such a `_request` is answered with.
+    def _send(self, request: _Request, read: Callable[[_Response], _T] = _Response.read_all) -> _T:
+        """What `read` makes of the answer to a request."""
+        return self._transport.send(request, read, self._scopes)
 
-        Args:
-            expect: Fields that must be in it, and their types.
-        """
-        request = self._request(
-            method, path, query, content=content, body=body, headers=headers, idempotent=idempotent,
-            not_found=not_found, prefab=prefab,
-        )
-        read = partial(_read_json, kind=dict, expect=expect)
-        answer: _Json = self._transport.send(request, read, self._scopes)
+    def _fetch(self, request: _Request, **expected: type) -> _Json:
+        """The JSON object that a request is answered with, which has these fields."""
+        answer: _Json = self._send(request, partial(_read_json, kind=dict, expect=expected))
         return answer
 
 
 # --- Async client ---------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Coroutine
-
     from typing_extensions import Concatenate, ParamSpec
 
     _P = ParamSpec("_P")
@@ -4085,145 +4038,82 @@ class _Workers:
     """
 
     def __init__(self, limit: int | None) -> None:
-        import queue
-
         self._limit = limit
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._threads = 0
-        # Threads that wait for a job, less the jobs that wait for a thread.
-        self._free = 0
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._threads = self._idle = 0
+        self._idle_seconds = _IDLE_SECONDS
 
-    def submit(self, job: Callable[[], object]) -> None:
+    def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
-        with self._lock:
-            may_start = self._limit is None or self._threads < self._limit
-            starts = self._free <= 0 and may_start
-            self._free -= 1
-            if starts:
-                self._free += 1
-                self._threads += 1
-        if starts:
-            try:
-                threading.Thread(target=self._work, daemon=True).start()
-            except RuntimeError:
-                # No more threads can be started: another one does it, if there is one.
-                with self._lock:
-                    self._free -= 1
-                    self._threads -= 1
-                if not self._threads:
-                    raise
-        self._jobs.put(job)
+        with self._changed:
+            self._jobs.append(job)
+            is_full = self._limit is not None and self._threads >= self._limit
+            if is_full or len(self._jobs) <= self._idle:
+                return self._changed.notify()
+            self._threads += 1
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:
+            # No more threads can be started: another one does it, if there is one.
+            self._threads -= 1
+            if not self._threads:
+                self._jobs.clear()
+                raise
 
     def _work(self) -> None:
-        import queue
-
         while True:
-            try:
-                job = self._jobs.get(timeout=_IDLE_SECONDS)
-            except queue.Empty:
-                job = None
-            if job is None:
-                with self._lock:
-                    # A job may be on its way.
-                    if self._free > 0:
-                        self._free -= 1
-                        self._threads -= 1
-                        return
-                continue
+            with self._changed:
+                if not self._jobs:
+                    self._idle += 1
+                    self._changed.wait(self._idle_seconds)
+                    self._idle -= 1
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
             job()
             # A thread that waits must not keep its last job alive.
             del job
-            with self._lock:
-                self._free += 1
+
+    async def do(self, work: _Secret, give_up: Callable[[], object]) -> Any:
+        """What the function in `work` gives, called in a thread.
+
+        Args:
+            give_up: Ends that call, if the task that waits for it is cancelled.
+        """
+        import asyncio
+        import contextvars
+
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        context = contextvars.copy_context()
+        results: list[Any] = []
+        errors: list[BaseException] = []
+
+        def job() -> None:
+            try:
+                results.append(context.run(work.reveal()))
+            except BaseException as error:  # noqa: BLE001
+                errors.append(error)
+            # The loop may have ended without waiting.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(done.set)
+
+        self._submit(job)
+        try:
+            await done.wait()
+        except BaseException:
+            give_up()
+            raise
+        if errors:
+            raise errors.pop()
+        return results.pop()
 
     def close(self) -> None:
-        """Ends the threads that have nothing to do."""
-        for _ in range(self._threads):
-            self._jobs.put(None)
-
-
-class _Work:
-    """A function with its arguments, which its `repr` does not show: there are secrets among them."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
-        self._function = function
-        self._args = args
-        self._options = options
-
-    def __call__(self) -> Any:
-        return self._function(*self._args, **self._options)
-
-
-async def _in_thread(workers: _Workers, work: Callable[[], Any], scope: _Scope) -> Any:
-    """What `work` gives, which a thread does. When the caller gives up, `scope` ends it."""
-    import asyncio
-    import contextvars
-
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)
-
-    def job() -> None:
-        result = error = None
-        try:
-            result = context.run(work)
-        except BaseException as raised:  # noqa: BLE001
-            error = raised
-        # The loop may have ended without waiting.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, result, error)
-        # Its traceback has this frame in it: a circle, which would keep both alive.
-        del error
-
-    workers.submit(job)
-    try:
-        return await done
-    finally:
-        if not done.done() or done.cancelled():
-            scope.cancel()
-
-
-class _Inbox:
-    """The events that a thread has read ahead of their reader, who waits in a loop.
-
-    The thread holds this, and not the `AsyncEventStream`: so that one can be dropped, and closes.
-    """
-
-    def __init__(self, stream: EventStream) -> None:
-        self.stream = stream
-        self.events: deque[StreamEvent] = deque()
-        self.error: BaseException | None = None
-        self.ended = False
-        # Whether a thread reads, or is about to.
-        self.reading = False
-        # Tells the reader that something has come.
-        self.wake: Callable[[], object] = _ignore
-
-    def read(self) -> None:
-        """Reads until enough is there: a reader who is slow holds the sender back."""
-        try:
-            while len(self.events) < _MAX_EVENTS_AHEAD:
-                self.events.append(next(self.stream))
-                self.wake()
-        except StopIteration:
-            self.ended = True
-        except BaseException as error:  # noqa: BLE001
-            self.error = error
-        finally:
-            self.reading = False
-            self.wake()
-
-    def has_news(self) -> bool:
-        return bool(self.events or self.ended or self.error)
+        """Ends the threads when they have nothing to do."""
+        with self._changed:
+            self._idle_seconds = 0.0
+            self._changed.notify_all()
 
 
 class AsyncEventStream:
@@ -4237,103 +4127,40 @@ class AsyncEventStream:
     """
 
     def __init__(self, events: Iterable[StreamEvent], _workers: _Workers | None = None) -> None:
-        stream = events if isinstance(events, EventStream) else EventStream(events)
-        self._inbox = _Inbox(stream)
+        self._stream = events if isinstance(events, EventStream) else EventStream(events)
         self._workers = _workers or _Workers(None)
-        self._is_read = False
+        # What has arrived. No more is read before it is taken: a slow reader holds the sender back.
+        self._arrived: deque[StreamEvent] = deque()
 
     def __aiter__(self) -> AsyncEventStream:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        if self._is_read:
-            raise GatewayError("This stream is being read already: one task reads it.")
-        inbox = self._inbox
-        self._is_read = True
-        try:
-            while not inbox.events:
-                if inbox.error is not None:
-                    raise inbox.error
-                # An event may have come between the two looks.
-                if inbox.ended and not inbox.events:
-                    raise StopAsyncIteration
-                await self._wait()
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self._close()
-            raise
-        finally:
-            self._is_read = False
-        event = inbox.events.popleft()
-        self._read_ahead()
-        return event
-
-    async def _wait(self) -> None:
-        """Waits until something has come."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Future[None] = loop.create_future()
-
-        def settle() -> None:
-            if not arrived.done():
-                arrived.set_result(None)
-
-        def wake() -> None:
-            # The loop may have ended.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(settle)
-
-        self._inbox.wake = wake
-        try:
-            self._read_ahead()
-            if not self._inbox.has_news():
-                await arrived
-        finally:
-            self._inbox.wake = _ignore
-
-    def _read_ahead(self) -> None:
-        """Has a thread read on, if little is left."""
-        inbox = self._inbox
-        is_over = inbox.ended or inbox.error is not None
-        if not inbox.reading and not is_over and len(inbox.events) <= _MAX_EVENTS_AHEAD // 2:
-            inbox.reading = True
-            self._workers.submit(inbox.read)
+        if not self._arrived:
+            read = _Secret(self._stream._read_some)
+            self._arrived.extend(await self._workers.do(read, self._stream.close))
+        if not self._arrived:
+            raise StopAsyncIteration
+        return self._arrived.popleft()
 
     async def __aenter__(self) -> AsyncEventStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._close()
+        await self.close()
 
     async def close(self) -> None:
         """Ends the stream, also for a task that waits for an event. May be called twice."""
-        self._close()
-
-    def _close(self) -> None:
-        self._inbox.stream.close()
-        self._inbox.events.clear()
-
-    def __del__(self) -> None:
-        # A constructor may have failed.
-        inbox = vars(self).get("_inbox")
-        if inbox:
-            inbox.stream.close()
+        self._stream.close()
+        self._arrived.clear()
 
 
 if TYPE_CHECKING:
 
-    class _Awaited(Generic[_P, _T]):
-        """A method of `GatewayClient`, awaited."""
-
-        def __get__(
-            self, instance: Any, owner: Any = None, /
-        ) -> Callable[_P, Coroutine[Any, Any, _T]]: ...
-
     class _AsyncPrefab:
         """What `Prefab` is for a client whose methods are awaited."""
 
-        def __init__(self, client: Any, prefab_id: str, version: str) -> None: ...
+        def __init__(self, client: AsyncGatewayClient, prefab_id: str, version: str) -> None: ...
 
         async def call(
             self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
@@ -4350,35 +4177,35 @@ else:
     _AsyncPrefab = Prefab
 
 
-def _awaited(method: Callable[Concatenate[GatewayClient, _P], _T]) -> _Awaited[_P, _T]:
+def _awaited(
+    method: Callable[Concatenate[GatewayClient, _P], _T],
+) -> Callable[Concatenate[AsyncGatewayClient, _P], Coroutine[Any, Any, _T]]:
     """The same method for `AsyncGatewayClient`."""
 
     @functools.wraps(method)
-    async def call(self: AsyncGatewayClient, *args: Any, **options: Any) -> Any:
+    async def call(self: AsyncGatewayClient, /, *args: Any, **options: Any) -> Any:
         scope = _Scope()
-        work = _Work(method, self._client._scoped(scope), *args, **options)
-        # There may be a secret among them.
+        # There may be a secret among the arguments.
+        work = _Secret(partial(method, self._client._scoped(scope), *args, **options))
         del args, options
-        result = await _in_thread(self._workers, work, scope)
+        result = await self._workers.do(work, scope.cancel)
         if isinstance(result, EventStream):
             return AsyncEventStream(result, self._workers)
         return result
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 async def _async_pages(
     list_page: Callable[[int, Any], Awaitable[_Json]], page_size: int
 ) -> AsyncIterator[_Json]:
     """The files of all pages."""
-    token: str | None = None
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = await list_page(page_size, token)
         for file in page["files"]:
             yield file
         token = _next_token(page, token)
-        if token is None:
-            return
 
 
 class AsyncGatewayClient:
@@ -4398,14 +4225,14 @@ class AsyncGatewayClient:
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
         max_workers: int | None = None,
     ) -> None:
-        make = _Work(
+        make = _Secret(partial(
             GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
             max_retries=max_retries, ssl_context=ssl_context, headers=headers,
-        )
+        ))
         del base_url, api_key, jwt_token, internal_token
         if max_workers is not None:
             _check_number("max_workers", max_workers)
-        self._client: GatewayClient = make()
+        self._client: GatewayClient = make.reveal()()
         self._workers = _Workers(max_workers)
 
     @classmethod
@@ -4417,28 +4244,23 @@ class AsyncGatewayClient:
         """See `GatewayClient.from_api_key`."""
         key = _Secret(api_key)
         del api_key
-        client = cls(
-            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
-            headers=headers, max_workers=max_workers,
-        )
-        scope = _Scope()
-        # The copy has the same transport.
-        await _in_thread(
-            client._workers, _Work(client._client._scoped(scope)._exchange, key), scope
-        )
+        client = cls(base_url, None, None, timeout, max_retries=max_retries,
+                     ssl_context=ssl_context, headers=headers, max_workers=max_workers)
+        await client._exchange(key)
         return client
+
+    # A copy of the client, with which this is called, has the same transport.
+    _exchange = _awaited(GatewayClient._exchange)
 
     @classmethod
     async def from_env(cls: type[_AsyncClient], **options: Any) -> _AsyncClient:
         """See `GatewayClient.from_env`."""
-        name = _environment_credential()
-        if name == "AGENT_BUILDER_API_KEY":
-            return await cls.from_api_key(os.environ[name], **options)
-        if name == "X_INTERNAL_TOKEN":
-            return cls(internal_token=os.environ[name], **options)
-        if name == "GATEWAY_JWT_TOKEN":
-            return cls(jwt_token=os.environ[name], **options)
-        return cls(**options)
+        if _has_api_key():
+            return await cls.from_api_key(os.environ["AGENT_BUILDER_API_KEY"], **options)
+        return cls(
+            internal_token=os.environ.get("X_INTERNAL_TOKEN") or None,
+            jwt_token=os.environ.get("GATEWAY_JWT_TOKEN") or None, **options,
+        )
 
     @property
     def base_url(self) -> str:
@@ -4457,6 +4279,7 @@ class AsyncGatewayClient:
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
+        """For all later calls."""
         self._client.timeout = seconds
 
     def __repr__(self) -> str:
@@ -4509,15 +4332,15 @@ class AsyncGatewayClient:
         """See `GatewayClient.run_batch`. `on_result` is called in the loop's thread."""
         import asyncio
 
-        loop = asyncio.get_running_loop()
-        scope = _Scope()
+        loop, scope = asyncio.get_running_loop(), _Scope()
+        tell = on_result or _ignore
         raised: list[BaseException] = []
 
         def hand_over(index: int, result: PrefabResult) -> None:
-            if raised or on_result is None:
+            if raised:
                 return
             try:
-                on_result(index, result)
+                tell(index, result)
             except BaseException as error:  # noqa: BLE001
                 # It is raised below. Nothing more is sent.
                 raised.append(error)
@@ -4530,14 +4353,12 @@ class AsyncGatewayClient:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(hand_over, index, result)
 
-        if on_result is not None and not callable(on_result):
-            raise ValidationError("on_result must be a function.")
-        work = _Work(
-            GatewayClient.run_batch, self._client._scoped(scope), list(calls),
-            max_workers=max_workers, timeout=timeout, on_result=report if on_result else None,
+        work = partial(
+            self._client._scoped(scope).run_batch, list(calls), max_workers=max_workers,
+            timeout=timeout, on_result=report if callable(on_result) else on_result,
             executor=executor, single_request=single_request,
         )
-        batch: BatchResult = await _in_thread(self._workers, work, scope)
+        batch: BatchResult = await self._workers.do(_Secret(work), scope.cancel)
         if raised:
             raise raised[0]
         return batch
@@ -4566,22 +4387,20 @@ class AsyncGatewayClient:
     list_temp_files = _awaited(GatewayClient.list_temp_files)
     cleanup_temp_files = _awaited(GatewayClient.cleanup_temp_files)
 
-    async def iter_files(self, page_size: int = 100) -> AsyncIterator[_Json]:
-        """The permanent files of all pages: see `list_files`."""
-        async for file in _async_pages(self.list_files, page_size):
-            yield file
+    def iter_files(self, page_size: int = 100) -> AsyncIterator[_Json]:
+        """See `GatewayClient.iter_files`."""
+        return _async_pages(self.list_files, page_size)
 
-    async def iter_temp_files(
+    def iter_temp_files(
         self, session_id: str | None = None, page_size: int = 100
     ) -> AsyncIterator[_Json]:
-        """The temporary files of all pages: see `list_files`."""
-        async for file in _async_pages(partial(self.list_temp_files, session_id), page_size):
-            yield file
+        """See `GatewayClient.iter_temp_files`."""
+        return _async_pages(partial(self.list_temp_files, session_id), page_size)
 
     @asynccontextmanager
     async def temp_session(self, session_id: str | None = None) -> AsyncIterator[str]:
         """See `GatewayClient.temp_session`."""
-        session_id = str(session_id or os.urandom(16).hex())
+        session_id = _session_id(session_id)
         try:
             yield session_id
         except BaseException:
