@@ -4847,7 +4847,7 @@ def test_each_event_is_handed_over_when_it_has_arrived() -> None:
 
 
 def parsed(*chunks: bytes) -> list[tuple[str, Any]]:
-    return [(str(event.type), event.data) for event in gateway_sdk._parse_events(iter(chunks))]
+    return [(str(event.type), event.data) for events in gateway_sdk._parse_events(iter(chunks)) for event in events]
 
 
 def content(*values: Any) -> list[tuple[str, Any]]:
@@ -4925,8 +4925,8 @@ def test_an_event_is_handed_over_with_its_blank_line(blank: bytes) -> None:
             yield chunk
 
     events = gateway_sdk._parse_events(chunks())
-    assert (next(events).data, len(taken)) == (1, 3)
-    assert (next(events).data, len(taken)) == (2, 5)
+    assert ([event.data for event in next(events)], len(taken)) == ([1], 3)
+    assert ([event.data for event in next(events)], len(taken)) == ([2], 5)
     assert list(events) == []
 
 
@@ -4940,7 +4940,7 @@ def test_an_event_keeps_its_whole_object() -> None:
 
 @pytest.mark.parametrize("odd", [5, None, ["content"], {"a": 1}, True, 1.5], ids=repr)
 def test_an_event_whose_type_is_no_text_is_content_with_its_data(odd: Any) -> None:
-    (first,) = gateway_sdk._parse_events(iter([b"data: %b\n\n" % json.dumps({"type": odd, "data": 1}).encode()]))
+    ((first,),) = gateway_sdk._parse_events(iter([b"data: %b\n\n" % json.dumps({"type": odd, "data": 1}).encode()]))
     assert (first.type, first.data, first.raw) == (StreamEventType.CONTENT, 1, {"type": odd, "data": 1})
     assert StreamEvent.from_dict(first.raw) == first
 
