@@ -3380,7 +3380,7 @@ def _session_id(given: Any) -> str:
     return session_id
 
 
-# What serializers, templates and tests ask any object for, to learn what it is. Each would be a call.
+# What serializers, templates and tests ask any object for, to learn what it is.
 _PROTOCOL_NAMES = frozenset(
     (
         "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
@@ -3411,18 +3411,16 @@ class Prefab:
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> EventStream:
         """Runs a function and gives its events: see `GatewayClient.run`."""
-        run = partial(self._client.run, stream=True)
-        return run(self.prefab_id, self.version, function_name, parameters, files)
+        run = self._client.run
+        return run(self.prefab_id, self.version, function_name, parameters, files, stream=True)
 
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
         if name.startswith("_") or name in _PROTOCOL_NAMES:
-            raise AttributeError(f"{name} is no method of a Prefab; call({name!r}) runs a function.")
+            raise AttributeError(f"{name} is no method of a Prefab: call({name!r}) runs it.")
 
         def function(*values: Any, **parameters: Any) -> PrefabResult:
             if values:
-                raise ValidationError(
-                    f"{name}() takes its parameters by name, as in {name}(text=...)."
-                )
+                raise ValidationError(f"{name}() takes parameters by name, as {name}(text=...).")
             return self.call(name, **parameters)
 
         return function
@@ -3455,7 +3453,7 @@ def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
 
 
 def _gateway_address(base_url: _Secret) -> tuple[str, str]:
-    """Origin and path prefix of the gateway. The error does not show a value that may be a token."""
+    """Origin and path prefix of the gateway. The error shows no value, as that may be a token."""
     if base_url.reveal() is None:
         base_url = _Secret(os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL)
     # Blanks come from copy and paste.
@@ -3475,13 +3473,16 @@ def _gateway_address(base_url: _Secret) -> tuple[str, str]:
     raise ValidationError._create(problem, {}, advice)
 
 
-def _has_api_key() -> bool:
-    """Whether the environment's credential is an API key. Raises if there are two credentials."""
+def _from_env(client_class: Any, options: _Json) -> Any:
+    """What a class of clients, or its `from_api_key`, gives for the environment's credential."""
     names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
     given = [name for name in names if os.environ.get(name)]
     if len(given) > 1:
         raise ValidationError(f"Set one credential, not {' and '.join(given)}: who is the client?")
-    return given == ["AGENT_BUILDER_API_KEY"]
+    if given == ["AGENT_BUILDER_API_KEY"]:
+        return client_class.from_api_key(os.environ[given[0]], **options)
+    token, jwt = (_Secret(os.environ.get(name) or None) for name in (names[0], names[2]))
+    return client_class(internal_token=token.reveal(), jwt_token=jwt.reveal(), **options)
 
 
 class GatewayClient:
@@ -3491,22 +3492,22 @@ class GatewayClient:
         base_url: http(s), path prefix included; None: `GATEWAY_BASE_URL`, else `DEFAULT_BASE_URL`.
         api_key: Sent as such; `from_api_key` exchanges one.
         jwt_token: With or without `Bearer `.
-        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. That of a call
-            counts instead, unless it is None.
+        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. That of a
+            call counts instead, unless it is None.
         internal_token: What the gateway gave to an agent or a prefab. Without any credential, this
             machine's address must be on the gateway's allow-list.
         max_retries: How often a request is sent again, if that can do no harm.
         ssl_context: For https; None trusts what the system does, or `SSL_CERT_FILE`.
-        headers: Further headers of each request to the gateway, such as `traceparent`; or a function
-            that gives them, called once for each request, in the thread that asked for it.
+        headers: Further headers of each request to the gateway, such as `traceparent`; or a
+            function that gives them, called once for each request, in the thread that asked for it.
 
-    `on_progress` is called with the bytes done and the bytes in all (None: unknown), from 0 on; an
-    upload that is sent again starts over.
+    `on_progress` gets the bytes done and in all (None: unknown), from 0 on, and again from 0 when
+    an upload is sent again.
 
     Raises (every method that sends):
         ValidationError, OSError: an argument or a file cannot be used; nothing was sent.
         AuthenticationError, ServiceUnavailableError (no answer, or a 5xx), GatewayTimeoutError.
-        AgentContextRequiredError: a file operation but `upload_input_file`, without an agent's token.
+        AgentContextRequiredError: only `upload_input_file` needs no agent's token.
         GatewayError: any other unexpected answer.
     """
 
@@ -3553,8 +3554,10 @@ class GatewayClient:
         """
         key = _Secret(api_key)
         del api_key
-        client = cls(base_url, None, None, timeout, max_retries=max_retries,
-                     ssl_context=ssl_context, headers=headers)
+        client = cls(
+            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
+            headers=headers,
+        )
         client._exchange(key)
         return client
 
@@ -3576,17 +3579,12 @@ class GatewayClient:
 
     @classmethod
     def from_env(cls: type[_Client], **options: Any) -> _Client:
-        """A client with the environment's credential: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
-        (which is exchanged), `GATEWAY_JWT_TOKEN`, or none; two are an error.
+        """A client with the one credential of the environment, if there is one, and these options.
 
-        `options` are `base_url`, `timeout`, `max_retries`, `ssl_context` and `headers`.
+        `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY` (which is exchanged) or `GATEWAY_JWT_TOKEN`.
         """
-        if _has_api_key():
-            return cls.from_api_key(os.environ["AGENT_BUILDER_API_KEY"], **options)
-        return cls(
-            internal_token=os.environ.get("X_INTERNAL_TOKEN") or None,
-            jwt_token=os.environ.get("GATEWAY_JWT_TOKEN") or None, **options,
-        )
+        client: _Client = _from_env(cls, options)
+        return client
 
     @property
     def base_url(self) -> str:
@@ -3597,8 +3595,9 @@ class GatewayClient:
     def internal_token(self) -> str | None:
         """The internal token in use, or None. It can't be changed: that would be another client."""
         credential = self._transport.credential
-        is_token = credential is not None and credential.header == "X-Internal-Token"
-        return credential.value if credential and is_token else None
+        if credential is None or credential.header != "X-Internal-Token":
+            return None
+        return credential.value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("internal_token", "api_key", "jwt_token"):
@@ -3626,9 +3625,8 @@ class GatewayClient:
     def close(self, *, cancel: bool = False) -> None:
         """Closes the idle connections. May be called twice, by any thread and by a signal handler.
 
-        Args:
-            cancel: Also ends all requests and streams in flight, whatever they wait for: whoever waits
-                gets a `GatewayError`. Nothing is sent any more.
+        With `cancel`, all requests and streams in flight end, too, whatever they wait for, with a
+        `GatewayError`; and nothing is sent any more.
         """
         self._transport.pool.close()
         if cancel:
@@ -3645,7 +3643,8 @@ class GatewayClient:
     @overload
     def run(
         self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
-        files: _Files | None = None, stream: Literal[False] = False, *, timeout: float | None = None,
+        files: _Files | None = None, stream: Literal[False] = False, *,
+        timeout: float | None = None,
     ) -> PrefabResult: ...
 
     @overload
@@ -3691,20 +3690,20 @@ class GatewayClient:
         on_result: Callable[[int, PrefabResult], object] | None = None,
         executor: Executor | None = None, single_request: bool = False,
     ) -> BatchResult:
-        """Runs calls side by side, each a request like that of `run`, so that none costs another's.
+        """Runs calls side by side, each a request of its own, so that none costs another's result.
 
         Args:
             calls: Read and checked whole before anything is sent.
             max_workers: Calls at a time, in threads. They see the caller's context variables.
-            on_result: Called in this thread with index and result, as each comes. If it raises, nothing
-                more is sent. Whatever else ends the batch, what has arrived is handed over first.
+            on_result: Called in this thread with index and result, as each comes. If it raises,
+                nothing more is sent. Whatever else ends the batch, what has arrived is handed over.
             executor: Runs the calls instead of threads: a process pool, a cluster.
-            single_request: Sends one POST instead, whose calls the gateway runs one after another, and
-                fails as a whole with the first bad one.
+            single_request: Sends one POST instead, whose calls the gateway runs one after another,
+                and fails as a whole with the first bad one.
 
         Returns:
-            The results in the order of the calls; one that raised is FAILED and has `exception`. Only
-            a 401 is raised, if no call has a result; nothing is sent after it.
+            The results in the order of the calls; one that raised is FAILED and has `exception`.
+            Only a 401 is raised, if no call has a result; nothing is sent after it.
         """
         calls, report = list(calls), on_result or _ignore
         _check_number("max_workers", max_workers)
@@ -3751,10 +3750,10 @@ class GatewayClient:
         return Prefab(self, prefab_id, version)
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
-        """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
+        """The directory, newest first; all, or only `"deployed"`, `"failed"`. `GET /v1/prefabs`"""
         query = {"status": status}
         request = self._request("GET", "/v1/prefabs", query, not_found=PrefabNotFoundError)
-        return self._send(request, _read_prefabs)
+        return self._transport.send(request, _read_prefabs, self._scopes)
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
         """A prefab's functions. `GET /v1/prefabs/{prefab_id}/{version}/spec`
@@ -3899,7 +3898,7 @@ class GatewayClient:
                 request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
-        """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
+        """A URL to download from for `expires_in` seconds. `GET /internal/files/download`"""
         # Another URL, given by mistake, may be a secret.
         url = _Secret(s3_url)
         del s3_url
@@ -3912,8 +3911,8 @@ class GatewayClient:
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
         """A page of the permanent files. `GET /internal/files/list`
 
-        It is `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; the last page has
-        no `next_token`, which is the `continuation_token` of the next one.
+        It is `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; `next_token`
+        is the `continuation_token` of the next page, if there is one.
         """
         return self._list("list", limit, continuation_token)
 
@@ -3941,7 +3940,7 @@ class GatewayClient:
         return _pages(partial(self.list_temp_files, session_id), page_size)
 
     def cleanup_temp_files(self, session_id: str) -> int:
-        """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
+        """Deletes and counts a session's files. `DELETE /internal/files/cleanup_temp`"""
         _check_text(session_id=session_id)
         query = {"session_id": session_id}
         request = self._request("DELETE", "/internal/files/cleanup_temp", query)
@@ -3966,10 +3965,9 @@ class GatewayClient:
         self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
         timeout: float | None = None, credential: _Credential | None = None, **more: Any,
     ) -> _Request:
-        """A request to the gateway, which may be repeated unless it is a POST.
+        """A request to the gateway. What is None or empty in `query` is not sent.
 
         Args:
-            query: What is None or empty is not sent.
             content: To be sent as JSON; it may be in a `_Secret`.
             more: Further fields of the `_Request`.
         """
@@ -3981,19 +3979,17 @@ class GatewayClient:
             target += f"?{urlencode(asked, quote_via=quote)}"
         timeout = self.timeout if timeout is None else timeout
         _check_timeout(timeout)
+        given = self._headers() if callable(self._headers) else self._headers
         in_use = credential or self._transport.credential
-        caller_headers = self._headers
-        if callable(caller_headers):
-            given = caller_headers()
-            caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
-        request = _Request(
+        caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
+        if content is not None:
+            more["headers"] = {"Content-Type": "application/json"}
+            more["body"] = _encode(_revealed(content))
+        more.setdefault("idempotent", method != "POST")
+        return _Request(
             method, self._origin, target, timeout, caller_headers=caller_headers,
-            credential=credential, **{"idempotent": method != "POST", **more},
+            credential=credential, **more,
         )
-        if content is None:
-            return request
-        json_header = {"Content-Type": "application/json"}
-        return replace(request, headers=json_header, body=_encode(_revealed(content)))
 
     def _presigned(self, method: str, url: _Secret, **more: Any) -> _Request:
         """A request to the storage, which must not see the credential."""
@@ -4008,13 +4004,14 @@ class GatewayClient:
         # Not in the `except`: the other error's frames show the URL.
         raise GatewayError(problem)
 
-    def _send(self, request: _Request, read: Callable[[_Response], _T] = _Response.read_all) -> _T:
-        """What `read` makes of the answer to a request."""
-        return self._transport.send(request, read, self._scopes)
+    def _send(self, request: _Request) -> bytes:
+        """The body of the answer to a request."""
+        return self._transport.send(request, _Response.read_all, self._scopes)
 
     def _fetch(self, request: _Request, **expected: type) -> _Json:
         """The JSON object that a request is answered with, which has these fields."""
-        answer: _Json = self._send(request, partial(_read_json, kind=dict, expect=expected))
+        read = partial(_read_json, kind=dict, expect=expected)
+        answer: _Json = self._transport.send(request, read, self._scopes)
         return answer
 
 
@@ -4112,13 +4109,10 @@ class _Workers:
 
 
 class AsyncEventStream:
-    """The events of one call, for `async for`: what `EventStream` is for a loop that blocks.
+    """The events of one call, for `async for`: what `EventStream` is for `for`.
 
-    The end of an `async with`, `await close()`, a reader that is cancelled, and garbage collection end
-    the stream and free its connection.
-
-    Args:
-        events: For tests of your own, any iterable of events.
+    It is closed by `await close()`, the end of an `async with`, a reader that is cancelled, and
+    garbage collection. For tests of your own, `events` can be any iterable of events.
     """
 
     def __init__(self, events: Iterable[StreamEvent], _workers: _Workers | None = None) -> None:
@@ -4206,12 +4200,9 @@ async def _async_pages(
 class AsyncGatewayClient:
     """`GatewayClient` for programs that await: the same arguments, methods, results and errors.
 
-    The same transport on threads of its own. A call that is cancelled (`task.cancel()`,
-    `asyncio.timeout`) closes its connection at once and gives its thread back; whether it has run by
-    then is not known. `on_result` is called in the loop's thread, `on_progress` in another.
-
-    Args:
-        max_workers: Threads, and so calls and waiting streams, at a time; None: as many as needed.
+    The same transport, on threads of its own: `max_workers`, or as many as are needed. A call that
+    is cancelled (`task.cancel()`, `asyncio.timeout`) closes its connection at once; it may have run.
+    `on_result` is called in the loop's thread, `on_progress` in another.
     """
 
     def __init__(
@@ -4220,14 +4211,15 @@ class AsyncGatewayClient:
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
         max_workers: int | None = None,
     ) -> None:
-        make = _Secret(partial(
+        make = partial(
             GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
             max_retries=max_retries, ssl_context=ssl_context, headers=headers,
-        ))
-        del base_url, api_key, jwt_token, internal_token
+        )
+        hidden = _Secret(make)
+        del base_url, api_key, jwt_token, internal_token, make
         if max_workers is not None:
             _check_number("max_workers", max_workers)
-        self._client: GatewayClient = make.reveal()()
+        self._client: GatewayClient = hidden.reveal()()
         self._workers = _Workers(max_workers)
 
     @classmethod
@@ -4239,8 +4231,10 @@ class AsyncGatewayClient:
         """See `GatewayClient.from_api_key`."""
         key = _Secret(api_key)
         del api_key
-        client = cls(base_url, None, None, timeout, max_retries=max_retries,
-                     ssl_context=ssl_context, headers=headers, max_workers=max_workers)
+        client = cls(
+            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
+            headers=headers, max_workers=max_workers,
+        )
         await client._exchange(key)
         return client
 
@@ -4250,12 +4244,9 @@ class AsyncGatewayClient:
     @classmethod
     async def from_env(cls: type[_AsyncClient], **options: Any) -> _AsyncClient:
         """See `GatewayClient.from_env`."""
-        if _has_api_key():
-            return await cls.from_api_key(os.environ["AGENT_BUILDER_API_KEY"], **options)
-        return cls(
-            internal_token=os.environ.get("X_INTERNAL_TOKEN") or None,
-            jwt_token=os.environ.get("GATEWAY_JWT_TOKEN") or None, **options,
-        )
+        made = _from_env(cls, options)
+        client: _AsyncClient = made if isinstance(made, cls) else await made
+        return client
 
     @property
     def base_url(self) -> str:
@@ -4328,25 +4319,22 @@ class AsyncGatewayClient:
         import asyncio
 
         loop, scope = asyncio.get_running_loop(), _Scope()
-        tell = on_result or _ignore
         raised: list[BaseException] = []
 
         def hand_over(index: int, result: PrefabResult) -> None:
-            if raised:
-                return
             try:
-                tell(index, result)
+                if on_result and not raised:
+                    on_result(index, result)
             except BaseException as error:  # noqa: BLE001
                 # It is raised below. Nothing more is sent.
                 raised.append(error)
                 scope.cancel()
 
         def report(index: int, result: PrefabResult) -> None:
-            # What was given up has no result; what arrived before that is handed over.
-            if scope.cancelled and result.exception:
-                return
+            # What was given up has no result. The loop may have ended without waiting.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(hand_over, index, result)
+                if not scope.cancelled or result.exception is None:
+                    loop.call_soon_threadsafe(hand_over, index, result)
 
         work = partial(
             self._client._scoped(scope).run_batch, list(calls), max_workers=max_workers,
