@@ -3274,9 +3274,10 @@ class _Batch:
 def _version_key(version: str) -> tuple[Any, ...]:
     """Sorts versions by their numbers: 1.10.0 after 1.9.0, and 1.0.0-rc.1 before 1.0.0."""
     release, _, candidate = version.partition("-")
-    numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", release)]
-    candidate_numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", candidate)]
-    return numbers, not candidate, re.sub("[0-9]+", "", candidate), candidate_numbers
+    numbers, last = (
+        [int(digits[:99]) for digits in re.findall("[0-9]+", part)] for part in (release, candidate)
+    )
+    return numbers, not candidate, re.sub("[0-9]+", "", candidate), last
 
 
 def _next_token(page: _Json, token: str) -> str | None:
@@ -3317,8 +3318,8 @@ _PROTOCOL_NAMES = frozenset(
 class Prefab:
     """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`.
 
-    Not so names that begin with an underscore, or that protocols ask any object for (`keys`,
-    `to_dict`, `model_dump` ...): `call("keys")` reaches such a function.
+    Only `call` reaches one whose name begins with an underscore, or is one that protocols ask any
+    object for (`keys`, `to_dict`, `model_dump` ...).
     """
 
     _client: GatewayClient = field(repr=False)
@@ -3363,17 +3364,17 @@ def _check_credential(name: str, value: _Secret) -> None:
 def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
     """The one credential among these, by their headers; None if all are None."""
     headers = [header for header, value in given.items() if value.reveal() is not None]
-    if not headers:
-        return None
     if len(headers) > 1:
         names = " and ".join(headers)
         raise ValidationError(f"Give one credential, not {names}: who is the client?")
-    header, value = headers[0], given[headers[0]]
-    _check_credential(f"The credential ({header})", value)
-    if header == "Authorization":
-        token = _Secret(re.sub("^bearer +", "", value.reveal().strip(), flags=re.IGNORECASE))
-        return _Credential(header, f"Bearer {token.reveal()}")
-    return _Credential(header, value.reveal())
+    for header in headers:
+        value = given[header]
+        _check_credential(f"The credential ({header})", value)
+        if header == "Authorization":
+            token = _Secret(re.sub("(?i)^bearer +", "", value.reveal().strip()))
+            value = _Secret(f"Bearer {token.reveal()}")
+        return _Credential(header, value.reveal())
+    return None
 
 
 def _gateway_address(base_url: _Secret) -> tuple[str, str]:
@@ -3449,12 +3450,12 @@ class GatewayClient:
         # From here on, no local variable shows a secret.
         del internal_token, api_key, jwt_token, base_url
         credential = _choose_credential(given)
+        header = credential.header if credential else None
         self._origin, self._prefix = _gateway_address(address)
         _check_timeout(timeout)
         _check_number("max_retries", max_retries, above=-1)
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError("ssl_context must be an SSLContext.")
-        header = credential.header if credential else None
         # A function is asked for each request.
         if not callable(headers):
             headers = dict(_check_caller_headers({} if headers is None else headers, header))
@@ -3533,11 +3534,11 @@ class GatewayClient:
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        # Of a client whose constructor failed, a crash reporter asks this, too.
-        if "_transport" not in vars(self):
-            return f"{type(self).__name__}(not initialized)"
-        credential = self._transport.credential
-        mode = credential.header if credential else "allow-list"
+        # A crash reporter asks also a client whose constructor failed.
+        transport = vars(self).get("_transport")
+        if transport is None:
+            return f"{type(self).__name__}()"
+        mode = transport.credential.header if transport.credential else "allow-list"
         return f"{type(self).__name__}({self.base_url!r}, {mode})"
 
     def __enter__(self: _Client) -> _Client:
@@ -3622,12 +3623,12 @@ class GatewayClient:
             on_result: Called in this thread with index and result, as each comes. If it raises,
                 nothing more is sent. Whatever else ends the batch, what has arrived is handed over.
             executor: Runs the calls instead of threads: a process pool, a cluster.
-            single_request: Sends one POST instead, whose calls the gateway runs one after another,
-                and fails as a whole with the first bad one.
+            single_request: Sends one POST instead: the gateway runs its calls one after another,
+                and fails them all with the first bad one.
 
         Returns:
             The results in the order of the calls; one that raised is FAILED and has `exception`.
-            Only a 401 is raised, if no call has a result; nothing is sent after it.
+            A 401 is raised if no call has a result; nothing is sent after it.
         """
         calls, report = list(calls), on_result or _ignore
         _check_number("max_workers", max_workers)
@@ -3654,20 +3655,19 @@ class GatewayClient:
         self, calls: Sequence[PrefabCall], timeout: float | None, place: int | None = None
     ) -> _Request:
         """The request with these calls; `place`: of the first of them in a batch."""
+        bodies = []
+        for index, call in enumerate(calls, place or 0):
+            # The path that an error gives begins with what the user knows.
+            where = "" if place is None else f"calls[{index}]"
+            bodies.append(_encode(call.to_dict(), where))
         prefab = {}
         if len(calls) == 1:
             prefab = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
-        try:
-            return self._request(
-                "POST", self._run_path, content={"calls": [call.to_dict() for call in calls]},
-                timeout=timeout, calls=len(calls), not_found=PrefabNotFoundError, prefab=prefab,
-            )
-        except ValidationError:
-            # The path that this error gives begins with what the user knows.
-            for index, call in enumerate(calls, place or 0):
-                where = "" if place is None else f"calls[{index}].inputs.parameters"
-                _encode(call.parameters, where)
-            raise
+        return self._request(
+            "POST", self._run_path, headers={"Content-Type": "application/json"},
+            body=b'{"calls":[%b]}' % b",".join(bodies), timeout=timeout, calls=len(calls),
+            not_found=PrefabNotFoundError, prefab=prefab,
+        )
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
         """A prefab whose functions are called like methods. Nothing is sent."""
@@ -3737,13 +3737,12 @@ class GatewayClient:
     ) -> str:
         """Uploads an input of a call, of a type such as `"video/mp4"`, and gives its `s3://` URL.
 
-        `POST /internal/files/generate_upload_url`, then a presigned PUT straight to the storage.
+        `POST /internal/files/generate_upload_url`, then a presigned PUT to the storage.
         """
-        headers = {}
-        # It is part of the signature, and so is its absence.
-        if content_type is not None:
-            _check_header_value("content_type", _Secret(content_type))
-            headers["Content-Type"] = content_type
+        # The type is part of the signature, and so is its absence.
+        headers = {} if content_type is None else {"Content-Type": content_type}
+        for value in headers.values():
+            _check_header_value("content_type", _Secret(value))
         with _open_file(file_path) as file:
             content = {"filename": _file_name(file_path), "content_type": content_type}
             request = self._request(
@@ -4184,13 +4183,8 @@ class AsyncGatewayClient:
 
     @property
     def timeout(self) -> float | None:
-        """The client's timeout in seconds. It can be set."""
+        """Seconds for connecting and for each wait for bytes."""
         return self._client.timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float | None) -> None:
-        """For all later calls."""
-        self._client.timeout = seconds
 
     def __repr__(self) -> str:
         return f"Async{self._client!r}" if "_client" in vars(self) else f"{type(self).__name__}()"
