@@ -3417,8 +3417,7 @@ class GatewayClient:
         base_url: http(s), path prefix included; None: `GATEWAY_BASE_URL`, else `DEFAULT_BASE_URL`.
         api_key: Sent as such; `from_api_key` exchanges one.
         jwt_token: With or without `Bearer `.
-        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. That of a
-            call counts instead, unless it is None.
+        timeout: Seconds for connecting and for each wait for bytes; None waits for ever.
         internal_token: What the gateway gave to an agent or a prefab. Without any credential, this
             machine's address must be on the gateway's allow-list.
         max_retries: How often a request is sent again, if that can do no harm.
@@ -3427,13 +3426,10 @@ class GatewayClient:
             function that gives them, called once for each request, in the thread that asked for it.
 
     `on_progress` gets the bytes done and in all (None: unknown), from 0 on, and again from 0 when
-    an upload is sent again.
-
-    Raises (every method that sends):
-        ValidationError, OSError: an argument or a file cannot be used; nothing was sent.
+    an upload is sent again. Every method that sends raises a `GatewayError`, of these classes:
+        ValidationError: an argument cannot be used; nothing was sent. For files, also `OSError`.
         AuthenticationError, ServiceUnavailableError (no answer, or a 5xx), GatewayTimeoutError.
         AgentContextRequiredError: only `upload_input_file` needs no agent's token.
-        GatewayError: any other unexpected answer.
     """
 
     def __init__(
@@ -3593,13 +3589,14 @@ class GatewayClient:
         Args:
             files: An input's name to a list of `s3://` URLs.
             stream: Gives the events as they come, and not the result at the end.
+            timeout: Counts instead of the client's, unless it is None.
 
         Returns:
             The result, also of a function that failed: see `is_success()`; or the events.
 
         Raises:
             PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
-            ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
+            ServiceUnavailableError: it was sent once at most; has it run? See `may_have_run`.
         """
         # A URL may have been given that is a secret.
         call = _Secret(PrefabCall(prefab_id, version, function_name, parameters, files))
@@ -3657,7 +3654,6 @@ class GatewayClient:
         """The request with these calls; `place`: of the first of them in a batch."""
         bodies = []
         for index, call in enumerate(calls, place or 0):
-            # The path that an error gives begins with what the user knows.
             where = "" if place is None else f"calls[{index}]"
             bodies.append(_encode(call.to_dict(), where))
         prefab = {}
@@ -3888,14 +3884,12 @@ class GatewayClient:
         self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
         timeout: float | None = None, credential: _Credential | None = None, **more: Any,
     ) -> _Request:
-        """A request to the gateway. What is None or empty in `query` is not sent.
+        """A request to the gateway, with `more` fields. What is empty in `query` is not sent.
 
-        Args:
-            content: To be sent as JSON; it may be in a `_Secret`.
-            more: Further fields of the `_Request`.
+        `content` is to be sent as JSON; it may be in a `_Secret`.
         """
         asked = {name: value for name, value in query.items() if value not in (None, "")}
-        # Refuses what UTF-8 does not have, with the same error as in a body.
+        # Refuses what UTF-8 does not have.
         _encode(asked)
         target = f"{self._prefix}{path}"
         if asked:
@@ -3992,11 +3986,7 @@ class _Workers:
             del job
 
     async def do(self, work: _Secret, give_up: Callable[[], object]) -> Any:
-        """What the function in `work` gives, called in a thread.
-
-        Args:
-            give_up: Ends that call, if the task that waits for it is cancelled.
-        """
+        """What the function in `work` gives in a thread. A cancelled task has `give_up` end it."""
         import asyncio
         import contextvars
 
@@ -4124,7 +4114,7 @@ class AsyncGatewayClient:
     """`GatewayClient` for programs that await: the same arguments, methods, results and errors.
 
     The same transport, on threads of its own: `max_workers`, or as many as are needed. A call that
-    is cancelled (`task.cancel()`, `asyncio.timeout`) closes its connection at once; it may have run.
+    is cancelled (`task.cancel()`, `asyncio.timeout`) closes its connection; it may have run.
     `on_result` is called in the loop's thread, `on_progress` in another.
     """
 
