@@ -1926,8 +1926,7 @@ class _Response:
         """
         # No `except` here: when Python ends with an open stream, its name would be gone already.
         try:
-            while piece := self._next_piece():
-                yield piece
+            yield from iter(self._next_piece, b"")
         finally:
             self.close()
 
@@ -1937,20 +1936,22 @@ class _Response:
             if self._deadline is not None:
                 self._connection.set_timeout(max(self._deadline - time.monotonic(), 1e-3))
             piece = self._connection.guarded(self._read_some)
-            if not piece:
-                if self._flight.take() is None:
-                    raise _Fault("")
-                if self._may_keep and not self.broken:
-                    self._pool.release(self._connection)
-                else:
-                    self._connection.close()
-            return piece
-        except _Fault as fault:
+            if piece:
+                return piece
             if self._flight.take() is None:
-                fault = _Fault("it was closed here")
-            self._connection.close()
-            doing = f"the answer ({self.status}) was cut short"
-            raise _wire_error(self.request, fault, doing)
+                raise _Fault("it was closed here")
+            if self._may_keep and not self.broken:
+                self._pool.release(self._connection)
+            else:
+                self._connection.close()
+            return b""
+        except _Fault as caught:
+            fault = caught
+        # Out here, the error has no context: frames there hold what the server sent.
+        if self._flight.take() is None:
+            fault = _Fault("it was closed here")
+        self._connection.close()
+        raise _wire_error(self.request, fault, f"the answer ({self.status}) was cut short")
 
     def _read_some(self) -> bytes:
         """The next bytes; none at the end of the body. One operation on the connection."""
@@ -2277,16 +2278,17 @@ def _next_request(response: _Response) -> _Request:
     location = _Secret(
         quote(response.head.get("Location").encode("latin-1"), safe=_URL_CHARACTERS)
     )
-    base = _Secret(f"{request.origin}{request.target}")
+    base, problem = _Secret(f"{request.origin}{request.target}"), ""
     try:
         origin, target = _split_url(urljoin(base.reveal(), location.reveal()))
-        if request.origin.startswith("https:") and origin.startswith("http:"):
-            raise ValueError("leads from https to http")
-        if not location.reveal():
-            raise ValueError("is missing")
     except ValueError as error:
-        problem = f"{request!r} answered {response.status}, but its Location {error}."
-        raise GatewayError(problem) from None
+        origin, target, problem = "", "", str(error)
+    if not location.reveal():
+        problem = "is missing"
+    elif request.origin.startswith("https:") and origin.startswith("http:"):
+        problem = "leads from https to http"
+    if problem:
+        raise GatewayError(f"{request!r} answered {response.status}, but its Location {problem}.")
     secrets = request.secrets + _query_secrets(target)
     return replace(request, origin=origin, target=target, secrets=secrets)
 
