@@ -1382,6 +1382,14 @@ def _proxy_for(origin: str) -> _Proxy | None:
     return proxy
 
 
+def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
+    if name not in fields:
+        return []
+    items = ",".join(fields[name]).lower().split(",")
+    return [item.strip() for item in items if item.strip()]
+
+
 @dataclass(frozen=True)
 class _Head:
     """Start line and fields of an answer, and how its body is framed (RFC 9112 §4 to §6)."""
@@ -1417,14 +1425,6 @@ class _Head:
         codings = [self.coding, *_list_of(self.fields, "content-encoding")]
         none = ("", "identity", "none", "utf-8", "utf8")
         return ", ".join(coding[:80] for coding in codings if coding not in none)
-
-
-def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
-    """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
-    if name not in fields:
-        return []
-    items = ",".join(fields[name]).lower().split(",")
-    return [item.strip() for item in items if item.strip()]
 
 
 def _read_line(reader: Any) -> bytes:
@@ -1471,10 +1471,10 @@ _status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullm
 def _read_head(reader: Any) -> _Head:
     """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
     for _ in range(_MAX_INTERIM_RESPONSES):
-        line = _read_line(reader).decode("latin-1").rstrip()
-        found = _status_line(line)
+        line = _Secret(_read_line(reader).decode("latin-1").rstrip())
+        found = _status_line(line.reveal())
         if not found:
-            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line!r}")
+            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line.reveal()!r}")
         status, fields = int(found[2]), _read_fields(reader)
         # After 101 the server speaks another protocol.
         if status >= 200 or status == 101:
@@ -1990,12 +1990,11 @@ class _Response:
             size = -1
         if size < 0:
             raise _Fault(f"a chunk's size is {line[:80]!r}")
-        if size == 0:
-            try:
-                _read_fields(reader)
-            except _Fault:
-                # The body is whole all the same.
-                self._may_keep = False
+        if size == 0 and reader.peek(1):
+            _read_fields(reader)
+        elif size == 0:
+            # The connection ended, but the body is whole.
+            self._may_keep = False
         return size
 
     def read_all(self) -> bytes:
@@ -2060,6 +2059,10 @@ def _json_of(response: _Response) -> Any:
     return None
 
 
+def _request_id(response: _Response) -> str | None:
+    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
+
+
 def _unexpected_response(response: _Response, problem: str) -> GatewayError:
     """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
     request, body = response.request, response.body
@@ -2070,10 +2073,6 @@ def _unexpected_response(response: _Response, problem: str) -> GatewayError:
         {"body": text}, may_have_run=not request.idempotent, status_code=response.status,
         request_id=_request_id(response),
     )
-
-
-def _request_id(response: _Response) -> str | None:
-    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
 
 
 def _read_json(response: _Response, kind: Any, expect: Mapping[str, type] = {}) -> Any:
