@@ -1465,24 +1465,6 @@ def _read_fields(reader: Any) -> dict[str, list[str]]:
     raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
 
 
-_status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullmatch
-
-
-def _read_head(reader: Any) -> _Head:
-    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
-    for _ in range(_MAX_INTERIM_RESPONSES):
-        line = _Secret(_read_line(reader).decode("latin-1").rstrip())
-        found = _status_line(line.reveal())
-        if not found:
-            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line.reveal()!r}")
-        status, fields = int(found[2]), _read_fields(reader)
-        # After 101 the server speaks another protocol.
-        if status >= 200 or status == 101:
-            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
-            return _Head(status, reason, fields, **_framing(status, fields, found[1] == "0"))
-    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
-
-
 def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> dict[str, Any]:
     """How the body behind a head is framed. Where that is doubtful, the connection is not kept.
 
@@ -1507,6 +1489,24 @@ def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> 
         return {}
     # Python itself refuses to read very long numbers.
     return {"length": int(min(lengths)[-18:]), "keep_alive": keep_alive}
+
+
+_status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullmatch
+
+
+def _read_head(reader: Any) -> _Head:
+    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
+    for _ in range(_MAX_INTERIM_RESPONSES):
+        line = _Secret(_read_line(reader).decode("latin-1").rstrip())
+        found = _status_line(line.reveal())
+        if not found:
+            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line.reveal()!r}")
+        status, fields = int(found[2]), _read_fields(reader)
+        # After 101 the server speaks another protocol.
+        if status >= 200 or status == 101:
+            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
+            return _Head(status, reason, fields, **_framing(status, fields, found[1] == "0"))
+    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
 
 
 def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
