@@ -1494,9 +1494,11 @@ def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> 
             "coding": ", ".join(codings[:-1] if chunked else codings),
             "keep_alive": keep_alive and codings == ["chunked"] and not lengths,
         }
-    if len(lengths) != 1 or not re.fullmatch("[0-9]+", min(lengths)):
+    if len(lengths) != 1:
         # None, or two of which either may be right: until the connection ends.
         return {}
+    if not re.fullmatch("[0-9]+", min(lengths)):
+        raise _Fault(f"the answer's length is {min(lengths)[:80]!r}")
     # Python itself refuses to read very long numbers.
     return {"length": int(min(lengths)[-18:]), "keep_alive": keep_alive}
 
