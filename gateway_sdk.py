@@ -167,14 +167,21 @@ def _ignore(*_: object) -> None:
 
 # --- Secrets --------------------------------------------------------------------------------------
 
-# A secret with fewer ASCII letters and digits than this is looked for with all its characters.
-_MIN_LETTERS = 8
-_LETTERS = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-_HEX_DIGITS = frozenset(b"0123456789ABCDEFabcdef")
-# A backslash and one of these begins an escape of so many hexadecimal digits.
-_HEX_ESCAPES = {b"x": 2, b"u": 4, b"U": 8}
-_CONTROL_ESCAPES = {b"\\n": b"\n", b"\\r": b"\r", b"\\t": b"\t", b"\\b": b"\b", b"\\f": b"\f"}
-_MAX_ENTITY_BYTES = 32
+# A shorter one may be a part of any word, so it is hidden only where it stands alone.
+_MIN_SECRET_BYTES = 8
+# Escapes add or change these, and servers trim or drop them. In a form, a "+" is a blank.
+_LOOSE_BYTES = b" \t\r\n\f\v\b\"'+\\"
+_MAX_ESCAPE_BYTES = 32
+_ENDING_ESCAPE = re.compile(
+    rb"""(?xs)(?:
+        %[\da-fA-F]{2}                        # URL
+        | &[\#\w]{2,30};                      # HTML
+        | \\[^xuU]                            # JSON, repr
+        | \\x[\da-fA-F]{2} | \\u[\da-fA-F]{4} | \\U00(?:0[\da-fA-F]|10)[\da-fA-F]{4}
+        | \xed[\xa0-\xaf].\xed[\xb0-\xbf].    # UTF-8 of a pair of UTF-16
+        | [\xc2\xc3][\x80-\xbf]               # UTF-8 of Latin-1
+    )\Z"""
+)
 
 
 class _Secret:
@@ -183,7 +190,7 @@ class _Secret:
     __slots__ = ("_value",)
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self._value = value.reveal() if isinstance(value, _Secret) else value
 
     def __repr__(self) -> str:
         return "***"
@@ -198,63 +205,56 @@ def _revealed(value: Any) -> Any:
     return value.reveal() if isinstance(value, _Secret) else value
 
 
-def _ending_escape(content: bytearray) -> tuple[int, bytes]:
-    """The length of the escape that ends `content`, and what it stands for; 0 if there is none."""
-    last = content[-1]
-    if last == ord(";"):
-        begin = content.rfind(b"&", -_MAX_ENTITY_BYTES)
-        if begin >= 0:
-            import html
+def _meaning(escape: bytes) -> bytes:
+    r"""What an escape stands for, in UTF-8, but for a character of Latin-1, which is one byte.
 
-            entity = content[begin:].decode("latin-1")
-            character = html.unescape(entity)
-            if character != entity:
-                return len(entity), character.encode("utf-8", "replace")
-    if last in _HEX_DIGITS:
-        if content[-3:-2] == b"%" and content[-2] in _HEX_DIGITS:
-            return 3, bytes([int(content[-2:], 16)])
-        for letter, digits in _HEX_ESCAPES.items():
-            if content[-digits - 2 : -digits] == b"\\" + letter:
-                with suppress(ValueError, OverflowError):
-                    character = chr(int(content[-digits:], 16))
-                    return digits + 2, character.encode("utf-8", "surrogatepass")
-    if content[-2:-1] == b"\\" and bytes([last]) not in _HEX_ESCAPES:
-        escape = bytes(content[-2:])
-        return 2, _CONTROL_ESCAPES.get(escape, escape[1:])
-    return 0, b""
+    So `\xc3\xbc` is the same whether these are two bytes, as of `repr`, or two characters.
+    """
+    if escape.startswith(b"%"):
+        return bytes([int(escape[1:], 16)])
+    if escape.startswith(b"&"):
+        import html
+
+        return html.unescape(escape.decode()).encode("utf-8", "surrogatepass")
+    if escape.startswith(b"\\"):
+        if len(escape) == 2:
+            # The control characters are blanks, or as good as one.
+            return b" " if escape[1] in b"bfnrt" else escape[1:]
+        return chr(int(escape[2:], 16)).encode("utf-8", "surrogatepass")
+    if len(escape) == 2:
+        return escape.decode().encode("latin-1")
+    pair = escape.decode("utf-8", "surrogatepass").encode("utf-16", "surrogatepass")
+    return pair.decode("utf-16").encode()
 
 
-def _unescape(content: bytes) -> tuple[bytes, Sequence[int]]:
-    r"""`content` without the escapes of JSON, `repr`, URLs and HTML, however deep they are nested.
+def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
+    """`text` without the escapes of JSON, `repr`, URLs and HTML, however deep they are nested.
 
-    Each byte is taken up once, and each escape is replaced as soon as it is whole; what it stands for
-    may be the end of another one. So the time is linear in `content`.
+    Each escape is replaced as soon as it is whole; what it stands for may be the end of another
+    one. So the time is linear in `text`.
 
     Returns:
-        The bytes that are left, and where in `content` each of them began.
+        The bytes that are left, and where in `text` each of them and the end are.
     """
-    if not re.search(rb"[\\%&]", content):
-        return content.replace(b"+", b" "), range(len(content))
+    if text.isascii() and not re.search(r"[\\%&]", text):
+        return text.encode(), range(len(text) + 1)
     plain = bytearray()
     begins: list[int] = []
-    for position, byte in enumerate(content):
-        plain.append(byte)
-        begins.append(position)
-        length, replacement = _ending_escape(plain)
-        while length:
-            begin = begins[-length]
-            del plain[-length:], begins[-length:]
-            plain += replacement
-            begins += [begin] * len(replacement)
-            length, replacement = _ending_escape(plain)
-    # In a form, a "+" is a blank.
-    return bytes(plain).replace(b"+", b" "), begins
-
-
-def _letters_of(content: bytes) -> tuple[bytes, list[int]]:
-    """The ASCII letters and digits of `content`, which no escape changes, and where they stand."""
-    positions = [position for position, byte in enumerate(content) if byte in _LETTERS]
-    return bytes([content[position] for position in positions]), positions
+    for position, character in enumerate(text):
+        encoded = character.encode("utf-8", "surrogatepass")
+        plain += encoded
+        begins += [position] * len(encoded)
+        while found := _ENDING_ESCAPE.search(plain[-_MAX_ESCAPE_BYTES:]):
+            escape = bytes(found[0])
+            meaning = _meaning(escape)
+            # HTML has no such entity.
+            if meaning == escape:
+                break
+            begin = begins[-len(escape)]
+            del plain[-len(escape) :], begins[-len(escape) :]
+            plain += meaning
+            begins += [begin] * len(meaning)
+    return bytes(plain), [*begins, len(text)]
 
 
 def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
@@ -266,75 +266,51 @@ def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
 
 def _stands_alone(content: bytes, begin: int, end: int) -> bool:
     """Whether a word is no part of a larger one, such as `test` is of `test-tools` or `a.test`."""
-    before, after = content[max(0, begin - 2) : begin], content[end : end + 2]
-    return not re.search(rb"[\w\x80-\xff][-./]?\Z", before) and not re.match(
-        rb"[-./]?[\w\x80-\xff]", after
-    )
+    is_led = re.search(rb"[\w\x80-\xff][-./]?\Z", content[max(0, begin - 2) : begin])
+    return not is_led and not re.match(rb"[-./]?[\w\x80-\xff]", content[end : end + 2])
 
 
 class _Redactor:
     """Masks secrets in texts, however they are escaped there, in time linear in the text.
 
-    A text and a secret are compared without their escapes, and by their ASCII letters and digits
-    alone: blanks, quotes, line ends and whatever else an encoding may add or drop do not count. A
-    secret of few letters and digits is compared with all its characters.
+    Both are compared without their escapes, and without blanks and quotes.
     """
 
     def __init__(self, secrets: Iterable[_Secret]) -> None:
-        self._by_letters: list[tuple[bytes, bytes]] = []
-        self._by_characters: list[bytes] = []
-        for secret in {secret.reveal() for secret in secrets}:
-            # It may be shown without the blanks or quotes that it was given with.
-            stripped = secret.strip(" \t\r\n\"'")
-            plain, _ = _unescape(stripped.encode("utf-8", "surrogatepass"))
-            letters, _ = _letters_of(plain)
-            if len(letters) >= _MIN_LETTERS:
-                self._by_letters.append((letters, plain))
+        self._long: set[bytes] = set()
+        self._short: set[bytes] = set()
+        for secret in secrets:
+            plain, _ = _unescape(secret.reveal().strip(" \t\r\n\"'"))
+            dense = plain.translate(None, _LOOSE_BYTES)
+            if len(dense) >= _MIN_SECRET_BYTES:
+                self._long.add(dense)
             elif plain:
-                self._by_characters.append(plain)
+                self._short.add(plain)
 
     def __call__(self, text: str, *, short_ones: bool = True) -> str:
-        """`text` with `***` for each secret. A short one counts only as a word of its own.
+        """`text` with `***` for each secret.
 
         Args:
             short_ones: False for data that code reads: there, a short word is more likely a value
                 that happens to be the same.
         """
-        content = text.encode("utf-8", "surrogatepass")
-        plain, begins = _unescape(content)
-        spans = [*self._spans_by_letters(plain), *self._spans_by_characters(plain, short_ones)]
-        masked, done = b"", 0
+        plain, begins = _unescape(text)
+        dense = plain.translate(None, _LOOSE_BYTES)
+        places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
+        spans = [
+            (places[at], places[at + len(wanted) - 1] + 1)
+            for wanted in self._long
+            for at in _find_all(dense, wanted)
+        ]
+        for wanted in self._short if short_ones else ():
+            found = [(at, at + len(wanted)) for at in _find_all(plain, wanted)]
+            spans += [span for span in found if _stands_alone(plain, *span)]
+        masked, done = "", 0
         for first, behind in sorted(spans):
-            begin = begins[first]
-            end = begins[behind] if behind < len(plain) else len(content)
-            if begin >= done:
-                masked += content[done:begin] + b"***"
-            done = max(done, end)
-        return (masked + content[done:]).decode("utf-8", "surrogatepass")
-
-    def _spans_by_letters(self, plain: bytes) -> Iterator[tuple[int, int]]:
-        letters, positions = _letters_of(plain) if self._by_letters else (b"", [])
-        for wanted, secret in self._by_letters:
-            # The signs around its letters are a part of the secret, too.
-            signs_before = secret[: secret.index(wanted[:1])]
-            signs_behind = secret[secret.rindex(wanted[-1:]) + 1 :]
-            for found in _find_all(letters, wanted):
-                first, behind = positions[found], positions[found + len(wanted) - 1] + 1
-                for _ in signs_before:
-                    first -= first > 0 and plain[first - 1] in signs_before
-                for _ in signs_behind:
-                    behind += behind < len(plain) and plain[behind] in signs_behind
-                yield first, behind
-
-    def _spans_by_characters(self, plain: bytes, short_ones: bool) -> Iterator[tuple[int, int]]:
-        for wanted in self._by_characters:
-            is_short = len(wanted) < _MIN_LETTERS
-            if is_short and not short_ones:
-                continue
-            for first in _find_all(plain, wanted):
-                behind = first + len(wanted)
-                if not is_short or _stands_alone(plain, first, behind):
-                    yield first, behind
+            if begins[first] >= done:
+                masked += text[done : begins[first]] + "***"
+            done = max(done, begins[behind])
+        return masked + text[done:]
 
 
 def _mask_query(word: re.Match[str]) -> str:
