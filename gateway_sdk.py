@@ -339,14 +339,15 @@ def _mask_queries(text: str) -> str:
 
 
 class _Advice(NamedTuple):
-    """What the user can do about an error, in both languages. An error's fields stand in braces."""
+    """What the user can do about an error. The error's fields stand in braces."""
 
     python: str
-    shell: str
+    # As the command line says it, if that differs.
+    shell: str = ""
 
 
 # Also for readers of a message who know nothing of `may_have_run`: a shell user, an agent.
-_MAY_HAVE_RUN = "It may have run all the same, so it was not sent again."
+_MAY_HAVE_RUN = _Advice("It may have run all the same, so it was not sent again.")
 
 
 def _text_of(value: Any) -> str:
@@ -356,9 +357,10 @@ def _text_of(value: Any) -> str:
     return "(too large or too deep to be shown)"
 
 
-def _joined(lines: Iterable[str]) -> str:
-    """Lines of a message, without the empty ones."""
-    return "\n".join(filter(None, (line.strip() for line in lines)))
+def _joined(parts: Iterable[str]) -> str:
+    """The parts of a message, each on a line of its own, without empty lines."""
+    lines = "\n".join(parts).split("\n")
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 class GatewayError(Exception):
@@ -376,7 +378,7 @@ class GatewayError(Exception):
 
     # What a class reads from `details`, and its value where nothing is there.
     _fields: ClassVar[Mapping[str, Any]] = {}
-    _class_advice: ClassVar[_Advice | None] = None
+    _class_advice: ClassVar[_Advice] = _Advice("")
 
     status_code: int | None = None
     error_code: str | None = None
@@ -385,7 +387,7 @@ class GatewayError(Exception):
     may_have_run: bool = False
     # What may be over by the next attempt: see `_retry_delay`.
     _fault: Literal["unreachable", "lost"] | None = None
-    # The message as it is printed by the command line, if that differs.
+    # The message as the command line prints it, if that differs.
     _shell_message: str | None = None
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
@@ -412,20 +414,15 @@ class GatewayError(Exception):
         may_have_run: bool = False, **attributes: Any,
     ) -> GatewayError:
         """An error whose message is the problem, what can be done about it, and if it may have run."""
-        ending = _MAY_HAVE_RUN if may_have_run else ""
-        told = [one for one in advice if one]
-        error = cls._restore(
-            _joined([problem, *(one.python for one in told), ending]), details or {}, attributes
-        )
-        error.may_have_run = may_have_run
-        error._shell_message = _joined([problem, *(one.shell for one in told), ending])
-        return error
+        told = [one for one in (*advice, _MAY_HAVE_RUN if may_have_run else None) if one]
+        attributes["may_have_run"] = may_have_run
+        attributes["_shell_message"] = _joined([problem, *(one.shell or one.python for one in told)])
+        message = _joined([problem, *(one.python for one in told)])
+        return cls._restore(message, details or {}, attributes)
 
     @classmethod
-    def _advice_for(cls, details: Mapping[str, Any]) -> _Advice | None:
+    def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
         """The advice of the class, with the fields of this error in it."""
-        if cls._class_advice is None:
-            return None
         import shlex
 
         values = {name: details.get(name) or default for name, default in cls._fields.items()}
@@ -451,10 +448,10 @@ class PrefabNotFoundError(GatewayError):
 
     _fields = {"prefab_id": "unknown", "version": "unknown"}
     _class_advice = _Advice(
-        python="See client.list_prefabs() for the prefabs, and"
-        " client.get_prefab_spec(prefab_id, version) for the functions of one.",
-        shell="See `gateway-sdk list` for the prefabs, and `gateway-sdk spec PREFAB VERSION`"
+        "See client.list_prefabs() for the prefabs, and client.get_prefab_spec(prefab_id, version)"
         " for the functions of one.",
+        "See `gateway-sdk list` for the prefabs, and `gateway-sdk spec PREFAB VERSION` for the"
+        " functions of one.",
     )
     prefab_id: str
     version: str
@@ -473,8 +470,8 @@ class QuotaExceededError(GatewayError):
 
     _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
     _class_advice = _Advice(
-        python="Wait, or have the quota raised: the SDK does not repeat such a call.",
-        shell="Wait, or have the quota raised: such a call is not repeated.",
+        "Wait, or have the quota raised: the SDK does not repeat such a call.",
+        "Wait, or have the quota raised: such a call is not repeated.",
     )
     limit: int
     used: int
@@ -489,39 +486,36 @@ class MissingSecretError(GatewayError):
 
     _fields = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
     _class_advice = _Advice(
-        python="Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
-        shell="Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
+        "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
+        "Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
     )
     prefab_id: str
     secret_name: str
     instructions: str | None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        body = {
-            "prefab_id": prefab_id,
-            "secret_name": secret_name,
-            "instructions": instructions,
-            "error_code": "MISSING_SECRET",
-        }
+        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
         problem = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
-        advice = self._advice_for(body)
-        super().__init__(_joined([problem, advice.python if advice else "", instructions or ""]), body)
+        advice, more = self._advice_for(body), instructions or ""
+        body["error_code"] = "MISSING_SECRET"
+        super().__init__(_joined([problem, advice.python, more]), body)
+        self._shell_message = _joined([problem, advice.shell, more])
 
 
 class AgentContextRequiredError(GatewayError):
     """The credential is not an agent's, which this file operation needs."""
 
     _class_advice = _Advice(
-        python="This needs an agent's token (internal_token=)."
-        " upload_input_file() uploads a call's inputs without one.",
-        shell="This needs an agent's token (X_INTERNAL_TOKEN)."
-        " `gateway-sdk upload --input` uploads a call's inputs without one.",
+        "This needs an agent's token (internal_token=). upload_input_file() uploads a call's inputs"
+        " without one.",
+        "This needs an agent's token (X_INTERNAL_TOKEN). `gateway-sdk upload --input` uploads a"
+        " call's inputs without one.",
     )
 
     def __init__(self, message: str | None = None) -> None:
-        advice = self._advice_for({})
-        text = message or (advice.python if advice else "")
-        super().__init__(text, {"error_code": "MISSING_AGENT_CONTEXT"})
+        python, shell = self._class_advice
+        super().__init__(message or python, {"error_code": "MISSING_AGENT_CONTEXT"})
+        self._shell_message = message or shell
 
 
 class ServiceUnavailableError(GatewayError):
@@ -589,15 +583,13 @@ class PrefabCall:
     files: Optional[_Files] = None
 
     def to_dict(self) -> _Json:
-        """The call as the gateway reads it; `files` is left out when there are none."""
+        """The call as the gateway reads it."""
         inputs: _Json = {"parameters": self.parameters or {}}
         if self.files:
             inputs["files"] = self.files
         return {
-            "prefab_id": self.prefab_id,
-            "version": self.version,
-            "function_name": self.function_name,
-            "inputs": inputs,
+            "prefab_id": self.prefab_id, "version": self.version,
+            "function_name": self.function_name, "inputs": inputs,
         }
 
 
@@ -612,15 +604,13 @@ class StreamEvent:
     @classmethod
     def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
-        name: Any = data.get("type")
-        event_type = _EVENT_TYPES.get(name) if isinstance(name, str) else None
-        return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
+        event_type = _EVENT_TYPES.get(_text_of(data.get("type")), StreamEventType.CONTENT)
+        return cls(event_type, data.get("data"), data)
 
 
 def _is_heartbeat(event: StreamEvent) -> bool:
     """Whether an event only shows that the stream is alive: of an unknown type, without data."""
-    name = event.raw.get("type", "content")
-    return event.data is None and not (isinstance(name, str) and name in _EVENT_TYPES)
+    return event.data is None and _text_of(event.raw.get("type", "content")) not in _EVENT_TYPES
 
 
 def _event_error(event: StreamEvent) -> _Json:
@@ -701,38 +691,39 @@ class PrefabResult:
         """The result of a stream: what `run` gives without `stream=True`.
 
         The function's value is its contents, joined if they are all text. If there are none, it is the
-        data of the `done` events: merged if they are dicts, without the `files` and the `job_id` that
-        the gateway adds; else the last that is not empty. An `error` event makes it FAILED. All
-        events, as decoded objects, are in `raw["events"]`.
+        data of the last `done` event that has any; dicts are merged, without the `files` and `job_id`
+        that the gateway adds. An `error` event makes it FAILED. All events, as decoded objects, are in
+        `raw["events"]`.
 
         Args:
             events: What was read, or an `EventStream`, which is read to its end.
         """
+        seen: list[_Json] = []
         contents: list[Any] = []
         merged: _Json = {}
-        last_done: Any = None
         files: _Json = {}
+        value: Any = None
+        job_id: Any = None
         error: _Json | None = None
-        seen: list[_Json] = []
         for event in events:
-            seen.append(event.raw or {"type": str(event.type), "data": event.data})
+            data = event.data
+            seen.append(event.raw or {"type": str(event.type), "data": data})
             if event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
-                contents.append(event.data)
+                contents.append(data)
             elif event.type == StreamEventType.ERROR:
                 error = _event_error(event)
-            elif event.type == StreamEventType.DONE and isinstance(event.data, dict):
-                merged.update(event.data)
-                if isinstance(event.data.get("files"), dict):
-                    files.update(event.data["files"])
-            elif event.type == StreamEventType.DONE and event.data not in (None, "", "[DONE]"):
-                last_done = event.data
-        merged.pop("files", None)
-        job_id = merged.pop("job_id", None)
-        value: Any = contents
-        if not contents and (merged or last_done is not None):
-            value = merged or last_done
-        elif all(isinstance(content, str) for content in contents):
-            value = "".join(contents)
+            elif event.type == StreamEventType.DONE and isinstance(data, dict):
+                added = data.get("files")
+                files.update(added if isinstance(added, dict) else {})
+                job_id = data.get("job_id", job_id)
+                own = {key: data[key] for key in data if key not in ("files", "job_id")}
+                merged.update(own)
+                value = merged if own else value
+            elif event.type == StreamEventType.DONE and data not in (None, "", "[DONE]"):
+                value = data
+        if contents or value is None:
+            is_text = all(isinstance(content, str) for content in contents)
+            value = "".join(contents) if is_text else contents
         if not seen:
             error = {"message": "The stream had no events."}
         status = CallStatus.FAILED if error else CallStatus.SUCCESS
@@ -744,9 +735,7 @@ class PrefabResult:
     def to_dict(self) -> _Json:
         """`status`, `output`, `error` and `job_id` as JSON has them."""
         return {
-            "status": str(self.status),
-            "output": self.output,
-            "error": self.error,
+            "status": str(self.status), "output": self.output, "error": self.error,
             "job_id": self.job_id,
         }
 
@@ -770,22 +759,18 @@ class PrefabResult:
         """
         value = self.output
         if isinstance(value, dict):
-            is_envelope = "output" in value or ("status" in value and set(value) <= _ENVELOPE_KEYS)
-            if is_envelope:
+            if "output" in value or ("status" in value and set(value) <= _ENVELOPE_KEYS):
                 value = value.get("output")
         return {} if value is None else value
 
     def get_files(self) -> dict[str, list[str]]:
         """The output files: name to list of `s3://` URLs."""
         files = self.get("files") or self.raw.get("files")
-        if not isinstance(files, dict):
-            return {}
         found = {}
-        for name, urls in files.items():
-            if isinstance(urls, str):
-                found[name] = [urls]
-            elif isinstance(urls, list):
-                found[name] = [url for url in urls if isinstance(url, str)]
+        for name, urls in files.items() if isinstance(files, dict) else ():
+            listed = [urls] if isinstance(urls, str) else urls
+            if isinstance(listed, list):
+                found[name] = [url for url in listed if isinstance(url, str)]
         return found
 
     def get_file_urls(self) -> list[str]:
@@ -861,14 +846,10 @@ class PrefabInfo:
 
     @classmethod
     def _from_dict(cls, entry: _Json) -> PrefabInfo:
-        known = {
-            **entry,
-            "prefab_id": entry["id"],
-            "status": entry.get("deployment_status"),
-            "raw": entry,
-        }
-        names = [known_field.name for known_field in fields(cls)]
-        return cls(**{name: known[name] for name in names if known.get(name) is not None})
+        status = entry.get("deployment_status")
+        known = {**entry, "prefab_id": entry["id"], "status": status, "raw": entry}
+        names = [one.name for one in fields(cls) if known.get(one.name) is not None]
+        return cls(**{name: known[name] for name in names})
 
 
 # --- Arguments ------------------------------------------------------------------------------------
