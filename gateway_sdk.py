@@ -582,6 +582,11 @@ class PrefabCall:
     parameters: Optional[_Json] = None
     files: Optional[_Files] = None
 
+    def __repr__(self) -> str:
+        # A presigned URL may have been given by mistake.
+        shown = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return _mask_queries(f"PrefabCall({shown})")
+
     def to_dict(self) -> _Json:
         """The call as the gateway reads it."""
         inputs: _Json = {"parameters": self.parameters or {}}
@@ -867,9 +872,8 @@ def _shown(value: Any) -> str:
 def _check_text(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, str) or not value:
-            raise ValidationError(
-                f"{name} must be a string that is not empty, not {_shown(value)}."
-            )
+            problem = f"must be a string that is not empty, not {_shown(value)}"
+            raise ValidationError(f"{name} {problem}.")
 
 
 _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fullmatch
@@ -884,12 +888,14 @@ def _check_header_value(name: str, value: _Secret) -> None:
         )
 
 
+def _is_number(value: Any, *kinds: type) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def _check_number(name: str, value: Any, above: int = 0) -> None:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if not is_number or not above < value < 10**9:
-        raise ValidationError(
-            f"{name} must be a whole number above {above} and below {10**9}, not {_shown(value)}."
-        )
+    if not _is_number(value, int) or not above < value < 10**9:
+        limits = f"above {above} and below {10**9}"
+        raise ValidationError(f"{name} must be a whole number {limits}, not {_shown(value)}.")
 
 
 # poll() counts milliseconds in 31 bits.
@@ -899,56 +905,67 @@ _TIMEOUT_LIMIT_SECONDS = 2**31 // 1000
 def _check_timeout(seconds: Any) -> None:
     if seconds is None:
         return
-    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not is_number or not 0 < seconds < _TIMEOUT_LIMIT_SECONDS:
-        raise ValidationError(
-            f"timeout must be None or seconds above 0 and below {_TIMEOUT_LIMIT_SECONDS},"
-            f" not {_shown(seconds)}."
-        )
+    if not _is_number(seconds, int, float) or not 0 < seconds < _TIMEOUT_LIMIT_SECONDS:
+        limits = f"above 0 and below {_TIMEOUT_LIMIT_SECONDS}"
+        raise ValidationError(f"timeout must be None or seconds {limits}, not {_shown(seconds)}.")
+
+
+def _is_s3_url(url: Any) -> bool:
+    return isinstance(url, str) and bool(re.match("s3://.", url))
 
 
 def _check_s3_url(name: str, url: Any, source: str) -> None:
-    if not isinstance(url, str) or not re.match("s3://.", url):
-        raise ValidationError(f"{name} must be an s3:// URL, not {_shown(url)}: {source} gives one.")
+    # It may be a presigned one, given by mistake.
+    url = _Secret(url)
+    if not _is_s3_url(url.reveal()):
+        problem = f"{name} must be an s3:// URL, not {_shown(url.reveal())}."
+        advice = _Advice(f"{source} gives one.", "`gateway-sdk ls` lists those of your files.")
+        raise ValidationError._create(problem, {}, advice)
+
+
+def _files_problem(files: Any) -> str:
+    """What is wrong with the files of a call; empty if nothing is."""
+    if not isinstance(files, dict):
+        return f"files must be a dict, not {_shown(files)}."
+    for name, urls in files.items():
+        if not isinstance(urls, (list, tuple)):
+            return f"files[{_shown(name)}] must be a list, not {_shown(urls)}."
+        for url in urls:
+            if not _is_s3_url(url):
+                return f"each of files[{_shown(name)}] must be an s3:// URL, not {_shown(url)}."
+    return ""
+
+
+_FILES_ADVICE = _Advice(
+    "[client.upload_input_file(path)] is such a list.",
+    "`gateway-sdk upload --input PATH` uploads a file, and prints its URL.",
+)
 
 
 def _check_call(call: Any, where: str = "") -> None:
     """Raises if a call cannot be sent. `where` is its place in a batch, such as `calls[3]: `."""
     if not isinstance(call, PrefabCall):
-        raise ValidationError(
-            f"{where}a call must be a PrefabCall, not {_shown(call)}: PrefabCall(**call) takes a dict."
-        )
-    try:
-        _check_text(
-            prefab_id=call.prefab_id, version=call.version, function_name=call.function_name
-        )
-        for name, value in (("parameters", call.parameters), ("files", call.files)):
-            if value is not None and not isinstance(value, dict):
-                raise ValidationError(f"{name} must be a dict, not {_shown(value)}.")
-        for name, urls in (call.files or {}).items():
-            if not isinstance(urls, (list, tuple)):
-                raise ValidationError(
-                    f"files[{name!r}] must be a list, as [client.upload_input_file(path)] is."
-                )
-            for url in urls:
-                _check_s3_url(f"each of files[{name!r}]", url, "client.upload_input_file(path)")
-    except ValidationError as error:
-        raise ValidationError(f"{where}{error.message}") from None
+        advice = "PrefabCall(**call) takes a dict."
+        raise ValidationError(f"{where}a call must be a PrefabCall, not {_shown(call)}: {advice}")
+    names = ("prefab_id", "version", "function_name")
+    _check_text(**{f"{where}{name}": getattr(call, name) for name in names})
+    if not isinstance(call.parameters, (dict, type(None))):
+        raise ValidationError(f"{where}parameters must be a dict, not {_shown(call.parameters)}.")
+    problem = "" if call.files is None else _files_problem(call.files)
+    if problem:
+        raise ValidationError._create(f"{where}{problem}", {}, _FILES_ADVICE)
 
 
 def _segments(*names: Any) -> str:
     """A path of one segment for each name, with the slashes in them encoded."""
     for name in names:
-        is_text = isinstance(name, str) and name.isprintable()
-        if not is_text or name in ("", ".", ".."):
-            raise ValidationError(
-                f"{_shown(name)} cannot be the name of a prefab, a version or a secret."
-            )
+        if not isinstance(name, str) or not name.isprintable() or name in ("", ".", ".."):
+            raise ValidationError(f"{_shown(name)} cannot be a prefab_id, version or secret_name.")
     return "/".join(quote(name, safe="") for name in names)
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-# An attribute of a value that JSON cannot carry, and what to pass instead.
+# An attribute of a type that JSON cannot carry, and what to pass instead.
 _JSON_CONVERSIONS = {
     "isoformat": "its .isoformat()",
     "model_dump": "its .model_dump()",
@@ -975,9 +992,11 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
     elif isinstance(content, float):
         problem = f"{content}, which JSON does not have"
     elif not isinstance(content, (str, bytes, int)):
-        ways_out = [way for name, way in _JSON_CONVERSIONS.items() if hasattr(content, name)]
-        if ways_out:
-            problem = f"a {type(content).__name__}: pass {ways_out[0]}"
+        for name, way_out in _JSON_CONVERSIONS.items():
+            # Of the type: some objects have every attribute.
+            if hasattr(type(content), name):
+                problem = f"a {type(content).__name__}: pass {way_out}"
+                break
     raise ValidationError(f"The request cannot be sent as JSON: {path or 'it'} is {problem}.")
 
 
