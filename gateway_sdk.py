@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import errno
 import functools
 import itertools
 import json
@@ -114,8 +115,6 @@ _IDLE_SECONDS = 4.0
 _KEEP_ALIVE_SECONDS = 60
 # How long a stream that said that it is done may stay open, where `timeout` is None.
 _AFTER_DONE_SECONDS = 60.0
-# What comes behind the smaller of two lengths is waited for no longer than this.
-_DOUBTFUL_LENGTH_SECONDS = 1.0
 _MAX_REDIRECTS = 5
 # Per origin.
 _MAX_IDLE_CONNECTIONS = 100
@@ -1164,20 +1163,14 @@ def _query_secrets(target: str) -> tuple[_Secret, ...]:
 class _Fault(Exception):  # noqa: N818
     """The network, or what a server sent, made an exchange fail.
 
-    It is no `OSError`, so that an `except` for it never takes an error of a signal handler, a file or a
-    callback for one of the network.
+    It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken for
+    one of the network. It has no text, as a server's may quote a secret: `_wire_error` shows `reason`.
     """
 
-    def __init__(self, reason: str, error: BaseException | None = None) -> None:
-        # Not its text: what a server sent may quote a secret, and is shown as `_wire_error` does.
+    def __init__(self, reason: str, error: Any = None) -> None:
         super().__init__()
         self.reason = reason
         self.error = error
-
-    @classmethod
-    def of(cls, error: BaseException) -> _Fault:
-        """The fault that an error of a socket is."""
-        return cls(str(error) or type(error).__name__, error)
 
     @property
     def timed_out(self) -> bool:
@@ -1185,52 +1178,47 @@ class _Fault(Exception):  # noqa: N818
         return isinstance(self.error, (socket.timeout, TimeoutError))
 
 
-# Python's names for what a server says of a client's certificate, when the handshake is over.
-_CERTIFICATE_ALERT = re.compile("ALERT.*(CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE)")
-
-
-def _tls_advice(error: BaseException | None, *, connected: bool) -> _Advice | None:
-    """What to do about refused TLS, as a retry would fail in the same way; None for other errors."""
-    ssl = sys.modules.get("ssl")
-    if ssl is None or not isinstance(error, ssl.SSLError):
-        return None
-    if _CERTIFICATE_ALERT.search(str(error.reason)):
-        text = "The server refused this client's certificate, or that it has none"
-        return _Advice(f"{text}: ssl_context= can carry one, by its load_cert_chain().", f"{text}.")
-    if connected or isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-        return None
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return _Advice(
-            "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names.",
-            "Trust its certificate by a file that SSL_CERT_FILE names.",
-        )
-    text = "Does the server speak TLS there? If not, the URL must begin with http://, not https://."
-    return _Advice(text, text)
-
-
-def _connect_advice(request: _Request, error: BaseException | None) -> _Advice | None:
-    """What to do about a connection that did not come about."""
-    if sys.platform == "emscripten":
-        text = "This Python has no sockets: it runs in a browser, or in another WebAssembly host."
-        return _Advice(text, text)
-    import errno
-
-    exhausted = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-    if isinstance(error, OSError) and error.errno in exhausted:
-        text = "This process or machine has no more of them: close what is not needed"
-        return _Advice(
-            f"{text}, streams and clients too (with, close()), or raise the limit (ulimit -n).",
-            f"{text}, or raise the limit (ulimit -n).",
-        )
-    if not request.to_gateway:
-        return None
-    return _Advice(
-        "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?",
-        "Is --base-url (or else GATEWAY_BASE_URL) right, and does the gateway run?",
-    )
-
-
+_sleep = time.sleep
+# No descriptors or no memory are left.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TIMEOUT_ADVICE = _Advice("A larger timeout= waits longer.", "A larger --timeout waits longer.")
+
+
+def _fault_advice(request: _Request, fault: _Fault, connected: bool) -> tuple[_Advice | None, bool]:
+    """What to do about a fault, and whether it is final: nothing ran, and a retry would fail alike."""
+    error, ssl = fault.error, sys.modules.get("ssl")
+    python = shell = ""
+    is_final = True
+    alert = str(getattr(error, "reason", ""))
+    if sys.platform == "emscripten":
+        python = shell = "This Python has no sockets: it runs in a browser or another sandbox."
+    elif re.search("ALERT.*(CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE)", alert):
+        # With TLS 1.3 that comes when the answer is waited for.
+        shell = "The server refused this client's certificate, or that it has none."
+        python = f"{shell} ssl_context= can carry one."
+    elif connected:
+        is_final = False
+    elif ssl and isinstance(error, ssl.SSLCertVerificationError):
+        shell = "Trust its certificate by a file that SSL_CERT_FILE names."
+        python = "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
+    elif (
+        ssl
+        and isinstance(error, ssl.SSLError)
+        # The second by Python 3.9: both are a lost connection.
+        and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    ):
+        python = shell = "If the server does not speak TLS there, the URL must begin with http://."
+    elif isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        is_final = False
+        shell = "Too much is open: close what is not needed, or raise the limit (ulimit -n)."
+        python = f"{shell} Streams and clients have close() and with."
+    elif request.to_gateway:
+        is_final = False
+        python = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
+        shell = "Is --base-url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
+    else:
+        is_final = False
+    return (_Advice(python, shell) if python else None), is_final
 
 
 def _proxy_advice(request: _Request) -> _Advice | None:
@@ -1250,26 +1238,19 @@ def _wire_error(
     """
     error_class: type[GatewayError] = ServiceUnavailableError
     reason = request.redact(fault.reason)[:_MAX_SHOWN_CHARACTERS].rstrip(". \n")
-    may_have_run = connected and not request.idempotent
-    kind: str | None = "lost" if connected else "unreachable"
-    advice = _tls_advice(fault.error, connected=connected)
-    if advice:
-        kind, may_have_run = None, False
-    elif not connected:
-        advice = _connect_advice(request, fault.error)
+    advice, is_final = _fault_advice(request, fault, connected)
+    may_have_run = connected and not request.idempotent and not is_final
+    kind = None if is_final else "lost" if connected else "unreachable"
     timeout_advice = None
     if fault.timed_out:
         error_class, kind, timeout_advice = GatewayTimeoutError, None, _TIMEOUT_ADVICE
         reason = f"nothing for {request.timeout or _CONNECT_CAP_SECONDS:g} s"
+    problem = f"{request.redact(repr(request))}: {doing}: {reason}."
     wire_error = error_class._create(
-        f"{request.redact(repr(request))}: {doing}: {reason}.", {}, advice, timeout_advice,
-        _proxy_advice(request), may_have_run=may_have_run, _fault=kind,
+        problem, {}, advice, timeout_advice, _proxy_advice(request),
+        may_have_run=may_have_run, _fault=kind,
     )
-    # An error that quotes a secret, as of a server that echoes one, must not be shown as the cause.
-    cause = fault.error
-    if cause is not None and request.redact(str(cause)) == str(cause):
-        wire_error.__cause__ = cause
-        cause.__context__ = None
+    wire_error.__cause__ = fault.error
     return wire_error
 
 
@@ -1288,20 +1269,22 @@ class _Proxy:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"the proxy {host}:{self.port} ({self.variable})"
 
+    def headers(self) -> dict[str, str]:
+        return {"Proxy-Authorization": self.authorization} if self.authorization else {}
+
 
 def _parse_proxy(variable: str, url: str) -> _Proxy | None:
-    """The proxy of a URL; None if it cannot be used. Raises nothing, as an error could show the login."""
+    """The proxy of a URL; None if it cannot be used. An error raised here could show its login."""
     with suppress(ValueError):
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme != "http" or not re.fullmatch(r"(.*@)?([^@:]+|\[.+\])(:\d*)?", parts.netloc):
-            return None
-        host, port = parts.hostname or "", parts.port or 80
-        if parts.username is None:
-            return _Proxy(variable, host, port)
-        user, password = unquote(parts.username), unquote(parts.password or "")
-        login = b64encode(f"{user}:{password}".encode()).decode()
-        secrets = _Secret(login), _Secret(password)
-        return _Proxy(variable, host, port, f"Basic {login}", secrets)
+        if parts.scheme == "http" and re.fullmatch(r"(.*@)?([^@:]+|\[.+\])(:\d*)?", parts.netloc):
+            host, port = parts.hostname or "", parts.port or 80
+            if parts.username is None:
+                return _Proxy(variable, host, port)
+            user, password = unquote(parts.username), unquote(parts.password or "")
+            login = b64encode(f"{user}:{password}".encode()).decode()
+            secrets = _Secret(login), _Secret(password)
+            return _Proxy(variable, host, port, f"Basic {login}", secrets)
     return None
 
 
@@ -1309,24 +1292,25 @@ def _goes_round_proxy(host: str, port: int, no_proxy: str) -> bool:
     """Whether `NO_PROXY` names a host: by its name, a suffix, an address or a network, or by `*`."""
     import ipaddress
 
-    name = host.lower().rstrip(".")
-    address = None
+    name, address = host.lower().rstrip("."), None
     with suppress(ValueError):
         address = ipaddress.ip_address(name)
     for entry in re.split(r"[,\s]+", no_proxy.lower()):
-        bracketed = re.fullmatch(r"\[(.*)\](?::(\d+))?", entry)
-        named = re.fullmatch(r"([^:]*)(?::(\d+))?", entry)
-        found = bracketed or named
-        wanted, wanted_port = (found[1], found[2]) if found else (entry, None)
+        # With a port, or with the brackets of an IPv6 address.
+        found = re.fullmatch(r"\[(.*)\](?::(\d+))?|([^:]*):(\d+)", entry)
+        wanted = (found[1] or found[3] or "") if found else entry
+        wanted_port = (found[2] or found[4]) if found else None
         if wanted_port and int(wanted_port) != port:
             continue
         if wanted == "*":
             return True
-        suffix = wanted.lstrip("*").strip(".")
-        if suffix and (name == suffix or name.endswith(f".{suffix}")):
-            return True
-        with suppress(ValueError):
-            if address is not None and address in ipaddress.ip_network(wanted, strict=False):
+        if address is not None:
+            with suppress(ValueError):
+                if address in ipaddress.ip_network(wanted, strict=False):
+                    return True
+        else:
+            suffix = wanted.lstrip("*").strip(".")
+            if suffix and (name == suffix or name.endswith(f".{suffix}")):
                 return True
     return False
 
@@ -1344,18 +1328,19 @@ def _proxy_for(origin: str) -> _Proxy | None:
     from urllib.request import getproxies, proxy_bypass
 
     server = urlsplit(origin)
+    host, port = unquote(server.hostname or ""), server.port or _DEFAULT_PORTS[server.scheme]
     # There may be logins in them.
     proxies = _Secret(getproxies())
     scheme = server.scheme if proxies.reveal().get(server.scheme) else "all"
-    url, no_proxy = _Secret(proxies.reveal().get(scheme)), proxies.reveal().get("no", "")
-    host, port = server.hostname or "", server.port or _DEFAULT_PORTS[server.scheme]
-    if not url.reveal() or _goes_round_proxy(host, port, no_proxy):
+    if not proxies.reveal().get(scheme):
+        return None
+    if _goes_round_proxy(host, port, proxies.reveal().get("no", "")):
         return None
     if has_settings and proxy_bypass(host):
         return None
     names = (f"{scheme}_proxy", f"{scheme}_proxy".upper())
     variable = next((name for name in names if os.environ.get(name)), names[1])
-    proxy = _parse_proxy(variable, url.reveal())
+    proxy = _parse_proxy(variable, proxies.reveal()[scheme])
     if proxy is None:
         raise GatewayError(
             f"{variable} must be an http:// URL, in which a login is percent-encoded;"
@@ -1374,8 +1359,6 @@ class _Head:
     fields: Mapping[str, Sequence[str]] = field(repr=False)
     # Bytes of the body; None: chunks, or whatever comes until the connection ends.
     length: int | None = None
-    # A larger length that the head names, too: which of the two is right cannot be known.
-    other_length: int | None = None
     chunked: bool = False
     # Codings of the transfer beside chunks.
     coding: str = ""
@@ -1387,9 +1370,9 @@ class _Head:
         """Whether the body says where it ends; if not, a break looks like the end."""
         return self.chunked or self.length is not None
 
-    def get(self, name: str, default: str = "") -> str:
-        """The first value of a field, whatever the case of its name."""
-        return next(iter(self.fields.get(name.lower(), ())), default)
+    def get(self, name: str) -> str:
+        """The first value of a field, whatever the case of its name; empty if there is none."""
+        return next(iter(self.fields.get(name.lower(), ())), "")
 
     def media_type(self) -> str:
         return re.split("[;,]", self.get("Content-Type"))[0].strip().lower()
@@ -1397,9 +1380,8 @@ class _Head:
     def content_encoding(self) -> str:
         """How the body is encoded; empty if it is not. Some servers name a charset there."""
         codings = [self.coding, *_list_of(self.fields, "content-encoding")]
-        return ", ".join(
-            coding for coding in codings if coding not in ("", "identity", "none", "utf-8", "utf8")
-        )
+        none = ("", "identity", "none", "utf-8", "utf8")
+        return ", ".join(coding[:80] for coding in codings if coding not in none)
 
 
 def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
@@ -1414,145 +1396,76 @@ def _read_line(reader: Any) -> bytes:
     if not line.endswith(b"\n"):
         if len(line) > _MAX_HEAD_BYTES:
             raise _Fault(f"a line of more than {_MAX_HEAD_BYTES} bytes")
-        raise _Fault("the connection was closed before the end", ConnectionResetError())
+        raise _Fault("the connection was closed before the end")
     return line
 
 
 def _read_fields(reader: Any) -> dict[str, list[str]]:
     """The lines up to the next empty one, as fields.
 
-    What loses no result is read leniently: blanks around names and values do not count, and a line
-    that is no field is passed over by itself. `http.client` would take it for the end of the head,
-    and the rest of the head for the body.
+    Blanks around names and values do not count, and a line that is no field is passed over by itself:
+    `http.client` takes it for the end of the head, and the rest of the head for the body.
     """
     fields: dict[str, list[str]] = {}
     values: list[str] = []
     size = 0
-    while True:
+    while size <= _MAX_HEAD_BYTES:
         line = _read_line(reader)
         size += len(line)
-        if size > _MAX_HEAD_BYTES:
-            raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
         text = line.decode("latin-1").rstrip("\r\n")
-        if not text.strip():
-            return fields
-        if text[0] in " \t":
-            # The line before goes on.
-            if values:
-                values[-1] += f" {text.strip()}"
-            continue
         name, colon, value = text.partition(":")
         name = name.strip().lower()
-        # Without a list of its own, a line that goes on from a bad one is lost with it.
-        values = []
-        if colon and _is_token(name):
+        if not text:
+            return fields
+        if text[0] in " \t":
+            # The line before goes on; if it was no field, this is lost with it.
+            values[-1:] = [f"{last} {text.strip()}" for last in values[-1:]]
+        elif colon and _is_token(name):
             values = fields.setdefault(name, [])
             values.append(value.strip())
-
-
-_STATUS_LINE = re.compile(r"HTTP/1\.(\d)[ \t]+(\d{3})(?:[ \t]+(.*))?")
+        else:
+            values = []
+    raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
 
 
 def _read_head(reader: Any) -> _Head:
-    """The head of an answer. Where its framing is doubtful, the connection is not used again."""
-    line = _read_line(reader).decode("latin-1").rstrip()
-    found = _STATUS_LINE.fullmatch(line)
-    if not found or int(found[2]) < 100:
-        raise _Fault(f"the server does not answer in HTTP/1.1, but begins with {line!r}")
-    status = int(found[2])
-    head = _Head(status, (found[3] or "").strip(), _read_fields(reader))
+    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
+    for _ in range(_MAX_INTERIM_RESPONSES):
+        line = _read_line(reader).decode("latin-1").rstrip()
+        found = re.fullmatch(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?", line)
+        if not found:
+            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line!r}")
+        status, fields = int(found[2]), _read_fields(reader)
+        # After 101 the server speaks another protocol.
+        if status >= 200 or status == 101:
+            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
+            return _frame(_Head(status, reason, fields), is_old=found[1] == "0")
+    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
+
+
+def _frame(head: _Head, *, is_old: bool) -> _Head:
+    """A head with how its body is framed. Where that is doubtful, the connection is not kept.
+
+    Args:
+        is_old: The answer is in HTTP/1.0, where a connection ends unless the server says otherwise.
+    """
     options = _list_of(head.fields, "connection")
-    keep_alive = "close" not in options and (found[1] != "0" or "keep-alive" in options)
-    lengths = _list_of(head.fields, "content-length")
+    keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
+    lengths = set(_list_of(head.fields, "content-length"))
     codings = _list_of(head.fields, "transfer-encoding")
-    if status < 200 or status in (204, 304):
-        return replace(head, length=0, keep_alive=keep_alive and not codings and not any(lengths))
+    if head.status < 200 or head.status in (204, 304):
+        return replace(head, length=0, keep_alive=keep_alive and not codings and lengths <= {"0"})
     if codings:
-        *others, last = codings
-        chunked = last == "chunked"
+        chunked = codings[-1] == "chunked"
         return replace(
-            head, chunked=chunked, coding=", ".join(others if chunked else codings),
+            head, chunked=chunked, coding=", ".join(codings[:-1] if chunked else codings),
             keep_alive=keep_alive and codings == ["chunked"] and not lengths,
         )
-    sizes = sorted({int(text) for text in lengths if re.fullmatch("[0-9]{1,18}", text)})
-    if len(sizes) != 1 or not all(map(str.isdecimal, lengths)):
-        keep_alive = False
-    if not sizes:
+    if len(lengths) != 1 or not re.fullmatch("[0-9]+", min(lengths)):
+        # None, or two of which either may be right: until the connection ends.
         return head
-    other_length = sizes[-1] if len(sizes) > 1 else None
-    return replace(head, length=sizes[0], other_length=other_length, keep_alive=keep_alive)
-
-
-class _Body:
-    """The body of an answer, piece by piece as it arrives (RFC 9112 §6, §7)."""
-
-    def __init__(self, reader: Any, head: _Head) -> None:
-        self._reader = reader
-        self._chunked = head.chunked
-        # Bytes that are missing: of the chunk, or of the body; None: until the connection ends.
-        self._missing = 0 if head.chunked else head.length
-        self._line_end_is_due = False
-        # Whether the framing was so exact that an answer can follow on the connection.
-        self.exact = True
-        self.ended = False
-
-    def read_some(self) -> bytes:
-        """The next bytes; none at the end of the body.
-
-        Raises:
-            _Fault: the body is cut short, or a chunk is not framed as it should be.
-        """
-        if self._chunked and not self._missing and not self.ended:
-            self._missing = self._next_chunk()
-        if self._missing == 0:
-            self.ended = True
-            return b""
-        size = _BLOCK_BYTES if self._missing is None else min(self._missing, _BLOCK_BYTES)
-        piece: bytes = self._reader.read1(size)
-        if self._missing is None:
-            self.ended = not piece
-            return piece
-        if not piece:
-            raise _Fault(f"{self._missing} more bytes were expected", ConnectionResetError())
-        self._missing -= len(piece)
-        # The line end behind a chunk is read with the next one: the data must not wait for it.
-        self._line_end_is_due = self._chunked and not self._missing
-        return piece
-
-    def expect_more(self, bytes_more: int) -> None:
-        """Goes on after the length, as the head named a larger one as well."""
-        self._missing, self.ended, self.exact = bytes_more, False, False
-
-    def _next_chunk(self) -> int:
-        """The size of the next chunk; 0 for the last one, behind which the fields are read."""
-        line = _read_line(self._reader)
-        if self._line_end_is_due:
-            self._line_end_is_due = False
-            if line.strip():
-                self.exact = False
-            else:
-                self.exact = self.exact and line == b"\r\n"
-                line = _read_line(self._reader)
-        text = line.partition(b";")[0].strip()
-        if not re.fullmatch(b"[0-9A-Fa-f]{1,16}", text) or not line.endswith(b"\r\n"):
-            self.exact = False
-        try:
-            # As lenient as Python's own client: whether the body can be used, its content will show.
-            size = int(text, 16)
-        except ValueError:
-            raise _Fault(f"a chunk's size is {line[:80]!r}") from None
-        if size < 0:
-            raise _Fault(f"a chunk's size is {line[:80]!r}")
-        if size == 0:
-            self._read_trailer()
-        return size
-
-    def _read_trailer(self) -> None:
-        try:
-            _read_fields(self._reader)
-        except _Fault:
-            # The body is whole all the same.
-            self.exact = False
+    # Python itself refuses to read very long numbers.
+    return replace(head, length=int(min(lengths)[-18:]), keep_alive=keep_alive)
 
 
 def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
@@ -1560,16 +1473,12 @@ def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-def _proxy_headers(proxy: _Proxy | None) -> dict[str, str]:
-    return {"Proxy-Authorization": proxy.authorization} if proxy and proxy.authorization else {}
-
-
 def _request_head(request: _Request, proxy: _Proxy | None) -> bytes:
     """Request line and headers. `proxy`: the one that is asked to send it on."""
-    scheme, _, netloc = request.origin.partition("://")
+    # The zone of an IPv6 address means something to this machine alone (RFC 6874 §3).
+    netloc = re.sub(r"%[^\]]*", "", request.origin.partition("://")[2])
     headers = {
-        # The zone of an IPv6 address means something to this machine alone (RFC 6874 §3).
-        "Host": re.sub(r"%[^\]]*", "", netloc),
+        "Host": netloc,
         "User-Agent": f"agent-builder-gateway-sdk/{__version__}",
         "Accept": "*/*",
         "Accept-Encoding": "identity",
@@ -1579,11 +1488,13 @@ def _request_head(request: _Request, proxy: _Proxy | None) -> bytes:
         headers = {name: headers[name] for name in headers if name.lower() not in given}
     headers.update(request.headers)
     headers.update(request.caller_headers)
-    headers.update(_proxy_headers(proxy))
     if request.method in ("POST", "PUT"):
         headers["Content-Length"] = str(len(request.body))
-    # A proxy needs the whole URL (RFC 9112 §3.2.2).
-    target = f"{scheme}://{netloc}{request.target}" if proxy else request.target
+    target = request.target
+    if proxy:
+        headers.update(proxy.headers())
+        # A proxy needs the whole URL (RFC 9112 §3.2.2).
+        target = f"{request.origin}{target}"
     return _head_bytes(f"{request.method} {target} HTTP/1.1", headers)
 
 
@@ -1627,33 +1538,27 @@ class _Connection:
         """
         server = urlsplit(self.origin)
         host, port = unquote(server.hostname or ""), server.port or _DEFAULT_PORTS[server.scheme]
-        if self.proxy:
-            self._connect(self.proxy.host, self.proxy.port, timeout, answered)
-        else:
-            self._connect(host, port, timeout, answered)
+        peer = (self.proxy.host, self.proxy.port) if self.proxy else (host, port)
+        self._connect(peer, timeout, answered)
         self._set_options()
-        self._sock.settimeout(timeout)
+        self.set_timeout(timeout)
         if tls:
             if self.proxy:
-                netloc = f"[{host}]" if ":" in host else host
-                self._open_tunnel(f"{netloc}:{port}")
-            # The name of a certificate has neither a zone nor the dot at its end.
+                self._open_tunnel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            # A certificate's name has neither a zone nor a dot at its end.
             name = host.partition("%")[0].rstrip(".")
-            wrap = partial(
-                tls.wrap_socket, self._sock, server_hostname=name, do_handshake_on_connect=False
-            )
-            self._sock, self._is_tls = self.guarded(wrap), True
+            wrap = partial(tls.wrap_socket, server_hostname=name, do_handshake_on_connect=False)
+            self._sock, self._is_tls = self.guarded(wrap, self._sock), True
             self.guarded(self._sock.do_handshake)
         self.reader = self._sock.makefile("rb")
 
     def _connect(
-        self, host: str, port: int, timeout: float | None, answered: dict[Any, Any]
+        self, peer: tuple[str, int], timeout: float | None, answered: dict[Any, Any]
     ) -> None:
         """Connects to the first address that answers (RFC 8305 without its racing)."""
         deadline = time.monotonic() + (timeout or _CONNECT_CAP_SECONDS)
-        addresses = self.guarded(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
-        known = answered.get((host, port))
-        addresses.sort(key=lambda entry: entry[4] != known)
+        addresses = self.guarded(socket.getaddrinfo, *peer, 0, socket.SOCK_STREAM)
+        addresses.sort(key=lambda entry: entry[4] != answered.get(peer))
         fault = _Fault("timed out", socket.timeout())
         for place, (family, kind, protocol, _, address) in enumerate(addresses, 1):
             seconds = deadline - time.monotonic()
@@ -1663,42 +1568,40 @@ class _Connection:
                 break
             try:
                 self._sock = self.guarded(socket.socket, family, kind, protocol)
-                self._sock.settimeout(seconds)
+                self.set_timeout(seconds)
                 self.guarded(self._sock.connect, address)
             except _Fault as refused:
                 fault = refused
-                if self._sock is not None and not self._shut:
+                if self._sock is not None:
                     self._sock.close()
             else:
-                answered[host, port] = address
+                answered[peer] = address
                 return
         raise fault
 
     def _set_options(self) -> None:
         """Sets what makes calls faster and long ones safer, as far as a sandbox lets it."""
-        options = [
+        for level, name, value in (
             (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
             (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
             # Linux and Windows; macOS.
             (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _KEEP_ALIVE_SECONDS),
             (socket.IPPROTO_TCP, "TCP_KEEPALIVE", _KEEP_ALIVE_SECONDS),
-        ]
-        for level, name, value in options:
-            if hasattr(socket, name):
-                with suppress(OSError):
-                    self._sock.setsockopt(level, getattr(socket, name), value)
+        ):
+            with suppress(OSError, AttributeError):
+                self._sock.setsockopt(level, getattr(socket, name), value)
 
     def _open_tunnel(self, authority: str) -> None:
         """Has the proxy connect to an https server (RFC 9110 §9.3.6)."""
-        start_line = f"CONNECT {authority} HTTP/1.1"
-        head_block = memoryview(
-            _head_bytes(start_line, {"Host": authority, **_proxy_headers(self.proxy)})
-        )
-        self._send_all(iter([head_block]))
+        login = self.proxy.headers() if self.proxy else {}
+        head = _head_bytes(f"CONNECT {authority} HTTP/1.1", {"Host": authority, **login})
+        del login
+        self._send_all(iter([memoryview(head)]))
+        del head
         with self._sock.makefile("rb") as reader:
-            head = self.guarded(_read_head, reader)
-        if not 200 <= head.status < 300:
-            raise _Fault(f"the proxy answered {head.status} {head.reason}")
+            answer = self.guarded(_read_head, reader)
+        if not 200 <= answer.status < 300:
+            raise _Fault(f"the proxy answered {answer.status} {answer.reason}")
 
     def guarded(self, operation: Callable[..., _T], *arguments: Any) -> _T:
         """What an operation on the socket gives. Whoever closes it meanwhile only wakes it up.
@@ -1709,55 +1612,56 @@ class _Connection:
         try:
             with self._busy:
                 if self._shut:
-                    raise _Fault("it was closed here", ConnectionAbortedError())
+                    raise _Fault("it was closed here")
                 return operation(*arguments)
         except OSError as error:
             if not self._is_own(error):
                 raise
-            raise _Fault.of(error)
+            raise _Fault(str(error) or type(error).__name__, error)
         finally:
             if self._shut:
                 self._free()
 
     def _is_own(self, error: OSError) -> bool:
-        """Whether an error is the socket's: raised by it, or by the code of its kind of sockets."""
+        """Whether an error is the socket's: all code that it came through is of its kind of sockets."""
+        own = {__name__, "socket", "ssl", type(self._sock).__module__.partition(".")[0]}
         traceback = error.__traceback__
-        while traceback and traceback.tb_next:
+        while traceback:
+            module = str(traceback.tb_frame.f_globals.get("__name__"))
+            if module not in own and module.partition(".")[0] not in own:
+                return isinstance(error, socket.gaierror)
             traceback = traceback.tb_next
-        origin = traceback.tb_frame.f_globals.get("__name__", "") if traceback else ""
-        package = str(origin).partition(".")[0]
-        own = {"socket", "ssl", type(self._sock).__module__.partition(".")[0]}
-        return origin == __name__ or package in own or isinstance(error, socket.gaierror)
+        return True
 
     def close(self) -> None:
         """Closes it, also while another thread waits in an operation on it, which then ends."""
-        if not self._closing.acquire(blocking=False):
-            return
-        # After a fork the parent may still use the connection: only our copy is closed.
+        if self._closing.acquire(blocking=False):
+            # When Python ends, the names of this module may be gone already.
+            if _process_id is not None:
+                self._wake()
+            self._shut = True
+            self._free()
+
+    def _wake(self) -> None:
+        """Ends an operation that waits. After a fork, the parent may still use the connection."""
         if self._sock is not None and self.process_id == _process_id():
             with suppress(OSError):
                 self._bare().shutdown(socket.SHUT_RDWR)
-        self._shut = True
-        self._free()
 
     def _free(self) -> None:
         """Frees the descriptor, unless somebody uses it, who will do so afterwards."""
         if self._busy.acquire(blocking=False):
             try:
-                if self.reader is not None:
-                    self.reader.close()
-                if self._sock is not None:
-                    self._sock.close()
+                for opened in (self.reader, self._sock):
+                    if opened is not None:
+                        opened.close()
             finally:
                 self._busy.release()
 
     def _bare(self) -> Any:
         """The methods of the socket itself: those of TLS would not wake a reader, nor see all bytes."""
-        if self._is_tls:
-            import ssl
-
-            return super(ssl.SSLSocket, self._sock)
-        return self._sock
+        ssl: Any = sys.modules.get("ssl")
+        return super(ssl.SSLSocket, self._sock) if self._is_tls else self._sock
 
     def is_stale(self) -> bool:
         """Whether it was idle for so long that the server may be about to hang up."""
@@ -1787,7 +1691,7 @@ class _Connection:
         self.guarded(self._sock.settimeout, seconds)
 
     def send(self, request: _Request) -> _Fault | None:
-        """Sends a request. Returns what broke sending off; what the server said by then can be read."""
+        """Sends a request. Returns what broke sending off: what the server said by then can be read."""
         self.set_timeout(request.timeout)
         # Through a tunnel, the server itself is asked.
         proxy = None if self._is_tls else self.proxy
@@ -1822,14 +1726,18 @@ class _Pool:
     def __init__(self) -> None:
         self._idle: dict[Any, list[_Connection]] = {}
         self._limit = _MAX_IDLE_CONNECTIONS
+        # See `_Connection.open`.
         self.answered: dict[Any, Any] = {}
         # Not `__del__`: when Python ends, that would run when the module's names are gone already.
         weakref.finalize(self, _close_all, self._idle)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has no connections yet.
+        return _Pool, ()
+
     def acquire(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
         idle = self._idle.get((_process_id(), origin), [])
-        # Until there is none left.
         with suppress(IndexError):
             while True:
                 connection = idle.pop()
@@ -1841,8 +1749,7 @@ class _Pool:
     def release(self, connection: _Connection) -> None:
         """Keeps a connection for its next use, and drops those that were idle for too long."""
         connection.idle_since = time.monotonic()
-        key = connection.process_id, connection.origin
-        self._idle.setdefault(key, []).append(connection)
+        self._idle.setdefault((connection.process_id, connection.origin), []).append(connection)
         for idle in list(self._idle.values()):
             with suppress(IndexError):
                 while len(idle) > self._limit or idle[0].is_stale():
@@ -1858,7 +1765,7 @@ class _Flight:
     """One request on its way, with the connection that it uses at the moment, if any.
 
     The connection belongs to it until `take` or `close`. To cancel it is safe in every phase, from
-    any thread and from a signal handler: it takes no lock that could be held.
+    any thread and from a signal handler.
     """
 
     def __init__(self, scopes: Iterable[_Scope]) -> None:
@@ -1889,6 +1796,9 @@ class _Flight:
         if connection:
             connection.close()
 
+    # Of a stream that was dropped.
+    __del__ = close
+
     def cancel(self) -> None:
         """Ends the request: whoever waits for it gets an error, and it is not sent again."""
         self.cancelled = True
@@ -1898,16 +1808,15 @@ class _Flight:
 
     def wait(self, seconds: float) -> None:
         """Waits, but no longer than until it is cancelled."""
-        # On Windows only a sleep notices Ctrl-C, which comes to the main thread.
-        if threading.current_thread() is threading.main_thread():
+        # Whoever replaced it, as tests do, wants it to be called.
+        if time.sleep is not _sleep:
             time.sleep(seconds)
-        elif self._gate.acquire(timeout=seconds):
-            self._gate.release()
-
-    def __del__(self) -> None:
-        # A stream was dropped. The list is empty in all other cases.
-        if self._held:
-            self.close()
+            return
+        deadline = time.monotonic() + seconds
+        while not self.cancelled and (left := deadline - time.monotonic()) > 0:
+            # On Windows only the gaps between waits notice Ctrl-C.
+            if self._gate.acquire(timeout=min(left, 0.2)):
+                self._gate.release()
 
 
 class _Scope:
@@ -1936,7 +1845,7 @@ class _Scope:
 
 
 class _Response:
-    """An answer, whose head is read. Its body can be read once.
+    """An answer, whose head is read. Its body can be read once, piece by piece (RFC 9112 §6, §7).
 
     Attributes:
         broken: What broke off sending the request, if it did.
@@ -1955,6 +1864,11 @@ class _Response:
         self._connection = connection
         self._pool = pool
         self._deadline: float | None = None
+        # Bytes that are still to come, of the chunk or of the body; None: until the connection ends.
+        self._missing = 0 if head.chunked else head.length
+        self._line_end_is_due = False
+        # After a 5xx the server may hang up without having said so: uvicorn does.
+        self._may_keep = head.keep_alive and head.status < 500
 
     def chunks(self) -> Iterator[bytes]:
         """The body as it arrives. At its end the connection goes back to the pool.
@@ -1962,47 +1876,78 @@ class _Response:
         Raises:
             ServiceUnavailableError: the connection broke, or `close` was called meanwhile.
         """
-        body = _Body(self._connection.reader, self.head)
-        released = False
+        # No `except` here: when Python ends with an open stream, its name would be gone already.
         try:
-            while piece := self._read_some(body):
+            while piece := self._next_piece():
                 yield piece
-            if self.head.other_length is not None:
-                yield from self._doubtful_rest(body)
-            if self._flight.take() is None:
-                raise _Fault("it was closed here")
-            # After a 5xx the server may hang up without having said so: uvicorn does.
-            may_keep = self.head.keep_alive and body.exact and self.status < 500
-            if may_keep and not self.broken:
-                released = True
-                self._pool.release(self._connection)
-        except _Fault as fault:
-            raise self._cut_short(fault)
         finally:
-            if not released:
-                self._flight.take()
-                self._connection.close()
+            self.close()
 
-    def _read_some(self, body: _Body) -> bytes:
-        if self._deadline is not None:
-            seconds = self._deadline - time.monotonic()
-            if seconds <= 0:
-                raise _Fault("timed out", socket.timeout())
-            self._connection.set_timeout(seconds)
-        return self._connection.guarded(body.read_some)
+    def _next_piece(self) -> bytes:
+        """The next bytes; none at the end of the body, when the connection is given back."""
+        try:
+            if self._deadline is not None:
+                self._connection.set_timeout(max(self._deadline - time.monotonic(), 1e-3))
+            piece = self._connection.guarded(self._read_some)
+            if not piece:
+                if self._flight.take() is None:
+                    raise _Fault("")
+                if self._may_keep and not self.broken:
+                    self._pool.release(self._connection)
+                else:
+                    self._connection.close()
+            return piece
+        except _Fault as fault:
+            if self._flight.take() is None:
+                fault = _Fault("it was closed here")
+            self._connection.close()
+            doing = f"the answer ({self.status}) was cut short"
+            raise _wire_error(self.request, fault, doing)
 
-    def _doubtful_rest(self, body: _Body) -> Iterator[bytes]:
-        """What comes behind the smaller of two lengths, which may be right, without waiting long."""
-        body.expect_more((self.head.other_length or 0) - (self.head.length or 0))
-        self.wait_at_most(_DOUBTFUL_LENGTH_SECONDS)
-        with suppress(_Fault):
-            while piece := self._read_some(body):
-                yield piece
+    def _read_some(self) -> bytes:
+        """The next bytes; none at the end of the body. One operation on the connection."""
+        reader = self._connection.reader
+        if self.head.chunked and self._missing == 0:
+            self._missing = self._begin_chunk(reader)
+        if self._missing == 0:
+            return b""
+        size = _BLOCK_BYTES if self._missing is None else min(self._missing, _BLOCK_BYTES)
+        piece: bytes = reader.read1(size)
+        if self._missing is not None:
+            if not piece:
+                raise _Fault(f"{self._missing} more bytes were expected")
+            self._missing -= len(piece)
+            # It is read with the next chunk: the data must not wait for it.
+            self._line_end_is_due = True
+        return piece
 
-    def _cut_short(self, fault: _Fault) -> GatewayError:
-        if self._flight.take() is None:
-            fault = _Fault("it was closed here")
-        return _wire_error(self.request, fault, f"the answer ({self.status}) was cut short")
+    def _begin_chunk(self, reader: Any) -> int:
+        """The size of the next chunk; 0 for the last one, behind which there may be fields.
+
+        As lenient as Python's own client, which shows by the content if it was right. But where anything
+        is not exactly as it should be, an answer to a later request must not follow.
+        """
+        line = _read_line(reader)
+        if self._line_end_is_due and not line.strip():
+            self._may_keep = self._may_keep and line == b"\r\n"
+            line = _read_line(reader)
+        elif self._line_end_is_due:
+            self._may_keep = False
+        if not re.fullmatch(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n", line):
+            self._may_keep = False
+        try:
+            size = int(line.partition(b";")[0], 16)
+        except ValueError:
+            size = -1
+        if size < 0:
+            raise _Fault(f"a chunk's size is {line[:80]!r}")
+        if size == 0:
+            try:
+                _read_fields(reader)
+            except _Fault:
+                # The body is whole all the same.
+                self._may_keep = False
+        return size
 
     def read_all(self) -> bytes:
         """The whole body, which `body` keeps."""
@@ -2011,12 +1956,10 @@ class _Response:
 
     def wait_at_most(self, seconds: float | None) -> None:
         """From now on, waits for all that is to come no longer than this; None: for each piece."""
-        if seconds is not None:
-            self._deadline = time.monotonic() + seconds
-        elif self._deadline is not None:
-            self._deadline = None
+        if seconds is not None or self._deadline is not None:
+            self._deadline = None if seconds is None else time.monotonic() + seconds
             with suppress(_Fault):
-                self._connection.set_timeout(self.request.timeout)
+                self._connection.set_timeout(seconds or self.request.timeout)
 
     def close(self) -> None:
         """Closes the connection, unless it is the pool's by now. Any thread may."""
@@ -2028,24 +1971,23 @@ def _decode_text(head: _Head, body: bytes) -> str:
 
     A byte that does not belong there is replaced: what it stands in was paid for.
     """
-    charset = re.search(r"""charset\s*=\s*["']?([\w.:-]+)""", head.get("Content-Type"), re.IGNORECASE)
-    name = charset[1] if charset else ""
-    if not name or name.lower().replace("_", "-") in ("utf-8", "utf8"):
-        name = json.detect_encoding(body)
+    found = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", head.get("Content-Type"), re.IGNORECASE)
+    charset = found[1].lower() if found else "utf-8"
+    if charset in ("utf-8", "utf8"):
+        charset = json.detect_encoding(body)
     try:
-        return body.decode(name, "replace")
-    except LookupError:
+        return body.decode(charset, "replace")
+    except (LookupError, UnicodeError):
         return body.decode("utf-8", "replace")
 
 
 def _parse_long_integer(digits: str) -> int:
     """An integer of any length. Python itself refuses more than 4,300 digits at once."""
-    sign, digits = (-1, digits[1:]) if digits.startswith("-") else (1, digits)
     value = 0
-    for begin in range(0, len(digits), 4000):
-        piece = digits[begin : begin + 4000]
+    for begin in range(0, len(digits.lstrip("-")), 4000):
+        piece = digits.lstrip("-")[begin : begin + 4000]
         value = value * 10 ** len(piece) + int(piece)
-    return sign * value
+    return -value if digits.startswith("-") else value
 
 
 def _decode_json(text: str) -> Any:
@@ -2062,23 +2004,27 @@ def _decode_json(text: str) -> Any:
         return json.loads(text, strict=False, parse_int=_parse_long_integer)
 
 
-def _unexpected_response(response: _Response, problem: str) -> GatewayError:
-    """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
-    request, body = response.request, response.body
-    text = "***" if request.credential else request.redact(_decode_text(response.head, body))
-    message = f"{request.redact(repr(request))} answered {response.status}, but {problem}"
-    message += f": {text[:_MAX_SHOWN_CHARACTERS]}" if body else "."
-    return GatewayError._create(
-        message, {"body": text}, may_have_run=not request.idempotent, status_code=response.status,
-        request_id=response.head.get("X-Request-ID") or None,
-    )
-
-
 def _json_of(response: _Response) -> Any:
     """The JSON that was read; None if it is none. An error would quote it, and perhaps a secret."""
     with suppress(ValueError, RecursionError):
         return _decode_json(_decode_text(response.head, response.body))
     return None
+
+
+def _unexpected_response(response: _Response, problem: str) -> GatewayError:
+    """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
+    request, body = response.request, response.body
+    text = "***" if request.credential else request.redact(_decode_text(response.head, body))
+    shown = f": {text[:_MAX_SHOWN_CHARACTERS]}" if body else "."
+    return GatewayError._create(
+        f"{request.redact(repr(request))} answered {response.status}, but {problem}{shown}",
+        {"body": text}, may_have_run=not request.idempotent, status_code=response.status,
+        request_id=_request_id(response),
+    )
+
+
+def _request_id(response: _Response) -> str | None:
+    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
 
 
 def _read_json(response: _Response, kind: Any, expect: Mapping[str, type] = {}) -> Any:
@@ -2125,44 +2071,47 @@ def _read_detail(response: _Response) -> Any:
     """What an error's body says: its JSON, or else the beginning of its text, without secrets."""
     text = _read_error_body(response)
     redactor = _Redactor(response.request.secrets)
+
+    def redact(value: str) -> str:
+        return redactor(_mask_queries(value), short_ones=False)
+
     try:
-        detail = _decode_json(text)
+        detail = _redact_json(_decode_json(text), redact)
     except (ValueError, RecursionError):
         detail = redactor(_mask_queries(text))[:_MAX_SHOWN_CHARACTERS]
         # Of S3.
         found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", detail)
         if found:
             detail = {"error_code": found[1], "message": f"{found[1]}: {found[2]}"}
-        return detail
-    with suppress(RecursionError):
-        detail = _redact_json(
-            detail, lambda value: redactor(_mask_queries(value), short_ones=False)
-        )
-        if isinstance(detail, dict):
-            detail = detail.get("detail") or detail
-        return detail
-    return "(nested too deeply to be shown)"
+    if isinstance(detail, dict):
+        detail = detail.get("detail") or detail
+    return detail
+
+
+def _is_fastapis(detail: Any) -> bool:
+    """Whether this is the list by which FastAPI refuses a request, before anything has run."""
+    return isinstance(detail, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("loc"), list) and "msg" in entry
+        for entry in detail
+    )
 
 
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
-    if isinstance(detail, list):
-        lines = [_text_of(entry) for entry in detail]
-        # If it is FastAPI's list.
-        with suppress(TypeError, KeyError):
-            lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in detail]
+    if _is_fastapis(detail):
+        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {entry['msg']}" for entry in detail]
         return "\n  ".join(lines), {"errors": detail}
+    if isinstance(detail, list):
+        return "\n  ".join(map(_text_of, detail)), {"errors": detail}
     if isinstance(detail, dict):
-        said = detail.get("message") or detail.get("error")
         more = detail.get("details")
         fields = {**detail, **more} if isinstance(more, dict) else detail
-        return _text_of(said or detail)[: 8 * _MAX_SHOWN_CHARACTERS], fields
+        said = detail.get("message") or detail.get("error")
+        return _text_of(said) if said else _text_of(detail)[:_MAX_SHOWN_CHARACTERS], fields
     message = _text_of(detail or "")
     # The published server's, which has no error_code.
-    secret = re.search(
-        r"Secret '(?P<secret_name>[^']*)' for prefab '(?P<prefab_id>[^']*)' is not configured",
-        message,
-    )
+    pattern = r"Secret '(?P<secret_name>[^']*)' for prefab '(?P<prefab_id>[^']*)' is not configured"
+    secret = re.search(pattern, message)
     return message, {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
 
 
@@ -2180,34 +2129,21 @@ def _retry_after_seconds(value: str) -> float | None:
     return None
 
 
-def _expiry_of(token: str) -> float | None:
-    """When a JWT expired, in seconds since 1970 (RFC 7519 §4.1.4); None if it did not, or is none."""
-    with suppress(ValueError, LookupError, TypeError):
-        payload = token.split(".")[1]
-        expires: Any = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
-        if type(expires) in (int, float) and expires < time.time():
-            return float(expires)
-    return None
-
-
 def _credential_advice(request: _Request) -> _Advice:
-    """What to do about a refused credential: which one was sent, and since when it is expired."""
+    """What to do about a refused credential: which one was sent, and if it is expired (RFC 7519)."""
     sent = [name for name in _CREDENTIAL_KINDS if name in request.headers]
     if request.credential:
         text = "The API key was sent, to be exchanged. Is it a valid credential for this gateway?"
     elif not sent:
         text = "No credential was sent: this machine's address must then be on the allow-list."
-        return _Advice(
-            f"{text} Is internal_token=, api_key= or jwt_token= missing, or from_env()?",
-            f"{text} Is X_INTERNAL_TOKEN, AGENT_BUILDER_API_KEY or GATEWAY_JWT_TOKEN missing?",
-        )
     else:
         kind = f"{_CREDENTIAL_KINDS[sent[0]]} ({sent[0]})"
         text = f"The client sent {kind}. Is this credential valid for this gateway?"
-    with suppress(OverflowError, OSError, ValueError):
-        expired = _expiry_of(request.headers.get("Authorization", ""))
-        if expired is not None:
-            date = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(expired))
+    with suppress(ValueError, LookupError, TypeError, OverflowError, OSError):
+        payload = request.headers["Authorization"].split(".")[1]
+        expires: Any = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
+        if type(expires) in (int, float) and expires < time.time():
+            date = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(expires))
             text += f" It expired at {date} UTC."
     return _Advice(text, text)
 
@@ -2217,14 +2153,13 @@ _NO_ENDPOINT_ADVICE = _Advice(
     "This gateway has no such endpoint. Is --base-url right? Does it take this kind of credential?",
 )
 _ENCODED_SLASH_ADVICE = _Advice(
-    "The path has an encoded slash (%2F) of a name in it, which this gateway cannot route.",
-    "The path has an encoded slash (%2F) of a name in it, which this gateway cannot route.",
+    *2 * ("The path has an encoded slash (%2F) in a name, which this gateway cannot route.",)
 )
 _REDIRECT_ADVICE = _Advice("Is base_url right?", "Is --base-url right?")
 
 
 def _error_class(
-    request: _Request, status: int, error_code: str | None, *, no_such_path: bool
+    request: _Request, status: int, error_code: str, no_such_path: bool
 ) -> type[GatewayError]:
     """The class of the error for a status: the first rule that holds."""
     if status >= 500:
@@ -2235,19 +2170,20 @@ def _error_class(
     if status == 404:
         return request.not_found
     if status == 400:
-        return _CODE_ERRORS.get(error_code or "", GatewayError)
+        return _CODE_ERRORS.get(error_code, GatewayError)
     return _STATUS_ERRORS.get(status, GatewayError)
 
 
-def _status_may_have_run(request: _Request, status: int, detail: Any) -> bool:
-    """Whether a call may have run although its answer is this error."""
+def _status_may_have_run(request: _Request, status: int, refused: bool) -> bool:
+    """Whether a call may have run although its answer is this error.
+
+    Args:
+        refused: Whether the request was refused as a whole. If not, of several calls those in front of
+            the one that failed have run.
+    """
     if request.idempotent or status < 400:
         return False
-    if status >= 500:
-        return True
-    # Calls in front of the one that failed have run, unless the request was refused as a whole.
-    refused = status == 401 or (status == 422 and isinstance(detail, list))
-    return request.calls > 1 and not refused
+    return status >= 500 or (request.calls > 1 and not refused)
 
 
 def _status_error(response: _Response) -> GatewayError:
@@ -2259,26 +2195,23 @@ def _status_error(response: _Response) -> GatewayError:
     no_such_path = status in (404, 405) and detail in ("Not Found", "Method Not Allowed")
     # A 404 may name something else, but this was asked for.
     fields = {**fields, **request.prefab} if status == 404 else {**request.prefab, **fields}
-    error_class = _error_class(
-        request, status, _text_of(fields.get("error_code")), no_such_path=no_such_path
-    )
+    error_class = _error_class(request, status, _text_of(fields.get("error_code")), no_such_path)
     advice = error_class._advice_for(fields)
     if error_class is AuthenticationError:
         advice = _credential_advice(request)
     elif request.to_gateway and no_such_path:
         advice = _ENCODED_SLASH_ADVICE if "%2F" in request.target else _NO_ENDPOINT_ADVICE
     elif status < 400:
-        address = head.get("Location", "nowhere").partition("?")[0]
-        message = f"a redirect to {address}, which is not followed."
+        address = head.get("Location").partition("?")[0][:_MAX_SHOWN_CHARACTERS]
+        message = f"a redirect to {address or 'nowhere'}, which is not followed."
         advice = _REDIRECT_ADVICE if request.to_gateway else None
-    problem = f"{request!r} answered {status}: {message or head.reason or 'nothing more'}"
-    instructions = _text_of(fields.get("instructions") or "")
-    more = [_Advice(text, text) for text in [request.redact(instructions)] if text]
+    refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
+    instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
-        request.redact(problem), fields, advice, *more, _proxy_advice(request),
-        may_have_run=_status_may_have_run(request, status, detail), status_code=status,
-        request_id=head.get("X-Request-ID") or None,
-        retry_after=_retry_after_seconds(head.get("Retry-After")),
+        request.redact(f"{request!r} answered {status}: {message or head.reason or 'no reason'}"),
+        fields, advice, _Advice(instructions, instructions), _proxy_advice(request),
+        may_have_run=_status_may_have_run(request, status, refused), status_code=status,
+        request_id=_request_id(response), retry_after=_retry_after_seconds(head.get("Retry-After")),
     )
 
 
@@ -2289,12 +2222,13 @@ def _next_request(response: _Response) -> _Request:
         GatewayError: the answer is anything else: the error for its status.
     """
     request = response.request
-    # It may have a signature in it. A head is read as latin-1, whatever its bytes mean.
-    location = _Secret(response.head.get("Location").encode("latin-1"))
     is_redirect = response.status in (301, 302, 303, 307, 308)
     if request.to_gateway or request.method != "GET" or not is_redirect:
         raise _status_error(response)
-    location = _Secret(quote(location.reveal(), safe=_URL_CHARACTERS))
+    # It may have a signature in it. A head is read as latin-1, whatever its bytes mean.
+    location = _Secret(
+        quote(response.head.get("Location").encode("latin-1"), safe=_URL_CHARACTERS)
+    )
     base = _Secret(f"{request.origin}{request.target}")
     try:
         origin, target = _split_url(urljoin(base.reveal(), location.reveal()))
@@ -2360,16 +2294,6 @@ class _Attempt:
     number: int
     # Whether it must not use an idle connection.
     fresh: bool
-
-
-def _read_final_head(reader: Any) -> _Head:
-    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
-    for _ in range(_MAX_INTERIM_RESPONSES):
-        head = _read_head(reader)
-        # After 101 the server speaks another protocol.
-        if head.status >= 200 or head.status == 101:
-            return head
-    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
 
 
 def _check_whole(response: _Response) -> None:
@@ -2543,7 +2467,7 @@ class _Transport:
         broken: _Fault | None = None
         try:
             broken = connection.send(request)
-            head = connection.guarded(_read_final_head, connection.reader)
+            head = connection.guarded(_read_head, connection.reader)
         except _Fault as fault:
             doing = "sending broke off" if broken else "no answer"
             raise _wire_error(request, broken or fault, doing)
@@ -2576,7 +2500,7 @@ class _Transport:
             connection.open(request.timeout, tls, self.pool.answered)
         except (_Fault, ValueError) as error:
             # A ValueError: a host or a port that there cannot be.
-            fault = error if isinstance(error, _Fault) else _Fault.of(error)
+            fault = error if isinstance(error, _Fault) else _Fault(str(error), error)
             doing = f"no connection to {request.origin}"
             if connection.proxy:
                 doing += f" through {connection.proxy}"

@@ -102,7 +102,9 @@ from gateway_sdk import (
 )
 
 ROOT = Path(__file__).resolve().parent
-cpython_only = pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts on CPython's own ways")
+cpython_only = pytest.mark.skipif(
+    sys.implementation.name != "cpython", reason="counts on CPython's own ways"
+)
 Patch = pytest.MonkeyPatch
 TOKEN = "token-of-the-agent"
 WAIT_SECONDS = 10.0  # for what must happen; only a failing test waits that long
@@ -150,7 +152,9 @@ class Steps(NamedTuple):
 Answer = Any  # bytes (the connection stays open), HangUp, Pause, Steps
 
 
-def answer(content: Any = None, status: int = 200, *, body: bytes | None = None, **headers: str) -> bytes:
+def answer(
+    content: Any = None, status: int = 200, *, body: bytes | None = None, **headers: str
+) -> bytes:
     """A whole answer with `Content-Length`; `content` is sent as JSON, `body` as it is."""
     body = json.dumps(content).encode() if body is None else body
     lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}"]
@@ -162,12 +166,21 @@ def chunked(*chunks: bytes, end: bool = True, content_type: str = "text/event-st
     """An answer in chunks; without `end`, the last chunk is missing."""
     head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n".encode()
     head += b"Transfer-Encoding: chunked\r\n\r\n"
-    return head + b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks) + (b"0\r\n\r\n" if end else b"")
+    return (
+        head
+        + b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks)
+        + (b"0\r\n\r\n" if end else b"")
+    )
 
 
 def ran(output: Any = "ok", **fields: Any) -> bytes:
     """The answer to a run request with one successful call."""
-    entry = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": output}, "error": None, **fields}
+    entry = {
+        "status": "SUCCESS",
+        "output": {"status": "SUCCESS", "output": output},
+        "error": None,
+        **fields,
+    }
     return answer({"job_id": "job-1", "status": "COMPLETED", "results": [entry]})
 
 
@@ -188,7 +201,9 @@ class Script:
         self._answers = collections.deque(answers)
         self._changed = threading.Condition()
         self._sockets: set[socket.socket] = set()
-        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self._listener = socket.create_server(
+            (host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -254,7 +269,9 @@ class Script:
             head += received
         head, _, body = head.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        headers = {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in lines)
+        }
         while len(body) < int(headers.get("content-length", 0)):
             body += sock.recv(65536) or b"\0" * 2**20  # a client that went away: the test will tell
         method, target, _ = first.split(" ")
@@ -335,7 +352,11 @@ def reset(sock: socket.socket) -> None:
 
 def client_of(server: Script | LocalGateway, kind: Any = GatewayClient, **options: Any) -> Any:
     """A client with an agent's token that fails quickly where it must fail."""
-    url, token = (server.url, TOKEN) if isinstance(server, Script) else (server.base_url, server.internal_token)
+    url, token = (
+        (server.url, TOKEN)
+        if isinstance(server, Script)
+        else (server.base_url, server.internal_token)
+    )
     if isinstance(server, TlsScript):
         options.setdefault("ssl_context", server.trusting)
     return kind(url, **{"internal_token": token, "timeout": WAIT_SECONDS, **options})
@@ -368,7 +389,8 @@ def _interruptible() -> Iterator[None]:
 def _clean(monkeypatch: Patch) -> None:
     """No credentials or proxies of the machine, and retries without the wait."""
     for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name.startswith(("GATEWAY_", "X_INTERNAL_", "AGENT_BUILDER_")):
+        if name.lower().endswith(
+            "_proxy") or name.startswith(("GATEWAY_", "X_INTERNAL_", "AGENT_BUILDER_")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(gateway_sdk, "_BACKOFF_BASE_SECONDS", 0.001)
     monkeypatch.setattr(gateway_sdk, "_CONNECT_BACKOFF_BASE_SECONDS", 0.001)
@@ -377,7 +399,8 @@ def _clean(monkeypatch: Patch) -> None:
 # --- Helpers --------------------------------------------------------------------------------------
 
 S3 = "s3://bucket/agent-outputs/u/a/r.txt"
-HIDDEN = 'Hush"h\u00fcsh/hush%41'  # a secret: as quoted, escaped or cut as it may be, "hush" is left
+# A secret: as quoted, escaped or cut as it may be, "hush" is left.
+HIDDEN = 'Hush"h\u00fcsh/hush%41'
 NO_BODY = answer(body=b"")
 UNAVAILABLE = answer({"detail": "down"}, 503)
 REFUSED = answer({"detail": "Could not validate credentials"}, 401)
@@ -413,12 +436,14 @@ def text_of(error: BaseException) -> str:
 
 
 def all_of(error: BaseException) -> str:
-    """What a tool that prints or sends an error may get at: causes and contexts with all they carry."""
+    """What a tool that prints or sends an error may get at: its causes and contexts."""
     texts = [text_of(error)]
     found: BaseException | None = error
     while found:
         texts += [str(found), repr(found), repr(found.args), repr(vars(found))]
-        texts += [repr(getattr(found, name)) for name in ("doc", "object", "line") if hasattr(found, name)]
+        texts += [
+            repr(getattr(found, name)) for name in ("doc", "object", "line") if hasattr(found, name)
+        ]
         found = found.__cause__ or found.__context__
     return "\n".join(texts)
 
@@ -482,11 +507,14 @@ class Mode(NamedTuple):
 
 EXCHANGED = "exchanged API key"
 MODES = {
-    "internal token": Mode({"internal_token": TOKEN}, {"x-internal-token": TOKEN}, "/v1/internal/run"),
+    "internal token": Mode({"internal_token": TOKEN}, {"x-internal-token": TOKEN},
+                           "/v1/internal/run"),
     "allow-list": Mode({}, {}, "/v1/internal/run"),
     "JWT": Mode({"jwt_token": "j.w.t"}, {"authorization": "Bearer j.w.t"}, "/v1/run"),
-    "JWT with Bearer": Mode({"jwt_token": "Bearer j.w.t"}, {"authorization": "Bearer j.w.t"}, "/v1/run"),
-    "JWT with BEARER": Mode({"jwt_token": "BEARER  j.w.t"}, {"authorization": "Bearer j.w.t"}, "/v1/run"),
+    "JWT with Bearer": Mode({"jwt_token": "Bearer j.w.t"}, {"authorization": "Bearer j.w.t"},
+                            "/v1/run"),
+    "JWT with BEARER": Mode({"jwt_token": "BEARER  j.w.t"}, {"authorization": "Bearer j.w.t"},
+                            "/v1/run"),
     "API key": Mode({"api_key": "key-1"}, {"x-api-key": "key-1"}, "/v1/run"),
     EXCHANGED: Mode({}, {"x-internal-token": TOKEN}, "/v1/internal/run"),
 }
@@ -606,14 +634,19 @@ def _closed(monkeypatch: Patch) -> Iterator[None]:
 
 # Errors made as in the older SDK, and what they then have.
 MADE = [
-    (GatewayError("m", {"a": 1}), {"message": "m", "details": {"a": 1}, "args": ("m",), "status_code": None}),
+    (GatewayError("m", {"a": 1}),
+     {"message": "m", "details": {"a": 1}, "args": ("m",), "status_code": None}),
     (AuthenticationError("m"), {"details": {}, "error_code": None}),
-    (PrefabNotFoundError("p", "1.0.0"), {"prefab_id": "p", "version": "1.0.0", "message": "Prefab p@1.0.0 not found"}),
-    (PrefabNotFoundError("p", "1.0.0", "gone"), {"prefab_id": "p", "version": "1.0.0", "message": "gone"}),
+    (PrefabNotFoundError("p", "1.0.0"),
+     {"prefab_id": "p", "version": "1.0.0", "message": "Prefab p@1.0.0 not found"}),
+    (PrefabNotFoundError("p", "1.0.0", "gone"),
+     {"prefab_id": "p", "version": "1.0.0", "message": "gone"}),
     (ValidationError("m", {"errors": []}), {"details": {"errors": []}}),
-    (QuotaExceededError("m", 10, 9, "calls"), {"message": "m", "limit": 10, "used": 9, "quota_type": "calls"}),
+    (QuotaExceededError("m", 10, 9, "calls"),
+     {"message": "m", "limit": 10, "used": 9, "quota_type": "calls"}),
     (MissingSecretError("p", "KEY", instructions="Ask for one"),
-     {"prefab_id": "p", "secret_name": "KEY", "instructions": "Ask for one", "error_code": "MISSING_SECRET"}),
+     {"prefab_id": "p", "secret_name": "KEY", "instructions": "Ask for one",
+      "error_code": "MISSING_SECRET"}),
     (MissingSecretError("p", "KEY"), {"instructions": None}),
     (AgentContextRequiredError("m"), {"message": "m"}),
     (AgentContextRequiredError(), {"error_code": "MISSING_AGENT_CONTEXT"}),
@@ -623,14 +656,18 @@ MADE = [
 
 
 @pytest.mark.parametrize(("error", "attributes"), MADE, ids=repr)
-def test_errors_are_made_as_in_the_older_sdk_and_pickle_and_copy(error: Any, attributes: dict[str, Any]) -> None:
+def test_errors_are_made_as_in_the_older_sdk_and_pickle_and_copy(
+    error: Any, attributes: dict[str, Any]
+) -> None:
     assert {name: getattr(error, name) for name in attributes} == attributes
     assert str(error) == error.message and (attributes.get("instructions") or "") in error.message
     original = copy.copy(error)
     original.status_code, original.error_code = 418, "TEAPOT"
     pickled = [pickle.loads(pickle.dumps(original, protocol)) for protocol in range(6)]
     for second in (original, copy.copy(original), copy.deepcopy(original), *pickled):
-        assert (type(second), str(second), vars(second)) == (type(error), str(error), vars(original))
+        assert type(second) is type(error)
+        assert str(second) == str(error)
+        assert vars(second) == vars(original)
 
 
 def test_a_deep_copy_of_an_error_shares_nothing_with_it() -> None:
@@ -649,8 +686,10 @@ def test_errors_form_the_tree_that_users_catch_by() -> None:
 
 @pytest.mark.parametrize(
     ("value", "seconds"),
-    [("0", 0), ("120", 120), (" 7 ", 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("9" * 999, math.inf),
-     *((odd, None) for odd in ("", "soon", "-5", "1e3", "1e999", "nan", "٣", "Fri, 31 Dec 99999 23:59:59 GMT",
+    [("0", 0), ("120", 120), (" 7 ", 7), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+     ("9" * 999, math.inf),
+     *((odd, None)
+       for odd in ("", "soon", "-5", "1e3", "1e999", "nan", "٣", "Fri, 31 Dec 99999 23:59:59 GMT",
                                "Fri, 31 Dec 999999999999 23:59:59 GMT"))],
 )  # fmt: skip
 def test_retry_after_is_read_in_both_forms(value: str, seconds: float | None) -> None:
@@ -658,13 +697,16 @@ def test_retry_after_is_read_in_both_forms(value: str, seconds: float | None) ->
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Shanghai"])
-def test_retry_after_as_a_date_is_counted_from_now_and_in_gmt_without_a_zone(zone: str, monkeypatch: Patch) -> None:
+def test_retry_after_as_a_date_is_counted_from_now_and_in_gmt_without_a_zone(
+    zone: str, monkeypatch: Patch
+) -> None:
     set_zone = getattr(time, "tzset", lambda: None)
     monkeypatch.setenv("TZ", zone)
     set_zone()
     try:
         in_an_hour = time.time() + 3600
-        for date in (email.utils.formatdate(in_an_hour, usegmt=True), time.asctime(time.gmtime(in_an_hour))):
+        for date in (email.utils.formatdate(in_an_hour, usegmt=True),
+                     time.asctime(time.gmtime(in_an_hour))):
             assert 3000 < gateway_sdk._retry_after_seconds(date) <= 3600
     finally:
         monkeypatch.undo()
@@ -696,7 +738,8 @@ MAPPING = [
     ("run", 422, {"detail": [{"msg": "the reason"}, "odd", None, {"loc": 3}]}, ValidationError, {}),
     ("run", 429, REASON, QuotaExceededError, NO_QUOTA),
     ("run", 429, {"detail": coded("QUOTA_EXCEEDED", **QUOTA)}, QuotaExceededError, QUOTA),
-    ("list files", 429, coded("Q", details=QUOTA), QuotaExceededError, {**QUOTA, "error_code": "Q"}),
+    ("list files", 429, coded("Q", details=QUOTA), QuotaExceededError,
+     {**QUOTA, "error_code": "Q"}),
     ("run", 429, {"detail": coded("Q", details=QUOTA)}, QuotaExceededError, QUOTA),
     ("run", 429, {"detail": coded("Q", limit=None)}, QuotaExceededError, NO_QUOTA),
     ("run", 400, {"detail": coded("MISSING_SECRET", **SECRET)}, MissingSecretError, SECRET),
@@ -739,7 +782,9 @@ def test_an_answer_that_is_no_success_becomes_its_exception(
     error = error_of(ENDPOINTS[name].act, answered(body, status))
     assert type(error) is kind and error.status_code == status
     assert {key: getattr(error, key) for key in attributes} == attributes
-    assert ENDPOINTS[name].asked in str(error) and str(status) in str(error) and str(error) == error.message
+    assert ENDPOINTS[name].asked in str(error)
+    assert str(status) in str(error)
+    assert str(error) == error.message
     said = PLAIN_SECRET if PLAIN_SECRET in str(body) else "the reason"
     assert said in str(error) or status < 400
 
@@ -749,7 +794,8 @@ NOT_JSON = {
     "not-utf-8": b'{"a": "\xff"}', "utf-16": '{"a": 1}'.encode("utf-16"), "nan": b'{"a": NaN}',
     "infinity": b"[-Infinity]", "two-values": b"{} {}", "deep-lists": b"[" * 100_000,
     "deep-lists-closed": b"[" * 100_000 + b"]" * 100_000, "deep-objects": b'{"a":' * 100_000,
-    "long-number": b"9" * 10_000 + b"x", "null": b"null", "text": b'"text"', "number": b"3", "true": b"true",
+    "long-number": b"9" * 10_000 + b"x", "null": b"null", "text": b'"text"', "number": b"3",
+    "true": b"true",
 }
 # The body of an error, and the fields that are read of it.
 BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -757,7 +803,8 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "object": ({"detail": coded("E", more=1)}, {"error_code": "E", "more": 1}),
     "bare": (coded("E", more=1), {"error_code": "E", "more": 1}),
     "bare with details": (coded("E", details={"more": 1}), {"error_code": "E", "more": 1}),
-    "details beside": (coded("E", more=1, details={"n": 2}), {"error_code": "E", "more": 1, "n": 2}),
+    "details beside": (coded("E", more=1, details={"n": 2}),
+                       {"error_code": "E", "more": 1, "n": 2}),
     "object without code": ({"detail": {"message": "the reason"}}, {}),
     "list": ({"detail": [{"loc": ["body"], "msg": "the reason"}]}, {}),
     "text in latin-1": (b"the reason \xff", {}),
@@ -769,9 +816,11 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "empty list": ({"detail": []}, {}),
     "list of numbers": ({"detail": [1, None, []]}, {}),
     "odd places": ({"detail": [{"loc": 3, "msg": None}, {"loc": [["a"], {}, None]}]}, {}),
-    "odd message": ({"detail": {"message": ["a"], "error_code": ["b"], "details": [1]}}, {"error_code": ["b"]}),
+    "odd message": ({"detail": {"message": ["a"], "error_code": ["b"], "details": [1]}},
+                    {"error_code": ["b"]}),
     "odd code": ({"error_code": {"a": 1}, "message": 3, "details": "x"}, {"error_code": {"a": 1}}),
-    "odd fields": ({"detail": {"limit": "x", "used": [], "quota_type": 3, "prefab_id": {}, "x": 1}}, {"x": 1}),
+    "odd fields": ({"detail": {"limit": "x", "used": [], "quota_type": 3, "prefab_id": {}, "x": 1}},
+                   {"x": 1}),
     "surrogate": ({"detail": "\ud800"}, {}),
     "raw control characters": (
         b'{"error_code": "E", "message": "the reason\t\x01"}', {"error_code": "E"}),
@@ -794,7 +843,8 @@ def test_every_form_of_body_is_understood_and_the_status_decides(name: str) -> N
                 run(client)
             error = caught.value
             assert type(error) is kind and error.status_code == status
-            assert fields.items() <= error.details.items() and error.error_code == fields.get("error_code")
+            assert fields.items() <= error.details.items()
+            assert error.error_code == fields.get("error_code")
             assert ("the reason" in str(error)) == ("the reason" in str(body))
             assert name != "null" or "None" not in str(error)
             assert repr(pickle.loads(pickle.dumps(error)).details) == repr(error.details)
@@ -803,14 +853,25 @@ def test_every_form_of_body_is_understood_and_the_status_decides(name: str) -> N
 
 
 def test_a_422_reads_as_one_line_per_field() -> None:
-    missing = {"loc": ["body", "calls", 0, "version"], "msg": "Field required", "type": "missing", "url": "u"}
+    missing = {
+        "loc": ["body", "calls", 0, "version"],
+        "msg": "Field required",
+        "type": "missing",
+        "url": "u",
+    }
     wrong = {"loc": ["query", "limit"], "msg": "Input should be an integer", "input": "x"}
-    lines = str(error_of(run, answer({"detail": [missing, wrong]}, 422))).partition(" 422: ")[2].splitlines()
+    lines = (
+        str(error_of(run, answer({"detail": [missing, wrong]}, 422)))
+        .partition(" 422: ")[2]
+        .splitlines()
+    )
     fields = ["body.calls.0.version: Field required", "query.limit: Input should be an integer"]
     assert [line.strip() for line in lines] == fields
 
 
-def test_on_one_line_a_422_reads_without_stray_marks(monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_one_line_a_422_reads_without_stray_marks(
+    monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
     problems = [{"loc": ["body", "a"], "msg": "bad"}, {"loc": ["body", "b"], "msg": "worse"}]
     with Script(answer({"detail": problems}, 422)) as server:
         monkeypatch.setenv("GATEWAY_BASE_URL", server.url)
@@ -826,7 +887,8 @@ def test_of_what_is_not_json_the_first_500_characters_are_shown(status: int) -> 
 
 @pytest.mark.parametrize(
     ("status", "detail", "remedy"),
-    [(401, "x", "credential"), (404, "x", "list_prefabs"), (400, PLAIN_SECRET, "set_secret('q', 'KEY'"),
+    [(401, "x", "credential"), (404, "x", "list_prefabs"),
+     (400, PLAIN_SECRET, "set_secret('q', 'KEY'"),
      (400, coded("MISSING_SECRET", **SECRET), "Ask for one"),
      (400, coded("MISSING_AGENT_CONTEXT"), "upload_input_file")],
     ids=str,
@@ -1040,7 +1102,8 @@ def test_a_route_that_does_not_exist_is_no_missing_prefab(name: str) -> None:
 
 @pytest.mark.parametrize(
     "detail",
-    ["Prefab not found", "Function f not found in p", {"message": "Not Found"}, {"message": "m", "version": "v7"}],
+    ["Prefab not found", "Function f not found in p", {"message": "Not Found"},
+     {"message": "m", "version": "v7"}],
     ids=str,
 )
 def test_a_404_that_says_more_is_about_the_prefab_that_was_asked_for(detail: Any) -> None:
@@ -1088,9 +1151,12 @@ def test_an_expired_jwt_says_since_when(prefix: str) -> None:
 
 @pytest.mark.parametrize(
     "token",
-    [jwt(), jwt(exp=4_000_000_000), jwt(exp="soon"), jwt(exp=None), jwt(exp=1e300), jwt(exp=-1e300), jwt(exp=True),
-     jwt(exp=float("nan")), jwt(exp=[1]), "a.b.c", "hush.%%%.x", "a..c", "...", "a.W10.c", "a.bnVsbA.c", "a.gICA.c"],
-    ids=["no exp", "valid", "text", "null", "too late", "too early", "true", "nan", "list", "short", "no base64",
+    [jwt(), jwt(exp=4_000_000_000), jwt(exp="soon"), jwt(exp=None), jwt(exp=1e300), jwt(exp=-1e300),
+     jwt(exp=True),
+     jwt(exp=float("nan")), jwt(exp=[1]), "a.b.c", "hush.%%%.x", "a..c", "...", "a.W10.c",
+     "a.bnVsbA.c", "a.gICA.c"],
+    ids=["no exp", "valid", "text", "null", "too late", "too early", "true", "nan", "list", "short",
+         "no base64",
          "empty", "dots", "JSON list", "JSON null", "not UTF-8"],
 )  # fmt: skip
 def test_of_any_other_jwt_no_date_is_told(token: str) -> None:
@@ -1154,7 +1220,8 @@ FULL_ENVELOPE = {"status": "SUCCESS", "output": BUSINESS, "files": {"a": [S3]}}
 # The output of a call, what its function gave (of an envelope the inner output), and its files.
 OUTPUTS: dict[str, tuple[Any, Any, Any]] = {
     "envelope": (FULL_ENVELOPE, BUSINESS, {"a": [S3]}),
-    "envelope with outer fields": ({**FULL_ENVELOPE, "success": False, "message": "outer"}, BUSINESS, {"a": [S3]}),
+    "envelope with outer fields": ({**FULL_ENVELOPE, "success": False, "message": "outer"},
+                                   BUSINESS, {"a": [S3]}),
     "only an output": ({"output": [1]}, [1], {}),
     "an output and unknown keys": ({"output": "x", "words": 2}, "x", {}),
     "zero in an envelope": ({"output": 0}, 0, {}),
@@ -1179,7 +1246,8 @@ OUTPUTS: dict[str, tuple[Any, Any, Any]] = {
     "empty": ({}, ..., {}),
     **{f"files {odd}": ({"status": "SUCCESS", "output": 1, "files": odd}, 1, {})
        for odd in (5, True, {"a": 5}, {"a": {"b": 1}}, [S3])},
-    "some odd files": ({"output": 1, "files": {"a": [5, S3, None], "b": S3 + "2"}}, 1, {"a": [S3], "b": [S3 + "2"]}),
+    "some odd files": ({"output": 1, "files": {"a": [5, S3, None], "b": S3 + "2"}}, 1,
+                       {"a": [S3], "b": [S3 + "2"]}),
 }  # fmt: skip
 
 
@@ -1188,15 +1256,18 @@ def test_what_a_function_gave_is_found_in_every_shape_of_output(name: str) -> No
     output, value, files = OUTPUTS[name]
     value = output if value is ... else value
     result = PrefabResult(CallStatus.SUCCESS, output)
-    assert (result.get_function_result(), type(result.get_function_result())) == (value, type(value))
+    assert result.get_function_result() == value
+    assert type(result.get_function_result()) is type(value)
     is_named = isinstance(output, dict) and "result" in output
     assert result.get_result() == (output["result"] if is_named else output)
     fields = value if isinstance(value, dict) else {}
-    told = (result.get_business_success(), result.get_business_message(), result.get_business_error(),
+    told = (result.get_business_success(), result.get_business_message(),
+            result.get_business_error(),
             result.get_business_error_code())  # fmt: skip
     assert told == (fields.get("success", False), fields.get("message", ""), fields.get("error"),
                     fields.get("error_code"))  # fmt: skip
-    assert (result.get_files(), result.get_file_urls()) == (files, [url for urls in files.values() for url in urls])
+    assert result.get_files() == files
+    assert result.get_file_urls() == [url for urls in files.values() for url in urls]
     assert result.get("no such key", "default") == "default"
 
 
@@ -1400,9 +1471,11 @@ def test_the_data_of_a_result_says_whether_a_call_that_raised_may_have_run() -> 
 def test_numbers_that_json_does_not_have_do_not_cost_a_paid_answer() -> None:
     body = b'{"job_id": "j", "results": [{"status": "SUCCESS", "output": {"output": [%b]}}]}'
     given = answer(body=body % b"NaN, Infinity, -Infinity, 1")
-    with Script(given, given, chunked(b'data: {"type": "content", "data": NaN}\n\n', event("done"))) as server:
+    with Script(given, given,
+                chunked(b'data: {"type": "content", "data": NaN}\n\n', event("done"))) as server:
         client = client_of(server)
-        for value in (run(client).get_function_result(), next(run(client, stream=True)).data["output"]):
+        for value in (run(client).get_function_result(),
+                      next(run(client, stream=True)).data["output"]):
             assert math.isnan(value[0]) and value[1:] == [math.inf, -math.inf, 1]
         assert math.isnan(next(run(client, stream=True)).data)
 
@@ -1503,8 +1576,10 @@ def test_results_are_response_models_of_fastapi() -> None:
 
 
 def test_a_directory_entry_may_lack_nearly_everything() -> None:
-    same = {"version": "1.0.0", "name": "P", "description": "d", "tags": ["t"], "functions": [{"name": "f"}],
-            "requires_secrets": True, "secrets": [{"name": "KEY"}], "is_official": True, "author": "a"}  # fmt: skip
+    same = {"version": "1.0.0", "name": "P", "description": "d", "tags": ["t"],
+            "functions": [{"name": "f"}],
+            "requires_secrets": True, "secrets": [{"name": "KEY"}], "is_official": True,
+            "author": "a"}  # fmt: skip
     whole = {**same, "id": "p", "deployment_status": "deployed", "github_url": "g"}
     with Script(answer([whole, {"id": "q", "version": "2", "tags": None, "new": 1}])) as server:
         first, second = client_of(server).list_prefabs()
@@ -1523,7 +1598,8 @@ def test_a_directory_entry_may_lack_nearly_everything() -> None:
 NO_JSON: dict[str, tuple[Any, list[str]]] = {
     "datetime": (datetime(2024, 1, 1), ["datetime", "isoformat()"]),
     "date": (date(2024, 1, 1), ["date", "isoformat()"]),
-    "model": (type("Model", (), {"model_dump": 1, "__repr__": lambda _: "hush"})(), ["Model", "model_dump()"]),
+    "model": (type("Model", (), {"model_dump": 1, "__repr__": lambda _: "hush"})(),
+              ["Model", "model_dump()"]),
     "array": (type("Array", (), {"tolist": 1})(), ["Array", "tolist()"]),
     "set": ({1, 2}, ["set", "list("]),
     "generator": ((number for number in range(3)), ["generator", "list("]),
@@ -1546,11 +1622,13 @@ PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 LOOP: list[Any] = []
 LOOP.append(LOOP)
-NO_FILES = [{"v": "s3://b/k"}, {"v": ["/tmp/a.mp4"]}, {"v": ["https://b/k"]}, {"v": [Path("a.mp4")]}, {"v": None},
+NO_FILES = [{"v": "s3://b/k"}, {"v": ["/tmp/a.mp4"]}, {"v": ["https://b/k"]},
+            {"v": [Path("a.mp4")]}, {"v": None},
             {"v": [S3, "a.mp4"]}, {"v": ["s3://"]}, {"v": {S3: 1}}]  # fmt: skip
 # What is wrong with a call, and the words that tell so.
 BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"prefab_id": ""}, ["prefab_id"]), ({"version": None}, ["version"]), ({"version": 1.1}, ["version", "1.1"]),
+    ({"prefab_id": ""}, ["prefab_id"]), ({"version": None}, ["version"]),
+    ({"version": 1.1}, ["version", "1.1"]),
     ({"function_name": 77}, ["function_name", "77"]), ({"parameters": ["list"]}, ["parameters"]),
     ({"parameters": {"fine": 1, "culprit": LOOP}}, ["culprit"]),
     *(({"parameters": PLACES["rows[0].when"](value)}, ["rows[0].when", *words]) for value, words in NO_JSON.values()),
@@ -1563,7 +1641,9 @@ BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("change", "words"), BAD_CALLS, ids=ascii)
-def test_a_call_that_cannot_be_sent_is_refused_with_its_reason(change: dict[str, Any], words: list[str]) -> None:
+def test_a_call_that_cannot_be_sent_is_refused_with_its_reason(
+    change: dict[str, Any], words: list[str]
+) -> None:
     bad = dataclasses.replace(call(), **change)
     names = (bad.prefab_id, bad.version, bad.function_name)
     with Script() as server, client_of(server) as client:
@@ -1575,7 +1655,8 @@ def test_a_call_that_cannot_be_sent_is_refused_with_its_reason(change: dict[str,
         ):
             with pytest.raises(ValidationError) as caught:
                 act()
-            assert all(word in str(caught.value) for word in words) and "hush" not in all_of(caught.value)
+            assert all(word in str(caught.value) for word in words)
+            assert "hush" not in all_of(caught.value)
     assert not server.received
 
 
@@ -1597,13 +1678,16 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
        for value in (0, -1, "5", True, float("nan"), float("inf"), 2**31 / 1000)},
     "nothing in a batch": (lambda c: c.run_batch([call(), None]), "PrefabCall"),
     "dict in a batch": (lambda c: c.run_batch([{"prefab_id": "p"}]), r"PrefabCall\(\*\*"),
-    "dict in a single request": (lambda c: c.run_batch([call(), {"prefab_id": "p"}], single_request=True),
+    "dict in a single request": (lambda c: c.run_batch([call(), {"prefab_id": "p"}],
+                                                       single_request=True),
                                  r"PrefabCall\(\*\*"),
     "no workers": (lambda c: c.run_batch([call()], max_workers=0), "max_workers"),
     "no executor": (lambda c: c.run_batch([], executor=5), "executor"),
     "single request on an executor": (
-        lambda c: c.run_batch([call()], single_request=True, executor=concurrent.futures.Executor()), "executor"),
-    "on_result that is no function": (lambda c: c.run_batch([call()], on_result="print"), "on_result"),
+        lambda c: c.run_batch([call()], single_request=True,
+                              executor=concurrent.futures.Executor()), "executor"),
+    "on_result that is no function": (lambda c: c.run_batch([call()], on_result="print"),
+                                      "on_result"),
     "parameter by position": (lambda c: c.prefab("p", "1").fn("text"), "by name"),
     "presigned URL of https": (lambda c: c.get_presigned_url("https://b/k"), "s3://"),
     "presigned URL of nothing": (lambda c: c.get_presigned_url(None), "s3://"),
@@ -1617,7 +1701,8 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
     "temporary file of a file": (lambda c: c.upload_temp_file(io.BytesIO(b"hush")), A_PATH),
     "temporary file for no time": (lambda c: c.upload_temp_file(__file__, ttl=0), "ttl"),
     "temporary file for a text": (lambda c: c.upload_temp_file(__file__, ttl="1"), "ttl"),
-    "input of a type with a line break": (lambda c: c.upload_input_file(__file__, "a/b\r\nX: y"), "content_type"),
+    "input of a type with a line break": (lambda c: c.upload_input_file(__file__, "a/b\r\nX: y"),
+                                          "content_type"),
     "no session": (lambda c: c.cleanup_temp_files(""), "session_id"),
     "no name of a secret": (lambda c: c.set_secret("p", "", "v"), "secret_name"),
     "no secret": (lambda c: c.set_secret("p", "KEY", None), "secret_value"),
@@ -1625,14 +1710,19 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
     "list as time": (lambda c: c.upload_temp_file(__file__, ttl=[[]] * 3), "ttl"),
     "huge number as files": (lambda c: c.run("p", "1", "f", files={"a": 10**5000}), "files"),
     "object as URL": (lambda c: c.download_file(object(), "x"), "s3_url"),
-    "half a surrogate pair in a query": (lambda c: c.list_files(continuation_token="\ud800"), "JSON"),
+    "half a surrogate pair in a query": (lambda c: c.list_files(continuation_token="\ud800"),
+                                         "JSON"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
 def test_an_argument_that_cannot_be_used_is_refused_briefly_and_with_the_way_out(name: str) -> None:
     act, words = BAD_ARGUMENTS[name]
-    with Script() as server, client_of(server) as client, pytest.raises((ValidationError, TypeError)) as caught:
+    with (
+        Script() as server,
+        client_of(server) as client,
+        pytest.raises((ValidationError, TypeError)) as caught,
+    ):
         act(client)
     assert re.search(words, str(caught.value)) and "hush" not in str(caught.value)
     assert len(str(caught.value)) < 300 and not server.received
@@ -1660,11 +1750,16 @@ def test_an_id_that_would_be_another_path_is_refused(value: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [*(("base_url", value) for value in (
-        "", "gateway", "gateway:80", "//gateway", "ftp://gateway", "http://", "http:///v1", "https://:80",
-        "http://gate way", "http://gateway:port", "http://gateway:99999", "http://gateway:0", "http://me:pw@gateway",
-        "http://gateway?a=1", "http://gateway#a", "http://gateway/?", "http://gateway/p#", 5, b"http://gateway",
-        "http://gate\nway", "ht\ntp://gateway", *(f"http://gateway/a{blank}b" for blank in ("\n", "\r", "\t", " \n")))),
-     *(("timeout", value) for value in (0, -1, True, "5", float("nan"), float("inf"), 2**31 / 1000)),
+        "", "gateway", "gateway:80", "//gateway", "ftp://gateway", "http://", "http:///v1",
+        "https://:80",
+        "http://gate way", "http://gateway:port", "http://gateway:99999", "http://gateway:0",
+        "http://me:pw@gateway",
+        "http://gateway?a=1", "http://gateway#a", "http://gateway/?", "http://gateway/p#", 5,
+        b"http://gateway",
+        "http://gate\nway", "ht\ntp://gateway",
+        *(f"http://gateway/a{blank}b" for blank in ("\n", "\r", "\t", " \n")))),
+     *(("timeout", value)
+       for value in (0, -1, True, "5", float("nan"), float("inf"), 2**31 / 1000)),
      ("max_retries", -1), ("max_retries", 1.5), ("max_retries", True), ("ssl_context", "x")],
     ids=repr,
 )  # fmt: skip
@@ -1674,7 +1769,9 @@ def test_an_option_that_cannot_be_used_is_refused(name: str, value: Any) -> None
 
 
 @pytest.mark.parametrize("from_environment", [False, True], ids=["given", "from the environment"])
-def test_blanks_around_base_url_never_get_into_the_path(from_environment: bool, monkeypatch: Patch) -> None:
+def test_blanks_around_base_url_never_get_into_the_path(
+    from_environment: bool, monkeypatch: Patch
+) -> None:
     for shape in (" {}", "{} ", "{}\n", "{}\r\n", "\t{}\t", "\n{}"):
         value = shape.format("http://gateway.example/x")
         monkeypatch.setenv("GATEWAY_BASE_URL", value)
@@ -1715,7 +1812,12 @@ def test_a_credential_that_no_header_can_carry_is_refused_without_showing_it(
     assert "hush" not in text_of(caught.value) and not server.received
 
 
-PAIRS_AND_ALL = [*itertools.combinations(NAMES, 2), NAMES, *itertools.combinations(VARIABLES, 2), VARIABLES]
+PAIRS_AND_ALL = [
+    *itertools.combinations(NAMES, 2),
+    NAMES,
+    *itertools.combinations(VARIABLES, 2),
+    VARIABLES,
+]
 
 
 @pytest.mark.parametrize("names", PAIRS_AND_ALL, ids="+".join)
@@ -1729,7 +1831,8 @@ def test_more_than_one_credential_is_an_error(names: Any, monkeypatch: Patch) ->
     assert "hush" not in text_of(caught.value).lower()
 
 
-@pytest.mark.parametrize("options", [{"jwt_token": "j"}, {"internal_token": "i"}, {"api_key": "k"}], ids=str)
+@pytest.mark.parametrize("options", [{"jwt_token": "j"}, {"internal_token": "i"}, {"api_key": "k"}],
+                         ids=str)
 def test_an_exchanged_key_allows_no_second_credential(options: Any) -> None:
     with Script() as server, pytest.raises(TypeError):
         GatewayClient.from_api_key("key-1", server.url, **options)
@@ -1871,7 +1974,7 @@ def test_a_presigned_url_given_by_mistake_is_not_shown(
 
 
 class Endpoint(NamedTuple):
-    """A method of the client, the request that it sends (RUN: the mode's path), a fitting answer."""
+    """A method of the client, what it asks for (RUN: the mode's path), and a fitting answer."""
 
     act: Callable[[GatewayClient], Any]
     request: str
@@ -1884,45 +1987,61 @@ class Endpoint(NamedTuple):
         return self.request.partition("?")[0].replace("RUN", "/v1/internal/run")
 
 
-BODY = {"prefab_id": "p", "version": "1.0.0", "function_name": "f", "inputs": {"parameters": {"n": 1}}}
+BODY = {
+    "prefab_id": "p",
+    "version": "1.0.0",
+    "function_name": "f",
+    "inputs": {"parameters": {"n": 1}},
+}
 BODY_WITH_FILES = {**BODY, "inputs": {"parameters": {}, "files": {"video": [S3]}}}
 PAGE = answer({"files": []})
 GONE = answer(status=204, body=b"")
 ENDPOINTS = {
     "run": Endpoint(run, "POST RUN", {"calls": [BODY]}, ran()),
     "run with files": Endpoint(
-        lambda c: c.run("p", "1.0.0", "f", files={"video": [S3]}), "POST RUN", {"calls": [BODY_WITH_FILES]}, ran()),
+        lambda c: c.run("p", "1.0.0", "f", files={"video": [S3]}), "POST RUN",
+        {"calls": [BODY_WITH_FILES]}, ran()),
     "stream": Endpoint(lambda c: list(run(c, stream=True)), "POST RUN", {"calls": [BODY]}, ran()),
-    "prefab": Endpoint(lambda c: c.prefab("p", "1.0.0").f(n=1), "POST RUN", {"calls": [BODY]}, ran()),
+    "prefab": Endpoint(lambda c: c.prefab("p", "1.0.0").f(n=1), "POST RUN", {"calls": [BODY]},
+                       ran()),
     "batch": Endpoint(lambda c: c.run_batch([call(1)]), "POST RUN", {"calls": [BODY]}, ran()),
     "single request": Endpoint(
-        lambda c: c.run_batch([call(1), PrefabCall("p", "1.0.0", "f", {}, {"video": [S3]})], single_request=True),
+        lambda c: c.run_batch([call(1), PrefabCall("p", "1.0.0", "f", {}, {"video": [S3]})],
+                              single_request=True),
         "POST RUN", {"calls": [BODY, BODY_WITH_FILES]}, answer({"results": [{}, {}]})),
     "directory": Endpoint(lambda c: c.list_prefabs(), "GET /v1/prefabs", None, answer([])),
     "directory by status": Endpoint(
-        lambda c: c.list_prefabs(status="failed"), "GET /v1/prefabs?status=failed", None, answer([])),
-    "spec": Endpoint(lambda c: c.get_prefab_spec("p", "1.0.0"), "GET /v1/prefabs/p/1.0.0/spec", None, answer({})),
+        lambda c: c.list_prefabs(status="failed"), "GET /v1/prefabs?status=failed", None,
+        answer([])),
+    "spec": Endpoint(lambda c: c.get_prefab_spec("p", "1.0.0"), "GET /v1/prefabs/p/1.0.0/spec",
+                     None, answer({})),
     "set a secret": Endpoint(
         lambda c: c.set_secret("p", "KEY", "v"), "POST /v1/secrets",
         {"prefab_id": "p", "secret_name": "KEY", "secret_value": "v"}, GONE),
-    "delete a secret": Endpoint(lambda c: c.delete_secret("p", "KEY"), "DELETE /v1/secrets/p/KEY", None, GONE),
-    "list secrets": Endpoint(lambda c: c.list_secrets(), "GET /v1/secrets", None, answer({"secrets": []})),
+    "delete a secret": Endpoint(lambda c: c.delete_secret("p", "KEY"), "DELETE /v1/secrets/p/KEY",
+                                None, GONE),
+    "list secrets": Endpoint(lambda c: c.list_secrets(), "GET /v1/secrets", None,
+                             answer({"secrets": []})),
     "list a prefab's secrets": Endpoint(
-        lambda c: c.list_secrets("p"), "GET /v1/secrets/p", None, answer({"prefab_id": "p", "secret_names": ["KEY"]})),
+        lambda c: c.list_secrets("p"), "GET /v1/secrets/p", None,
+        answer({"prefab_id": "p", "secret_names": ["KEY"]})),
     "presigned URL": Endpoint(
         lambda c: c.get_presigned_url(S3),
         f"GET /internal/files/download?s3_url={S3}&mode=presigned&expires_in=3600", None,
         answer({"presigned_url": "http://h/"})),
-    "list files": Endpoint(lambda c: c.list_files(), "GET /internal/files/list?limit=100", None, PAGE),
+    "list files": Endpoint(lambda c: c.list_files(), "GET /internal/files/list?limit=100", None,
+                           PAGE),
     "list files from a page on": Endpoint(
-        lambda c: c.list_files(5, "next"), "GET /internal/files/list?limit=5&continuation_token=next", None, PAGE),
+        lambda c: c.list_files(5, "next"),
+        "GET /internal/files/list?limit=5&continuation_token=next", None, PAGE),
     "list temporary files": Endpoint(
         lambda c: c.list_temp_files(), "GET /internal/files/list_temp?limit=100", None, PAGE),
     "list a session's files": Endpoint(
         lambda c: c.list_temp_files("s", 7, "next"),
         "GET /internal/files/list_temp?limit=7&session_id=s&continuation_token=next", None, PAGE),
     "clean up": Endpoint(
-        lambda c: c.cleanup_temp_files("s"), "DELETE /internal/files/cleanup_temp?session_id=s", None,
+        lambda c: c.cleanup_temp_files("s"), "DELETE /internal/files/cleanup_temp?session_id=s",
+        None,
         answer({"deleted_count": 3})),
 }  # fmt: skip
 
@@ -1950,7 +2069,9 @@ def test_each_endpoint_is_asked_as_the_protocol_says(mode: str, name: str) -> No
     if endpoint.content is None:
         assert not received.body
     else:
-        headers.update({"content-type": "application/json", "content-length": str(len(received.body))})
+        headers.update(
+            {"content-type": "application/json", "content-length": str(len(received.body))}
+        )
         assert received.json == endpoint.content
     method, _, target = endpoint.request.replace("RUN", MODES[mode].run_path).partition(" ")
     assert (received.method, target_parts(received.target)) == (method, target_parts(target))
@@ -1983,7 +2104,10 @@ def test_presigned_requests_carry_what_was_signed_and_no_credential(
 
 def test_a_presigned_url_arrives_as_it_was_signed(tmp_path: Path) -> None:
     signed = "/b/a%20b%2Fc+d~(1)!/%E4%BD%A0?X-Amz-Credential=k%2F1&sig=a%2Bb/c=&empty=&x=1+2"
-    with Script(NO_BODY) as storage, Script(answer({"presigned_url": storage.url + signed})) as server:
+    with (
+        Script(NO_BODY) as storage,
+        Script(answer({"presigned_url": storage.url + signed})) as server,
+    ):
         client_of(server).download_file(S3, tmp_path / "f")
     assert storage.received[0].target == signed
 
@@ -2059,14 +2183,17 @@ def test_an_ipv6_zone_chooses_the_interface_and_is_not_sent(zone: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "segment"),
-    [("a/b", "a%2Fb"), ("a b", "a%20b"), ("a?b#c", "a%3Fb%23c"), ("100%", "100%25"), ("%2F", "%252F"),
+    [("a/b", "a%2Fb"), ("a b", "a%20b"), ("a?b#c", "a%3Fb%23c"), ("100%", "100%25"),
+     ("%2F", "%252F"),
      ("ü你", "%C3%BC%E4%BD%A0"), ("a+b", "a%2Bb"), ("...", "..."), ("../x", "..%2Fx")],
 )  # fmt: skip
 def test_an_id_stays_one_segment_of_the_path(value: str, segment: str) -> None:
     with Script(*[answer({"secret_names": []})] * len(ID_TAKERS)) as server:
         for take in ID_TAKERS.values():
             take(client_of(server), value)
-    assert [received.target for received in server.received] == [path.replace("ID", segment) for path in ID_TAKERS]
+    assert [received.target for received in server.received] == [
+        path.replace("ID", segment) for path in ID_TAKERS
+    ]
 
 
 def test_query_values_arrive_as_they_were_given() -> None:
@@ -2093,21 +2220,25 @@ def test_parameters_arrive_whole() -> None:
 
 # A canary: the SDK reads the head of an answer by itself, says how its body is framed, and leaves
 # the body to `http.client`. Each row is an inner way of `http.client.HTTPResponse` that this counts
-# on: how the body is framed, what the socket's file gives, what is done, and what comes of it. Where
-# a row fails, Python has changed and not we.
+# on: how the body is framed, what the socket's file gives, what is done, and what comes of it.
+# Where a row fails, Python has changed and not we.
 TEN = {"length": 10}
 CHUNKED = {"chunked": True}
 WAYS: dict[str, tuple[dict[str, Any], bytes, Callable[[Any], Any], Any]] = {
     "it reads from what makefile gives": (TEN, b"0123456789", lambda r: r.fp is r.given, True),
     "read1 gives what is there": (TEN, b"0123", lambda r: [r.read1(99), r.length], [b"0123", 6]),
-    "read1 gives no more than it is asked for": (TEN, b"0123456789", lambda r: [r.read1(4), r.length], [b"0123", 6]),
+    "read1 gives no more than it is asked for": (TEN, b"0123456789",
+                                                 lambda r: [r.read1(4), r.length], [b"0123", 6]),
     "read1 leaves what is not the body's": (
-        TEN, b"0123456789HTTP", lambda r: [r.read1(99), r.read1(99), r.given.read(4)], [b"0123456789", b"", b"HTTP"]),
+        TEN, b"0123456789HTTP", lambda r: [r.read1(99), r.read1(99), r.given.read(4)],
+        [b"0123456789", b"", b"HTTP"]),
     "length says what is missing at an end": (
-        TEN, b"0123", lambda r: [r.given.hang_up(), r.read1(99), r.read1(99), r.length], [None, b"0123", b"", 6]),
+        TEN, b"0123", lambda r: [r.given.hang_up(), r.read1(99), r.read1(99), r.length],
+        [None, b"0123", b"", 6]),
     "read1 gives a chunk": (CHUNKED, chunk(b"first"), lambda r: r.read1(99), b"first"),
     "read1 gives a part of a chunk": (
-        CHUNKED, chunk(b"first"), lambda r: [r.read1(2), r.chunk_left, r.read1(9)], [b"fi", 3, b"rst"]),
+        CHUNKED, chunk(b"first"), lambda r: [r.read1(2), r.chunk_left, r.read1(9)],
+        [b"fi", 3, b"rst"]),
     "read1 ends with the last chunk": (
         CHUNKED, chunk(b"all") + b"0\r\nTrailer: x\r\n\r\nHTTP",
         lambda r: [r.read1(99), r.read1(99), r.given.read(4)], [b"all", b"", b"HTTP"]),
@@ -2119,7 +2250,8 @@ WAYS: dict[str, tuple[dict[str, Any], bytes, Callable[[Any], Any], Any]] = {
     "without a frame the end tells": (
         {}, b"all", lambda r: [r.read1(99), r.given.hang_up(), r.read1(99)], [b"all", None, b""]),
     "what the SDK sets stays": (
-        {"will_close": False, **TEN}, b"0123456789", lambda r: [r.read1(99), r.will_close], [b"0123456789", False]),
+        {"will_close": False, **TEN}, b"0123456789", lambda r: [r.read1(99), r.will_close],
+        [b"0123456789", False]),
 }
 
 
@@ -2138,7 +2270,9 @@ def test_http_client_still_has_the_inner_way_that_the_sdk_relies_on(way: str) ->
     ours, peer = socket.socketpair()
     ours.settimeout(WAIT_SECONDS)
     with ours, peer, ours.makefile("rb") as file:
-        given = types.SimpleNamespace(close=lambda: None, hang_up=lambda: peer.shutdown(socket.SHUT_WR))
+        given = types.SimpleNamespace(
+            close=lambda: None, hang_up=lambda: peer.shutdown(socket.SHUT_WR)
+        )
         for name in ("read", "read1", "readline", "readinto", "flush"):  # all that is asked of it
             setattr(given, name, getattr(file, name))
         like_a_socket: Any = types.SimpleNamespace(makefile=lambda _mode: given)
@@ -2163,7 +2297,8 @@ def test_the_connection_that_was_used_last_is_used_first(last: int) -> None:
 
 @pytest.mark.parametrize(
     ("given", "kept"),
-    [(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + answer([]), True),
+    [(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + answer([]),
+      True),
      (answer([], Connection="close"), False), (HangUp(b"HTTP/1.0 200 OK\r\n\r\n[]"), False),
      (HangUp(b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n[]"), False)],
     ids=["interim answers", "Connection: close", "HTTP/1.0 without length", "HTTP/1.0"],
@@ -2192,18 +2327,24 @@ def test_a_connection_that_the_server_ended_while_it_was_idle_is_not_used(end: A
     assert [received.connection for received in server.received] == [0, 1]
 
 
-def test_connections_that_were_idle_for_too_long_are_dropped(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_connections_that_were_idle_for_too_long_are_dropped(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
     assert gateway_sdk._IDLE_SECONDS == 4
     monkeypatch.setattr(gateway_sdk, "_IDLE_SECONDS", 3600.0)
     with Script(answer(body=b"data")) as storage:
-        with Script(answer({"presigned_url": storage.url}), ran(), ran()) as server, client_of(server) as client:
+        with (
+            Script(answer({"presigned_url": storage.url}), ran(), ran()) as server,
+            client_of(server) as client,
+        ):
             client.download_file(S3, tmp_path / "f")
             run(client)
             assert (server.connections, storage.open_connections) == (1, 1)
             monkeypatch.setattr(gateway_sdk, "_IDLE_SECONDS", 0.0)
             run(client)
             assert server.connections == 2
-            storage.wait_until(lambda: storage.open_connections == 0)  # though nothing more is asked of it
+            # Though nothing more is asked of it.
+            storage.wait_until(lambda: storage.open_connections == 0)
 
 
 def test_of_many_connections_that_become_idle_a_hundred_are_kept() -> None:
@@ -2298,9 +2439,15 @@ def test_a_connection_is_kept_alive_below_http_while_a_call_takes_its_time(scrip
             return sock.getpeername()[1]
         return 0
 
-    with script(Pause(OPEN_STREAM)) as server, client_of(server) as client, run(client, stream=True):
+    with (
+        script(Pause(OPEN_STREAM)) as server,
+        client_of(server) as client,
+        run(client, stream=True),
+    ):
         sockets = [thing for thing in gc.get_objects() if isinstance(thing, socket.socket)]
-        (sock,) = [sock for sock in sockets if sock.fileno() >= 0 and peer_port(sock) == server.port]
+        (sock,) = [
+            sock for sock in sockets if sock.fileno() >= 0 and peer_port(sock) == server.port
+        ]
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         if hasattr(socket, "TCP_KEEPIDLE"):
@@ -2339,8 +2486,10 @@ def test_a_socket_option_that_is_refused_costs_no_call() -> None:
 # The first answer, with which the server sends more, in one TLS record; and how the client gets it.
 FIRST: dict[str, tuple[bytes, Callable[[GatewayClient], Any]]] = {
     "length": (ran("first"), run),
-    "long body": (ran("." * 12_000), run),  # longer than the reader's buffer: the stray one stays in the socket
-    "chunks": (chunked(ran("first").partition(b"\r\n\r\n")[2], content_type="application/json"), run),
+    # Longer than the reader's buffer: the stray one stays in the socket.
+    "long body": (ran("." * 12_000), run),
+    "chunks": (chunked(ran("first").partition(b"\r\n\r\n")[2], content_type="application/json"),
+               run),
     "stream": (chunked(event("done")), lambda c: list(run(c, stream=True))),
     "no body": (NO_BODY, lambda c: c.delete_secret("p", "KEY")),
 }
@@ -2348,9 +2497,12 @@ STRAYS = {"whole answer": ran("stray"), "half an answer": ran("stray")[:30], "li
 
 
 @pytest.mark.parametrize(
-    ("first", "stray"), [*((first, "whole answer") for first in FIRST), *(("length", stray) for stray in STRAYS)]
+    ("first", "stray"),
+    [*((first, "whole answer") for first in FIRST), *(("length", stray) for stray in STRAYS)]
 )
-def test_bytes_behind_an_answer_are_never_the_next_calls_answer(first: str, stray: str, script: Any) -> None:
+def test_bytes_behind_an_answer_are_never_the_next_calls_answer(
+    first: str, stray: str, script: Any
+) -> None:
     given, act = FIRST[first]
     with script(given + STRAYS[stray], ran("second"), ran("second")) as server:
         client = client_of(server, max_retries=0)
@@ -2703,14 +2855,19 @@ def test_a_5xx_whose_connection_dies_unannounced_costs_no_other_call_of_a_batch(
         sock.recv(65536)  # the next request, if there is one, is never answered
         raise OSError
 
-    bad = Steps((send(answer(body=b"Internal Server Error", status=500, Content_Type="text/plain")), die))
+    bad = Steps(
+        (send(answer(body=b"Internal Server Error", status=500, Content_Type="text/plain")), die)
+    )
     with Script(*[bad if number % 20 == 7 else ran(number) for number in range(100)]) as server:
         batch = client_of(server).run_batch([call(number) for number in range(100)])
-    assert [result.exception.status_code for result in batch.get_failed() if result.exception] == [500] * 5
+    assert [result.exception.status_code for result in batch.get_failed() if result.exception] == [
+        500
+    ] * 5
     assert len(batch.get_failed()) == 5 and len(server.received) == 100
 
 
-@pytest.mark.parametrize(("variable", "login"), [("HTTP_PROXY", ""), ("http_proxy", "user:p%40ss@")])
+@pytest.mark.parametrize(("variable", "login"),
+                         [("HTTP_PROXY", ""), ("http_proxy", "user:p%40ss@")])
 def test_http_goes_through_the_proxy(variable: str, login: str, monkeypatch: Patch) -> None:
     with Script(ran(), ran()) as proxy:
         monkeypatch.setenv(variable, f"http://{login}127.0.0.1:{proxy.port}")
@@ -2733,7 +2890,9 @@ def test_no_proxy_is_honoured(no_proxy: str, monkeypatch: Patch) -> None:
     assert not proxy.connections
 
 
-def test_https_goes_through_a_tunnel(certificate: Path, trusting: ssl.SSLContext, monkeypatch: Patch) -> None:
+def test_https_goes_through_a_tunnel(
+    certificate: Path, trusting: ssl.SSLContext, monkeypatch: Patch
+) -> None:
     inside: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
@@ -2748,7 +2907,9 @@ def test_https_goes_through_a_tunnel(certificate: Path, trusting: ssl.SSLContext
             assert run(client).is_success()
     (connect,) = proxy.received
     assert connect[:2] == ("CONNECT", "localhost:9") and "x-api-key" not in connect.headers
-    assert connect.headers["proxy-authorization"] == "Basic " + base64.b64encode(b"user:p@ss").decode()
+    assert (
+        connect.headers["proxy-authorization"] == "Basic " + base64.b64encode(b"user:p@ss").decode()
+    )
     assert b"proxy-auth" not in inside[0].lower() and inside[0].startswith(b"POST /v1/run HTTP/1.1")
 
 
@@ -3228,7 +3389,10 @@ def test_a_wrong_certificate_is_an_error_with_a_remedy_and_nothing_is_sent(
         GatewayClient(f"https://{host}:{server.port}", ssl_context=context).list_prefabs()
     assert re.search("(?i)certificate", str(caught.value)) and caught.value.status_code is None
     assert "ssl_context" in str(caught.value) and "SSL_CERT_FILE" in str(caught.value)
-    assert server.connections == 1 and not delays and not server.received and not caught.value.may_have_run
+    assert server.connections == 1
+    assert not delays
+    assert not server.received
+    assert not caught.value.may_have_run
 
 
 def refusing_clients(certificate: Path, version: str) -> Raw:
@@ -3482,7 +3646,9 @@ def real_delays(delays: list[float], monkeypatch: Patch) -> list[float]:
     return delays
 
 
-def test_waits_for_a_connection_double_from_one_second_up_to_eight(refusing: str, real_delays: list[float]) -> None:
+def test_waits_for_a_connection_double_from_one_second_up_to_eight(
+    refusing: str, real_delays: list[float]
+) -> None:
     client = GatewayClient(f"http://{refusing}", max_retries=1100)  # any number can be asked for
     with pytest.raises(ServiceUnavailableError, match="no connection"):
         run(client)
@@ -3515,7 +3681,10 @@ def test_a_redirect_is_followed_also_to_another_host_but_not_from_https_to_http(
     options: Any = {"ssl_context": trusting, "timeout": WAIT_SECONDS}
     with Script() as plain, TlsScript(certificate, moved(plain.url)) as storage:
         with Script(answer({"presigned_url": storage.url + "/o?sig=1"})) as server:
-            with client_of(server, **options) as client, pytest.raises(GatewayError, match="https to http"):
+            with (
+                client_of(server, **options) as client,
+                pytest.raises(GatewayError, match="https to http"),
+            ):
                 client.download_file(S3, tmp_path / "f")
     assert not plain.connections
     with TlsScript(certificate, answer(body=b"data")) as secure:
@@ -3523,7 +3692,8 @@ def test_a_redirect_is_followed_also_to_another_host_but_not_from_https_to_http(
             with client_of(server, **options) as client:
                 client.download_file(S3, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"data"
-    assert (server.received[2].target, secure.received[0].target) == ("/bucket/else?where", "/there?sig=2")
+    assert server.received[2].target == "/bucket/else?where"
+    assert secure.received[0].target == "/there?sig=2"
     assert not CREDENTIAL_HEADERS & {*secure.received[0].headers}
 
 
@@ -3534,7 +3704,9 @@ def test_a_redirect_is_followed_also_to_another_host_but_not_from_https_to_http(
      ("/a?sig=1 ", "/a?sig=1"), ("\t/a \t", "/a")],
     ids=["UTF-8", "encoded", "space", "space behind", "tabs around"],
 )  # fmt: skip
-def test_a_redirect_leads_where_its_location_says_also_in_raw_utf_8(location: str, target: str, tmp_path: Path) -> None:
+def test_a_redirect_leads_where_its_location_says_also_in_raw_utf_8(
+    location: str, target: str, tmp_path: Path
+) -> None:
     with Script(LINK, moved(location.encode().decode("latin-1")), answer(body=b"data")) as server:
         client_of(server).download_file(S3, tmp_path / "f")
     assert server.received[2].target == target
@@ -3569,7 +3741,9 @@ def test_each_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -
         run(client)
         with pytest.raises(ServiceUnavailableError):
             run(client)
-    assert {(record.levelname, record.name) for record in caplog.records} == {("DEBUG", "gateway_sdk")}
+    assert {(record.levelname, record.name) for record in caplog.records} == {
+        ("DEBUG", "gateway_sdk")
+    }
     lines = [record.getMessage() for record in caplog.records]
     listing, call_ = r"GET /internal/files/list\b.*", r"POST /v1/internal/run\b.*"
     expected = [listing + "503.* 1", listing + "200.* 2", call_ + "200.* 1", call_ + " 1"]
@@ -3697,8 +3871,11 @@ def test_who_waited_for_a_token_exchange_that_failed_fails_with_it() -> None:
         client = GatewayClient.from_api_key("key-1", server.url, timeout=5 * SHORT_SECONDS)
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
             errors = list(pool.map(fail, range(threads)))
-    assert all(isinstance(error, GatewayTimeoutError) and not error.may_have_run for error in errors)
-    assert len({id(error) for error in errors}) == threads  # each its own: a traceback is of one thread
+    assert all(
+        isinstance(error, GatewayTimeoutError) and not error.may_have_run for error in errors
+    )
+    # Each its own: a traceback is of one thread.
+    assert len({id(error) for error in errors}) == threads
     assert len([received for received in server.received if is_exchange(received)]) == 2
 
 
@@ -3714,7 +3891,8 @@ def test_after_an_exchange_that_failed_the_next_call_tries_again() -> None:
         client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
         reference = fail()
         gc.collect()
-        assert reference() is None  # the client keeps the error for others, but not what its traceback holds
+        # The client keeps the error for others, but not what its traceback holds.
+        assert reference() is None
         assert run(client).is_success()
     tokens = [received.headers.get("x-internal-token") for received in server.received]
     assert tokens == [None, "first", None, "first", None, "second"]
@@ -3722,7 +3900,8 @@ def test_after_an_exchange_that_failed_the_next_call_tries_again() -> None:
 
 @pytest.mark.parametrize(
     "act",
-    [lambda c: c.list_prefabs(), lambda c: list(run(c, stream=True)), lambda c: c.run_batch([call()]),
+    [lambda c: c.list_prefabs(), lambda c: list(run(c, stream=True)),
+     lambda c: c.run_batch([call()]),
      lambda c: c.upload_file(__file__)],
     ids=["GET", "stream", "batch", "upload"],
 )  # fmt: skip
@@ -3738,7 +3917,10 @@ def test_every_kind_of_request_survives_the_end_of_its_token(act: Any) -> None:
 
 
 def test_a_new_token_that_is_refused_too_is_an_error() -> None:
-    with Script(TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], REFUSED) as server, pytest.raises(AuthenticationError):
+    with (
+        Script(TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], REFUSED) as server,
+        pytest.raises(AuthenticationError),
+    ):
         run(GatewayClient.from_api_key("key-1", server.url))
     assert len(server.received) == 4
 
@@ -3746,7 +3928,8 @@ def test_a_new_token_that_is_refused_too_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("given", "status"),
     [(REFUSED, 401), (answer({"detail": "x"}, 400), 400),
-     *((answer(content), 200) for content in ({}, [], {"internal_token": 5}, {"token": "hush-hush"}, ["hush-hush"],
+     *((answer(content), 200)
+       for content in ({}, [], {"internal_token": 5}, {"token": "hush-hush"}, ["hush-hush"],
                                               {"internal_token": {"value": "hush-hush"}})),
      *((answer({"internal_token": token}), None) for token in ("", "hush\nhush")),
      *((answer(body=body), 200) for body in (
@@ -3761,7 +3944,8 @@ def test_an_exchange_that_gives_no_good_token_is_an_error_that_shows_none_and_ke
     with Script(given) as server:
         with pytest.raises(GatewayError) as caught:
             GatewayClient.from_api_key("key-1", server.url)
-        server.wait_until(lambda: server.open_connections == 0)  # though the error is kept, and the frames in it
+        # Though the error is kept, and the frames in it.
+        server.wait_until(lambda: server.open_connections == 0)
     assert caught.value.status_code == status and len(server.received) == 1
     assert "hush" not in all_of(caught.value)
 
@@ -3803,7 +3987,12 @@ ECHOES: dict[str, Callable[[str], Answer]] = {
     "other results": lambda s: answer({"results": [s, {"given": s}], "files": 1}),
     "request id": lambda s: answer({"detail": "no"}, 400, X_Request_ID=s),
 }  # fmt: skip
-TOLD = [(who, echo) for number, who in enumerate(WHO) for place, echo in enumerate(ECHOES) if number < 3 or place < 4]
+TOLD = [
+    (who, echo)
+    for number, who in enumerate(WHO)
+    for place, echo in enumerate(ECHOES)
+    if number < 3 or place < 4
+]
 
 
 def values_of(batch: BatchResult) -> list[Any]:
@@ -3816,7 +4005,9 @@ def values_of(batch: BatchResult) -> list[Any]:
 
 
 @pytest.mark.parametrize(("who", "echo"), TOLD)
-def test_no_secret_is_shown_anywhere(who: str, echo: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_secret_is_shown_anywhere(
+    who: str, echo: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     shown: list[Any] = []
     before = [link(f"X-Sig={QUOTED}&X-Expires=5")] if who.startswith("presigned") else []
@@ -3824,7 +4015,8 @@ def test_no_secret_is_shown_anywhere(who: str, echo: str, tmp_path: Path, caplog
         try:
             WHO[who](server.url, tmp_path / "f")
         except GatewayError as error:
-            shown += [str(error), repr(error), error.args, vars(error), text_of(error), pickle.dumps(error)]
+            shown += [str(error), repr(error), error.args, vars(error), text_of(error),
+                      pickle.dumps(error)]
     assert len(server.received) > len(before)
     shown += [(record.getMessage(), record.args) for record in caplog.records]
     assert not [text for text in shown if "hush" in repr(text).lower()]
@@ -3839,7 +4031,9 @@ def test_an_api_key_that_was_exchanged_is_not_shown_later_either() -> None:
 
 
 def test_a_short_secret_is_hidden_only_where_it_stands_alone() -> None:
-    assert "invalid ***" in str(error_of(run, answer({"detail": "invalid id"}, 400), internal_token="id"))
+    assert "invalid ***" in str(
+        error_of(run, answer({"detail": "invalid id"}, 400), internal_token="id")
+    )
 
 
 CLOTHED = "hush &hush \"hush\" 'hush' <hush>+hush/hush=hush%41"  # as it may be cut, "hush" is left
@@ -3861,7 +4055,8 @@ CLOTHES: dict[str, Callable[[str], str]] = {
     "HTML by hex number": lambda text: numbered(text, "&#x{:x};"),
     "HTML by upper-case hex number": lambda text: numbered(text, "&#x{:02X};"),
     "HTML apostrophes": lambda text: html.escape(text).replace("&#x27;", "&apos;"),
-    "HTML of Jinja": lambda text: html.escape(text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+    "HTML of Jinja": lambda text: html.escape(
+        text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
     "form": urllib.parse.quote_plus,
     "form with slashes": lambda text: urllib.parse.quote_plus(text, safe="/"),
     "form, lower case": lambda text: lower_case_codes(urllib.parse.quote_plus(text)),
@@ -3891,7 +4086,8 @@ def test_an_encoded_answer_is_an_error_that_says_so(media_type: str, stream: boo
 
 def test_the_status_of_an_encoded_error_counts_and_identity_is_no_encoding() -> None:
     refused = answer(body=b"\x1f\x8b...", status=401, Content_Encoding="gzip")
-    with Script(refused, *(answer([], Content_Encoding=name) for name in ("Identity", ""))) as server:
+    with Script(refused,
+                *(answer([], Content_Encoding=name) for name in ("Identity", ""))) as server:
         client = client_of(server)
         with pytest.raises(AuthenticationError):
             run(client)
@@ -3958,9 +4154,12 @@ def test_a_timeout_that_was_set_later_is_checked_too() -> None:
 
 
 def test_almost_a_secret_does_not_take_long_to_tell_from_it() -> None:
-    """If two patterns matched each special character, it would take longer than the world is old."""
+    """Two patterns for each special character would make it take longer than the world is old."""
     almost = "a/=+& \\\\\\" * 60
-    with Script(answer({"detail": f"{almost} is too short"}, 422)) as server, client_of(server) as client:
+    with (
+        Script(answer({"detail": f"{almost} is too short"}, 422)) as server,
+        client_of(server) as client,
+    ):
         with pytest.raises(ValidationError, match="is too short"):
             client.set_secret("p", "S", f"{almost}END")
 
@@ -3969,7 +4168,8 @@ SIGNED = "https://s3/b/k?X-Sig=hush-hush"
 
 
 @pytest.mark.parametrize(("status", "body", "shown"), [
-    *((401, f'{{"detail": {{"message": "bad {escaped}", "list": ["{escaped}"], "{escaped}": 1}}}}', "bad ***")
+    *((401, f'{{"detail": {{"message": "bad {escaped}", "list": ["{escaped}"], "{escaped}": 1}}}}',
+       "bad ***")
       for escaped in (r"hush\/hush-secret", r"hus\u0068/hush-secret")),
     (200, '{"you": "hush/hush-secret\xff"}', "***"), (200, '{"you": "hush/hush-secret"', "***"),
     *((status, json.dumps(content), "https://s3/b/k?***") for status, content in (
@@ -3987,10 +4187,21 @@ def test_no_secret_is_shown_where_an_answer_is_odd(status: int, body: str, shown
     ("a+b/c=HUSH-HUSH", "***"), ("a b/c=HUSH-HUSH", "***"), ("SECOND-HUSH", "***"),
     ("host? 600 0123456789abcdef", "host? 600 ***"),  # short words are no secrets
 ])
-def test_both_urls_of_a_redirect_are_hidden_but_not_their_short_words(echo: str, shown: str, tmp_path: Path) -> None:
-    query = "Sig=a+b/c=HUSH-HUSH&T=a%20b/c=HUSH-HUSH&Expires=600&Signed=host&Signature=0123456789abcdef"
-    answers = (link(query), answer(status=302, Location="/z?t=SECOND-HUSH"), answer({"detail": f"it was {echo}"}, 403))
-    with Script(*answers) as server, pytest.raises(GatewayError, match=re.escape(f"it was {shown}")) as caught:
+def test_both_urls_of_a_redirect_are_hidden_but_not_their_short_words(
+    echo: str, shown: str, tmp_path: Path
+) -> None:
+    query = (
+        "Sig=a+b/c=HUSH-HUSH&T=a%20b/c=HUSH-HUSH&Expires=600&Signed=host&Signature=0123456789abcdef"
+    )
+    answers = (
+        link(query),
+        answer(status=302, Location="/z?t=SECOND-HUSH"),
+        answer({"detail": f"it was {echo}"}, 403),
+    )
+    with (
+        Script(*answers) as server,
+        pytest.raises(GatewayError, match=re.escape(f"it was {shown}")) as caught,
+    ):
         client_of(server).download_file(S3, tmp_path / "f")
     assert "HUSH" not in text_of(caught.value)
 
@@ -4838,7 +5049,10 @@ def test_each_event_is_handed_over_when_it_has_arrived() -> None:
     taken = [threading.Event() for _ in range(3)]
     steps: list[Any] = [send(HEAD)]
     for number, gate in enumerate(taken):
-        steps += [send(chunk(event("content", number))), lambda _, gate=gate: gate.wait(WAIT_SECONDS)]
+        steps += [
+            send(chunk(event("content", number))),
+            lambda _, gate=gate: gate.wait(WAIT_SECONDS),
+        ]
     with Script(Steps((*steps, send(b"0\r\n\r\n")))) as server:
         for number, received in enumerate(run(client_of(server), stream=True)):
             assert received.data == number and not taken[number].is_set()
@@ -4861,13 +5075,15 @@ FORMATS = {
     "cr-crlf": (b"data: %b\r\r\ndata: %b\r\n\r" % (A, B), content("a", "b")),
     "crlf-then-lf": (b"data: one\r\n\ndata: two\r\n\n", content("one", "two")),
     "cr-lf-are-one-end": (b"data: 1\r\ndata: 2\r\n\r\n", content(1, 2)),
-    "many-blank-lines": (b"\n\n\n\r\r\n\ndata: %b\n\n\n\n\n\ndata: %b\n\n" % (A, B), content("a", "b")),
+    "many-blank-lines": (b"\n\n\n\r\r\n\ndata: %b\n\n\n\n\n\ndata: %b\n\n" % (A, B),
+                         content("a", "b")),
     "no-space": (b"data:%b\n\n" % A, content("a")),
     "one-space-only-is-taken": (b"data:  text \n\n", content(" text ")),
     "several-data-lines": (b'data: {"type": "content",\ndata: "data": "a"}\n\n', content("a")),
     "empty-data-line-between": (b"data: one\ndata\ndata: two\n\n", content("one\n\ntwo")),
     "event-field": (b"event: progress\ndata: 5\n\n", [("progress", 5)]),
-    "event-field-does-not-last": (b"event: progress\ndata: 5\n\ndata: 6\n\n", [("progress", 5), ("content", 6)]),
+    "event-field-does-not-last": (b"event: progress\ndata: 5\n\ndata: 6\n\n",
+                                  [("progress", 5), ("content", 6)]),
     "event-field-of-text": (b"event: error\ndata: it broke\n\n", [("error", "it broke")]),
     "type-wins-over-event-field": (b"event: progress\ndata: %b\n\n" % A, content("a")),
     "id-and-retry": (b"id: 7\nretry: 100\ndata: %b\nid\nretry: x\n\n" % A, content("a")),
@@ -4875,13 +5091,16 @@ FORMATS = {
     "comments": (b": keep-alive\n\n:\n\n:data: 9\ndata: %b\n: x\n\n" % A, content("a")),
     "comment-inside": (b"data: one\n: x\ndata: two\n\n", content("one\ntwo")),
     "byte-order-mark": (b"\xef\xbb\xbfdata: %b\n\n" % A, content("a")),
-    "second-byte-order-mark": (b"\xef\xbb\xbf\xef\xbb\xbfdata: 1\n\ndata: %b\n\n" % A, content("a")),
+    "second-byte-order-mark": (b"\xef\xbb\xbf\xef\xbb\xbfdata: 1\n\ndata: %b\n\n" % A,
+                               content("a")),
     "later-byte-order-mark": (b"data: %b\n\n\xef\xbb\xbfdata: 1\n\n" % A, content("a")),
-    "utf-8": ("data: {\"data\": \"äß€😀\"}\n\ndata: ü€😀\n\n".encode(), content({"data": "äß€😀"}, "ü€😀")),
+    "utf-8": ("data: {\"data\": \"äß€😀\"}\n\ndata: ü€😀\n\n".encode(),
+              content({"data": "äß€😀"}, "ü€😀")),
     "not-utf-8": (b"data: a\xffb\n\n", content("a\ufffdb")),
     "other-line-separators": ("data: a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\n\n".encode(),
                               content("a\u2028b\u2029c\x85d\x0be\x0cf\x1cg")),
-    "line-separator-in-json": ('data: {"type": "content", "data": "a\u2028b"}\n\n'.encode(), content("a\u2028b")),
+    "line-separator-in-json": ('data: {"type": "content", "data": "a\u2028b"}\n\n'.encode(),
+                               content("a\u2028b")),
     "no-data": (b"event: done\n\nid: 1\n\ndata:\n\ndata: %b\n\n" % A, content("a")),
     "blank-lines-left-out": (b"data: %b\ndata: %b\ndata: [DONE]\n" % (A, B),
                              [*content("a", "b"), ("done", "[DONE]")]),
@@ -4891,7 +5110,8 @@ FORMATS = {
     "json-with-a-tail": (b"data: %b tail\n\n" % A, content(A.decode() + " tail")),
     "json-with-white-space": (b"data: \t %b \t\n\n" % A, content("a")),
     "json-without-type": (b'data: {"text": "a"}\n\n', content({"text": "a"})),
-    "json-not-an-object": (b'data: [1]\n\ndata: "s"\n\ndata: null\n\ndata: 0\n\n', content([1], "s", None, 0)),
+    "json-not-an-object": (b'data: [1]\n\ndata: "s"\n\ndata: null\n\ndata: 0\n\n',
+                           content([1], "s", None, 0)),
     "type-not-text": (b'data: {"type": 3, "data": 4}\n\n', content(4)),
     "type-unknown": (b'data: {"type": "delta", "data": "a"}\n\n', content("a")),
     "types": (b"".join(map(event, ("start", "content", "progress", "error", "done"))),
@@ -4906,7 +5126,9 @@ FORMATS = {
 
 
 @pytest.mark.parametrize(("stream", "expected"), FORMATS.values(), ids=FORMATS)
-def test_the_event_stream_format_is_read_however_the_bytes_are_cut(stream: bytes, expected: Any) -> None:
+def test_the_event_stream_format_is_read_however_the_bytes_are_cut(
+    stream: bytes, expected: Any
+) -> None:
     ends = [] if b"\r" in stream else [b"\r\n", b"\r"]
     for text in {stream, *(stream.replace(b"\n", end) for end in ends)}:
         assert parsed(text) == expected
@@ -4940,8 +5162,12 @@ def test_an_event_keeps_its_whole_object() -> None:
 
 @pytest.mark.parametrize("odd", [5, None, ["content"], {"a": 1}, True, 1.5], ids=repr)
 def test_an_event_whose_type_is_no_text_is_content_with_its_data(odd: Any) -> None:
-    (first,) = gateway_sdk._parse_events(iter([b"data: %b\n\n" % json.dumps({"type": odd, "data": 1}).encode()]))
-    assert (first.type, first.data, first.raw) == (StreamEventType.CONTENT, 1, {"type": odd, "data": 1})
+    (first,) = gateway_sdk._parse_events(
+        iter([b"data: %b\n\n" % json.dumps({"type": odd, "data": 1}).encode()])
+    )
+    assert first.type == StreamEventType.CONTENT
+    assert first.data == 1
+    assert first.raw == {"type": odd, "data": 1}
     assert StreamEvent.from_dict(first.raw) == first
 
 
@@ -4955,7 +5181,8 @@ ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], type[GatewayError] | None]]
     "unframed-done": (unframed(A_EVENT + event("done"), STREAM), [*content("a"), DONE], None),
     "unframed-done-without-blank-line": (
         unframed(A_EVENT + event("done").strip(), STREAM), [*content("a"), DONE], None),
-    "unframed-error": (unframed(A_EVENT + event("error", "x"), STREAM), [*content("a"), ERROR], None),
+    "unframed-error": (unframed(A_EVENT + event("error", "x"), STREAM), [*content("a"), ERROR],
+                       None),
     "unframed-without-done": (unframed(A_EVENT, STREAM), content("a"), ServiceUnavailableError),
     "unframed-error-and-content": (
         unframed(event("error", "x") + A_EVENT, STREAM),
@@ -4975,16 +5202,21 @@ ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], type[GatewayError] | None]]
     "unframed-error-and-comment": (
         unframed(event("error", "x") + b": bye\n\n", STREAM), [ERROR], None),
     "unframed-nothing": (unframed(b"", STREAM), [], ServiceUnavailableError),
-    "unframed-in-an-event": (unframed(A_EVENT + HALF, STREAM), content("a"), ServiceUnavailableError),
+    "unframed-in-an-event": (unframed(A_EVENT + HALF, STREAM), content("a"),
+                             ServiceUnavailableError),
     "events-after-done": (chunked(event("done"), A_EVENT), [DONE, *content("a")], None),
     "events-after-error-and-done": (
         chunked(event("error", "x"), A_EVENT, event("done")), [ERROR, *content("a"), DONE], None),
     "cut": (HangUp(chunked(A_EVENT, end=False)), content("a"), ServiceUnavailableError),
-    "cut-in-a-chunk": (HangUp(chunked(A_EVENT, HALF, end=False)[:-9]), content("a"), ServiceUnavailableError),
-    "bad-chunk": (HangUp(chunked(A_EVENT, end=False) + b"-1\r\n"), content("a"), ServiceUnavailableError),
+    "cut-in-a-chunk": (HangUp(chunked(A_EVENT, HALF, end=False)[:-9]), content("a"),
+                       ServiceUnavailableError),
+    "bad-chunk": (HangUp(chunked(A_EVENT, end=False) + b"-1\r\n"), content("a"),
+                  ServiceUnavailableError),
     "silence": (Pause(chunked(A_EVENT, end=False)), content("a"), GatewayTimeoutError),
-    "done-then-cut": (HangUp(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE], None),
-    "done-then-silence": (Pause(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE], None),
+    "done-then-cut": (HangUp(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE],
+                      None),
+    "done-then-silence": (Pause(chunked(A_EVENT, event("done"), end=False)), [*content("a"), DONE],
+                          None),
     "error-then-cut": (HangUp(chunked(event("error", "x"), end=False)), [ERROR], None),
     "error-and-content-then-cut": (
         HangUp(chunked(event("error", "x"), A_EVENT, end=False)), [ERROR, *content("a")], ServiceUnavailableError),
@@ -5012,17 +5244,24 @@ ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], type[GatewayError] | None]]
         HangUp(chunked(A_EVENT, event("done"), b": keep-al", end=False)),
         [*content("a"), DONE], None),
     "done-cut-before-the-blank-line": (
-        HangUp(chunked(A_EVENT, event("done")[:-1], end=False)), content("a"), ServiceUnavailableError),
+        HangUp(chunked(A_EVENT, event("done")[:-1], end=False)), content("a"),
+        ServiceUnavailableError),
 }
 
 
 @pytest.mark.parametrize(("given", "events", "error"), ENDS.values(), ids=ENDS)
-def test_a_stream_never_just_ends_as_if_it_were_complete(given: Answer, events: list[Any], error: Any) -> None:
+def test_a_stream_never_just_ends_as_if_it_were_complete(
+    given: Answer, events: list[Any], error: Any
+) -> None:
     """Neither where its events are read one by one, nor where its result is asked for."""
     timeout = SHORT_SECONDS if isinstance(given, Pause) else WAIT_SECONDS
     contents = [data for kind, data in events if kind == "content"]
     got, raised = [], None
-    with nothing_left(), Script(given, given) as server, client_of(server, timeout=timeout) as client:
+    with (
+        nothing_left(),
+        Script(given, given) as server,
+        client_of(server, timeout=timeout) as client,
+    ):
         try:
             with run(client, stream=True) as stream:
                 for event in stream:
@@ -5283,7 +5522,9 @@ def test_all_ways_to_read_a_stream_can_be_mixed() -> None:
         assert isinstance(stream, EventStream) and iter(stream) is stream
         assert [received.data for received in itertools.islice(stream, 1)] == [0]
         assert next(stream).data == 1
-        assert [(one.data, two.data) for one, two in itertools.islice(zip(stream, stream), 1)] == [(2, 3)]
+        assert [(one.data, two.data) for one, two in itertools.islice(zip(stream, stream), 1)] == [
+            (2, 3)
+        ]
         for received in stream:
             assert received.data == 4
             break
@@ -5308,7 +5549,8 @@ BROUGHT = done_with({"job_id": "job-1", "files": {"a": [S3]}})  # the gateway's,
 RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "texts": ([event("content", "a "), event("content", "b")], "a b", {}, None),
     "one text": ([A_TEXT, event("done", "x")], "a", {}, None),
-    "objects": ([event("content", {"n": 1}), event("content", {"n": 2})], [{"n": 1}, {"n": 2}], {}, None),
+    "objects": ([event("content", {"n": 1}), event("content", {"n": 2})], [{"n": 1}, {"n": 2}], {},
+                None),
     "mixed": ([A_TEXT, event("content", 1)], ["a", 1], {}, None),
     "done with an object": ([event("progress", 1), event("done", {"n": 1})], {"n": 1}, {}, None),
     "done with a text": ([event("done", "text")], "text", {}, None),
@@ -5316,10 +5558,12 @@ RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "done with files only": ([event("done", {"files": {"a": [S3]}})], "", {"a": [S3]}, None),
     "done with nothing": ([event("done")], "", {}, None),
     "done as a marker": ([event("done", "[DONE]")], "", {}, None),
-    "error with nothing": ([A_TEXT, event("error")], "a", {}, {"message": "The function reported an error."}),
+    "error with nothing": ([A_TEXT, event("error")], "a", {},
+                           {"message": "The function reported an error."}),
     "error with a text": ([A_TEXT, event("error", "x")], "a", {}, {"message": "x"}),
     "error with a list": ([A_TEXT, event("error", ["x"])], "a", {}, {"message": "['x']"}),
-    "error with a message beside": ([A_TEXT, event("error", message="m")], "a", {}, {"message": "m"}),
+    "error with a message beside": ([A_TEXT, event("error", message="m")], "a", {},
+                                    {"message": "m"}),
     "error with a code beside": ([event("error", {"message": "m"}, error_code="E")], "", {}, CODED),
     "content and a summary": ([A_TEXT, event("content", "b"), done_with({"n": 1})], "ab", {}, None),
     "two dones": ([done_with({"n": 1}), done_with({"m": 2})], {"n": 1, "m": 2}, {}, None),
@@ -5534,14 +5778,18 @@ UNFINISHED: dict[str, tuple[Answer, Callable[[Any], Any]]] = {
 def test_a_stream_that_did_not_come_to_its_end_is_never_read_on_as_if_it_had(name: str) -> None:
     given, end = UNFINISHED[name]
     with Script(given) as server, client_of(server) as client:
-        stream = run(client, stream=True, timeout=SHORT_SECONDS if name == "timed out" else WAIT_SECONDS)
+        stream = run(
+            client, stream=True, timeout=SHORT_SECONDS if name == "timed out" else WAIT_SECONDS
+        )
         assert next(stream).type == "content"
         if end is next:
             assert next(stream).data == 2
         with pytest.raises(ServiceUnavailableError) if end is next else contextlib.nullcontext():
             end(stream)
         for read in (lambda: next(stream, None), lambda: list(stream), lambda: next(stream)):
-            with pytest.raises(GatewayError, match="cannot be read on" if end is next else "closed before its end"):
+            with pytest.raises(GatewayError,
+                               match="cannot be read on" if end is next
+                               else "closed before its end"):
                 read()
 
 
@@ -5611,7 +5859,10 @@ def test_a_stream_may_be_closed_at_any_moment_of_being_read(close: Callable[[Any
             unexpected.append((at, error))
         reached = left[0] <= 0
 
-    with Script(*[WHOLE_STREAM, ran()] * 2000) as server, client_of(server, max_retries=0) as client:
+    with (
+        Script(*[WHOLE_STREAM, ran()] * 2000) as server,
+        client_of(server, max_retries=0) as client,
+    ):
         for at in itertools.count(1):
             stream = run(client, stream=True)
             reader = threading.Thread(target=read, args=(stream, at), daemon=True)
@@ -5619,7 +5870,9 @@ def test_a_stream_may_be_closed_at_any_moment_of_being_read(close: Callable[[Any
             reader.join(WAIT_SECONDS)
             assert not reader.is_alive(), f"closed at line {at}, it waits for ever"
             sock = stream._response.connection.sock
-            assert sock.fileno() == -1 or not sock._closed, f"closed at line {at}, its descriptor stays open"
+            assert sock.fileno() == -1 or not sock._closed, (
+                f"closed at line {at}, its descriptor stays open"
+            )
             assert run(client).is_success()
             if not reached or at == 2000:
                 break
@@ -5865,7 +6118,9 @@ def rising(steps: list[tuple[int, Any]], total: int) -> bool:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("upload", UPLOADS)
-def test_what_is_uploaded_comes_back(upload: str, size: str, tmp_path: Path, client: GatewayClient) -> None:
+def test_what_is_uploaded_comes_back(
+    upload: str, size: str, tmp_path: Path, client: GatewayClient
+) -> None:
     source, target = tmp_path / "ü q.bin", tmp_path / "new" / "folder" / "b.bin"
     source.write_bytes(os.urandom(SIZES[size]))
     up: list[tuple[int, Any]] = []
@@ -5889,11 +6144,14 @@ def test_what_is_uploaded_comes_back(upload: str, size: str, tmp_path: Path, cli
     [("plain.txt", "plain.txt", "text/plain"), ('quo"te.png', "quo%22te.png", "image/png"),
      ("line\nbreak\r.json", "line%0Abreak%0D.json", "application/json"),
      ("ümlaut 你好.pdf", "ümlaut 你好.pdf", "application/pdf"),
-     ("back\\slash;semi=.no-such-type", "back\\slash;semi=.no-such-type", "application/octet-stream"),
+     ("back\\slash;semi=.no-such-type", "back\\slash;semi=.no-such-type",
+      "application/octet-stream"),
      ("100%41", "100%41", "application/octet-stream")],
 )  # fmt: skip
 @pytest.mark.skipif(os.name == "nt", reason="has no such names")
-def test_multipart_bodies_are_written_as_browsers_do(name: str, sent: str, media_type: str, tmp_path: Path) -> None:
+def test_multipart_bodies_are_written_as_browsers_do(
+    name: str, sent: str, media_type: str, tmp_path: Path
+) -> None:
     content = b"\r\n--not the boundary\r\n\x00\xff"
     (tmp_path / name).write_bytes(content)
     with Script(*[STORED] * 3) as server:
@@ -5902,13 +6160,15 @@ def test_multipart_bodies_are_written_as_browsers_do(name: str, sent: str, media
         client.upload_temp_file(tmp_path / name, 60, "s-1")
         client.upload_temp_file(tmp_path / name)
     forms = [{}, {"ttl": "60", "session_id": "s-1"}, {"ttl": "86400"}]
-    for received, target, form in zip(server.received, ["upload", "upload_temp", "upload_temp"], forms):
+    for received, target, form in zip(server.received, ["upload", "upload_temp", "upload_temp"],
+                                      forms):
         media, _, boundary = received.headers["content-type"].partition("; boundary=")
         start = f"--{boundary}\r\nContent-Disposition: form-data; name="
         head = "".join(f'{start}"{key}"\r\n\r\n{value}\r\n' for key, value in form.items())
         head += f'{start}"file"; filename="{sent}"\r\nContent-Type: {media_type}\r\n\r\n'
         assert received.body == head.encode() + content + f"\r\n--{boundary}--\r\n".encode()
-        assert received[:2] == ("POST", f"/internal/files/{target}") and media == "multipart/form-data"
+        assert received[:2] == ("POST", f"/internal/files/{target}")
+        assert media == "multipart/form-data"
         assert received.headers["x-internal-token"] == TOKEN
         assert received.headers["content-length"] == str(len(received.body))
 
@@ -5916,7 +6176,8 @@ def test_multipart_bodies_are_written_as_browsers_do(name: str, sent: str, media
 @pytest.mark.parametrize("upload", UPLOADS)
 @pytest.mark.parametrize(
     ("source", "kind"),
-    [("missing", FileNotFoundError), (".", (OSError, ValidationError)), ("/dev/zero", ValidationError),
+    [("missing", FileNotFoundError), (".", (OSError, ValidationError)),
+     ("/dev/zero", ValidationError),
      ("/proc/cpuinfo", ValidationError)],  # which says that it is empty
 )  # fmt: skip
 def test_a_file_that_cannot_be_uploaded_is_an_error_before_anything_is_sent(
@@ -5960,12 +6221,16 @@ def length_in(head: bytes) -> int:
 
 @pytest.mark.parametrize("kept_open", [False, True], ids=["hang-up", "kept-open-unread"])
 @pytest.mark.parametrize("name", ["permanent", "input"])
-def test_an_early_413_is_reported_rather_than_the_broken_upload(name: str, kept_open: bool, tmp_path: Path) -> None:
+def test_an_early_413_is_reported_rather_than_the_broken_upload(
+    name: str, kept_open: bool, tmp_path: Path
+) -> None:
     ended = threading.Event()
 
     def serve(sock: socket.socket) -> None:
         if b"generate_upload_url" in read_head(sock)[0]:
-            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}))
+            sock.sendall(
+                answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"})
+            )
         else:
             sock.sendall(answer({"detail": "larger than 1 MB"}, 413))
             if kept_open:
@@ -5973,7 +6238,11 @@ def test_an_early_413_is_reported_rather_than_the_broken_upload(name: str, kept_
 
     with open(tmp_path / "in.bin", "wb") as file:
         file.truncate(64 * 2**20)
-    with nothing_left(tmp_path), Raw(serve) as server, client_of(server, timeout=SHORT_SECONDS) as client:
+    with (
+        nothing_left(tmp_path),
+        Raw(serve) as server,
+        client_of(server, timeout=SHORT_SECONDS) as client,
+    ):
         with pytest.raises(GatewayError, match="413.*larger than 1 MB") as caught:
             UPLOADS[name](client, tmp_path / "in.bin")
         ended.set()
@@ -5983,14 +6252,18 @@ def test_an_early_413_is_reported_rather_than_the_broken_upload(name: str, kept_
 
 @pytest.mark.parametrize("end", [lambda sock: None, reset], ids=["hang-up", "reset"])
 @pytest.mark.parametrize("name", ["permanent", "input"])
-def test_a_broken_upload_is_sent_again_from_its_start_or_not_at_all(name: str, end: Any, tmp_path: Path) -> None:
+def test_a_broken_upload_is_sent_again_from_its_start_or_not_at_all(
+    name: str, end: Any, tmp_path: Path
+) -> None:
     content = random.Random(FUZZ_SEED).getrandbits(8 * 2**22).to_bytes(2**22, "big")
     uploads: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
         head, body = read_head(sock)
         if b"generate_upload_url" in head:
-            sock.sendall(answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"}))
+            sock.sendall(
+                answer({"upload_url": f"{server.url}/storage/in?sig=x", "s3_url": "s3://b/in"})
+            )
         elif uploads:
             uploads.append(body + receive(sock, length_in(head) - len(body), keep=True))
             sock.sendall(answer({}))
@@ -6006,7 +6279,10 @@ def test_a_broken_upload_is_sent_again_from_its_start_or_not_at_all(name: str, e
             with pytest.raises(ServiceUnavailableError, match="sending broke off"):
                 UPLOADS[name](*arguments)
         else:
-            assert UPLOADS[name](*arguments, on_progress=lambda *step: progress.append(step)) == "s3://b/in"
+            assert (
+                UPLOADS[name](*arguments, on_progress=lambda *step: progress.append(step))
+                == "s3://b/in"
+            )
             assert (progress[0], progress[-1]) == ((0, len(content)), (len(content), len(content)))
     assert uploads[1:] == ([] if name == "permanent" else [content])
 
@@ -6140,9 +6416,14 @@ def test_a_file_that_changes_while_it_is_sent_is_an_error_and_never_sent_again(
         path.write_bytes(b"z" * 300_000)
         UPLOADS[name](client, path)
     assert type(caught.value) is GatewayError
-    uploads = [received.body for received in server.received if int(received.headers["content-length"]) >= 300_000]
+    uploads = [
+        received.body
+        for received in server.received
+        if int(received.headers["content-length"]) >= 300_000
+    ]
     first, *more = sorted(uploads, key=lambda body: b"z" not in body)
-    assert b"\0" not in first and all(b"\0" in body for body in more) and len(more) <= 1  # what did not come is padded
+    # What did not come is padded.
+    assert b"\0" not in first and all(b"\0" in body for body in more) and len(more) <= 1
 
 
 def test_a_device_and_a_folder_are_no_targets_and_stay_what_they_are(tmp_path: Path) -> None:
@@ -6177,7 +6458,9 @@ def test_a_bare_name_is_a_target_and_its_permissions_follow_the_umask(
 
 
 def test_a_presigned_url_that_leads_through_five_redirects_is_followed(tmp_path: Path) -> None:
-    redirects = [answer(body=b"gone", status=status, Location="/on") for status in (301, 302, 303, 307, 308)]
+    redirects = [
+        answer(body=b"gone", status=status, Location="/on") for status in (301, 302, 303, 307, 308)
+    ]
     with Script(LINK, *redirects, answer(body=b"data")) as server:
         client_of(server).download_file(S3, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == b"data"
@@ -6188,7 +6471,8 @@ BAD_DOWNLOADS: dict[str, tuple[list[Answer], type[GatewayError], str]] = {
     "cut": ([HangUp(answer(body=b"0123456789")[:-3])], ServiceUnavailableError, "cut short"),
     "chunks cut": ([HangUp(chunked(b"0123", end=False))], ServiceUnavailableError, "cut short"),
     "without a length": ([unframed(b"data", "text/plain")], GatewayError, "length"),
-    "404": ([answer(body=b"<Code>NoSuchKey</Code><Message>gone</Message>", status=404)], GatewayError, "gone"),
+    "404": ([answer(body=b"<Code>NoSuchKey</Code><Message>gone</Message>", status=404)],
+            GatewayError, "gone"),
     "403": ([answer(body=b"Request has expired", status=403)], GatewayError, "expired"),
     "500": ([answer(body=b"broken", status=500)], ServiceUnavailableError, "broken"),
     "503": ([answer(body=b"SlowDown", status=503)], ServiceUnavailableError, "SlowDown"),
@@ -6215,7 +6499,8 @@ def test_a_failed_download_leaves_everything_as_it_was(bad: str, tmp_path: Path)
         assert left == ["kept", "kept/old"] and (tmp_path / "kept" / "old").read_text() == "old"
 
 
-@pytest.mark.parametrize("target", ["file/f", "file/folder/f", "n" * 300, "/proc/self/f"], ids=ascii)
+@pytest.mark.parametrize("target", ["file/f", "file/folder/f", "n" * 300, "/proc/self/f"],
+                         ids=ascii)
 def test_a_target_that_cannot_be_written_is_an_error_before_the_transfer_that_names_it(
     target: str, tmp_path: Path
 ) -> None:
@@ -6384,10 +6669,13 @@ TRANSFERS = {
         [CUT, *({"cut": cut, "ranges": False} for cut in (500, 700))], [None, 1000, 500], None),
     "unavailable-after-a-cut": Transfer([CUT, BUSY, BUSY], [None, 1000, 1000], None),
     "other-etag-200": Transfer([CUT, NEW], [None, 1000], NEW_OBJECT),
-    "other-etag-206": Transfer([CUT, *[{**NEW, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
+    "other-etag-206": Transfer([CUT, *[{**NEW, "if_range": False}] * 2], [None, 1000, None],
+                               NEW_OBJECT),
     "other-etag-206-of-the-same-length": Transfer(
-        [CUT, *[{"content": OBJECT[::-1], "etag": '"2"', "if_range": False}] * 2], [None, 1000, None], OBJECT[::-1]),
-    "same-etag-206-of-another-length": Transfer([CUT, *[{"content": NEW_OBJECT}] * 2], [None, 1000, None], NEW_OBJECT),
+        [CUT, *[{"content": OBJECT[::-1], "etag": '"2"', "if_range": False}] * 2],
+        [None, 1000, None], OBJECT[::-1]),
+    "same-etag-206-of-another-length": Transfer([CUT, *[{"content": NEW_OBJECT}] * 2],
+                                                [None, 1000, None], NEW_OBJECT),
     "no-etag-206": Transfer(
         [CUT, *[{"content": NEW_OBJECT, "etag": None, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
     "other-etag-cut-too": Transfer([CUT, {**NEW, "cut": 700}, NEW], [None, 1000, (700, '"2"')], NEW_OBJECT),
@@ -6406,8 +6694,10 @@ TRANSFERS = {
     "weak-etag": Transfer([{"cut": 1000, "etag": 'W/"1"'}, {"etag": 'W/"1"'}], [None, None]),
     "span-elsewhere": Transfer([CUT, {"span": "bytes 5-10239/10240"}, {}], [None, 1000, None]),
     "span-garbage": Transfer([CUT, {"span": "bytes x-y/z"}, {}], [None, 1000, None]),
-    "span-of-5000-digits": Transfer([CUT, {"span": f"bytes {'9' * 5000}-/*"}, {}], [None, 1000, None]),
-    "only-a-part-of-the-rest": Transfer([CUT, {"end": 9000, "span": "bytes 1000-8999/10240"}, {}], [None, 1000, 9000]),
+    "span-of-5000-digits": Transfer([CUT, {"span": f"bytes {'9' * 5000}-/*"}, {}],
+                                    [None, 1000, None]),
+    "only-a-part-of-the-rest": Transfer([CUT, {"end": 9000, "span": "bytes 1000-8999/10240"}, {}],
+                                        [None, 1000, 9000]),
     "only-a-part-of-the-rest-without-total": Transfer(
         [CUT, {"end": 9000, "span": "bytes 1000-8999/*"}, {}], [None, 1000, None]),
     "only-a-part-of-the-rest-without-a-word": Transfer([CUT, {"end": 9000}, {}], [None, 1000, 9000]),
@@ -6433,26 +6723,36 @@ def storage_of(give: Callable[[Received], Answer]) -> Routed:
 
     def choose(request: Received) -> Answer:
         url = f"{server.url}/storage/out?signature=x"
-        return answer({"presigned_url": url}) if request.target.startswith("/internal/") else give(request)
+        return (
+            answer({"presigned_url": url})
+            if request.target.startswith("/internal/")
+            else give(request)
+        )
 
     server = Routed(choose)
     return server
 
 
 @pytest.mark.parametrize("transfer", TRANSFERS.values(), ids=TRANSFERS)
-def test_a_download_goes_on_where_it_broke_or_starts_over(transfer: Transfer, tmp_path: Path) -> None:
+def test_a_download_goes_on_where_it_broke_or_starts_over(
+    transfer: Transfer, tmp_path: Path
+) -> None:
     target, given, failed = tmp_path / "out.bin", iter(transfer.answers), False
     progress: list[tuple[int, Any]] = []
     target.write_bytes(b"old")
     with nothing_left(tmp_path), storage_of(lambda request: stored(request, **next(given))) as server:
         with client_of(server, max_retries=transfer.max_retries) as client:
             try:
-                client.download_file("s3://b/out", target, on_progress=lambda *step: progress.append(step))
+                client.download_file(
+                    "s3://b/out", target, on_progress=lambda *step: progress.append(step)
+                )
             except GatewayError:
                 failed = True
     asked = [(r.headers.get("range"), r.headers.get("if-range")) for r in server.received[1:]]
     expected = [start if isinstance(start, tuple) else (start, '"1"') for start in transfer.starts]
-    assert asked == [(None, None) if start is None else (f"bytes={start}-", etag) for start, etag in expected]
+    assert asked == [
+        (None, None) if start is None else (f"bytes={start}-", etag) for start, etag in expected
+    ]
     assert len(asked) == len(transfer.answers)
     assert failed == (transfer.content is None)
     assert target.read_bytes() == (b"old" if failed else transfer.content)
@@ -6557,7 +6857,8 @@ def test_a_presigned_url_that_expires_meanwhile_is_asked_for_anew(
 
 
 @cpython_only  # on PyPy 8 a loop that does nothing but read a file in blocks takes twice its size
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of the memory there")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"),
+                    reason="reads the peak of the memory there")
 def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     allowed = 16 * 2**20
     size = 4 * allowed
@@ -6568,7 +6869,9 @@ def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
             while True:
                 head, body = read_head(sock)
                 if head.startswith(b"GET /storage"):
-                    sock.sendall(answer(body=b"", ETag='"1"').replace(b"Length: 0", b"Length: %d" % size))
+                    sock.sendall(
+                        answer(body=b"", ETag='"1"').replace(b"Length: 0", b"Length: %d" % size)
+                    )
                     block = bytes(2**20)
                     for _ in range(size // len(block)):
                         sock.sendall(block)
@@ -6577,8 +6880,16 @@ def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
                 length = length_in(head) if head.startswith(b"P") else 0
                 receive(sock, length - len(body))
                 moved.append(length)
-                sock.sendall(answer({"upload_url": f"{server.url}/storage/in", "s3_url": "s3://b/k", "version": "1",
-                                     "presigned_url": f"{server.url}/storage/out"}))
+                sock.sendall(
+                    answer(
+                        {
+                            "upload_url": f"{server.url}/storage/in",
+                            "s3_url": "s3://b/k",
+                            "version": "1",
+                            "presigned_url": f"{server.url}/storage/out",
+                        }
+                    )
+                )
 
     # The peak of VmHWM, as that of `ru_maxrss` has the parent's in it.
     code = (
@@ -6617,7 +6928,9 @@ def test_an_error_of_a_callback_is_the_callers_and_nothing_is_sent_again_or_left
             raise raised
 
     (tmp_path / "file").write_bytes(b"x" * 1000)
-    arguments = [S3, tmp_path / "new" / "folder" / "f"] if name == "download_file" else [tmp_path / "file"]
+    arguments = (
+        [S3, tmp_path / "new" / "folder" / "f"] if name == "download_file" else [tmp_path / "file"]
+    )
     second = answer(body=b"x" * 3000) if name == "download_file" else LINK
     with Script(LINK, second, *[LINK] * 9) as server, client_of(server) as client:
         with pytest.raises(type(raised)) as caught:
@@ -6655,7 +6968,10 @@ def test_files_are_listed_page_by_page(content_file: Path) -> None:
 
 
 def test_a_listing_without_an_end_is_an_error() -> None:
-    with Script(*[answer({"files": [{}], "next_token": "same"})] * 9) as server, pytest.raises(GatewayError):
+    with (
+        Script(*[answer({"files": [{}], "next_token": "same"})] * 9) as server,
+        pytest.raises(GatewayError),
+    ):
         list(client_of(server).iter_files())
     assert len(server.received) == 2
 
@@ -6753,7 +7069,9 @@ def test_as_many_calls_run_at_once_as_there_are_workers(workers: int) -> None:
     with LocalGateway() as gateway, client_of(gateway) as client:
         gateway.add_prefab("p", "1.0.0", {"f": meet})
         options = {} if workers == 8 else {"max_workers": workers}  # 8 is the default
-        assert client.run_batch([PrefabCall("p", "1.0.0", "f")] * (3 * workers), **options).all_success()
+        assert client.run_batch(
+            [PrefabCall("p", "1.0.0", "f")] * (3 * workers), **options
+        ).all_success()
     assert max(peaks) <= workers
 
 
@@ -6774,7 +7092,8 @@ def check_mixed(batch: BatchResult) -> None:
     assert isinstance(unknown.exception, PrefabNotFoundError) and unknown.status == "FAILED"
     assert unknown.exception.prefab_id == "nothing" and unknown.error
     assert unknown.error["type"] == "PrefabNotFoundError"
-    assert unknown.error["message"] == unknown.exception.message and "error_code" not in unknown.error
+    assert unknown.error["message"] == unknown.exception.message
+    assert "error_code" not in unknown.error
     assert refused.exception is None and refused.error and refused.error["type"] == "Refused"
     assert isinstance(crashed.exception, ServiceUnavailableError) and crashed.output is None
     assert unknown.error["may_have_run"] is False
@@ -6844,7 +7163,9 @@ def test_any_executor_runs_a_batch(client: GatewayClient) -> None:
     for executor in (threads, processes):
         reported: list[int] = []
         with executor:
-            batch = client.run_batch(mixed_calls(), executor=executor, on_result=lambda i, _, to=reported: to.append(i))
+            batch = client.run_batch(
+                mixed_calls(), executor=executor, on_result=lambda i, _, to=reported: to.append(i)
+            )
             assert executor.submit(int).result() == 0  # it is the caller's, and still open
         check_mixed(batch)
         assert sorted(reported) == [0, 1, 2, 3, 4]
@@ -7230,7 +7551,8 @@ def test_context_variables_reach_the_threads_of_a_batch() -> None:
 
 # What is answered to the calls that are sent, one after another, and the exceptions of all results.
 REFUSALS: dict[str, tuple[list[Answer], list[Any]]] = {
-    "behind a call that may have run": ([UNAVAILABLE, REFUSED], [ServiceUnavailableError, AuthenticationError]),
+    "behind a call that may have run": ([UNAVAILABLE, REFUSED],
+                                        [ServiceUnavailableError, AuthenticationError]),
     "behind a result": ([ran("paid for"), REFUSED], [type(None), *[AuthenticationError] * 3]),
     "of single calls": ([FORBIDDEN] * 3, [AuthenticationError] * 3),
 }
@@ -7240,22 +7562,29 @@ REFUSALS: dict[str, tuple[list[Answer], list[Any]]] = {
 def test_a_refused_credential_does_not_hide_what_became_of_other_calls(name: str) -> None:
     answers, kinds = REFUSALS[name]
     with Script(*answers, *[ran()] * 9) as server:
-        batch = client_of(server).run_batch([call(number) for number in range(len(kinds))], max_workers=1)
+        batch = client_of(server).run_batch(
+            [call(number) for number in range(len(kinds))], max_workers=1
+        )
     assert len(server.received) == len(answers)
     assert [type(result.exception) for result in batch.results] == kinds
     assert batch.status == ("PARTIAL_SUCCESS" if type(None) in kinds else "FAILED")
     first = batch.results[0]
     assert first.get_function_result() == ("paid for" if first.is_success() else {})
-    assert kinds[0] is not ServiceUnavailableError or (first.exception and first.exception.may_have_run)
+    assert kinds[0] is not ServiceUnavailableError or (
+        first.exception and first.exception.may_have_run
+    )
     assert answers[0] is not FORBIDDEN or (first.error and first.error["error_code"] == "E")
     for unsent in batch.results[len(answers):]:
         check_may_have_run(unsent, False)
 
 
 @pytest.mark.parametrize("way", ["threads", "one thread", "an executor", "a single request"])
-def test_a_credential_that_is_refused_from_the_start_is_raised_and_nothing_more_is_sent(way: str) -> None:
+def test_a_credential_that_is_refused_from_the_start_is_raised_and_nothing_more_is_sent(
+    way: str
+) -> None:
     with Script(*[REFUSED] * 20) as server, concurrent.futures.ThreadPoolExecutor(1) as executor:
-        ways: dict[str, Any] = {"threads": {}, "one thread": {"max_workers": 1}, "an executor": {"executor": executor},
+        ways: dict[str, Any] = {"threads": {}, "one thread": {"max_workers": 1},
+                                "an executor": {"executor": executor},
                                 "a single request": {"single_request": True}}  # fmt: skip
         with pytest.raises(AuthenticationError) as caught:
             client_of(server).run_batch([call(number) for number in range(20)], **ways[way])
@@ -7294,7 +7623,9 @@ def test_results_that_come_as_an_event_stream_are_those_of_their_calls() -> None
 def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGateway) -> None:
     before, reported = len(gateway.requests), []
     calls = [mixed_calls()[0], mixed_calls()[2]]
-    batch = client.run_batch(iter(calls), single_request=True, on_result=lambda index, _: reported.append(index))
+    batch = client.run_batch(
+        iter(calls), single_request=True, on_result=lambda index, _: reported.append(index)
+    )
     assert len(gateway.requests) == before + 1 and reported == [0, 1]
     assert batch.status == "PARTIAL_SUCCESS" and batch.job_id
     assert {result.job_id for result in batch.results} == {batch.job_id}
@@ -7435,7 +7766,8 @@ def test_however_often_ctrl_c_is_pressed_nothing_new_is_sent() -> None:
             raise KeyboardInterrupt
 
     def press(index: int, result: PrefabResult) -> None:
-        server.wait_until(lambda: len(server.received) == 3)  # the first call's worker has taken the next one
+        # The first call's worker has taken the next one.
+        server.wait_until(lambda: len(server.received) == 3)
         signal.setitimer(signal.ITIMER_REAL, 0.004, 0.0005)
         signal.raise_signal(signal.SIGINT)
 
@@ -7483,7 +7815,9 @@ def test_an_error_of_on_result_stops_a_batch_like_ctrl_c() -> None:
 @cpython_only
 def test_results_are_not_made_before_their_calls_have_been_answered() -> None:
     def count(sock: socket.socket) -> None:
-        found.append(sum(isinstance(thing, (PrefabResult, GatewayError)) for thing in gc.get_objects()))
+        found.append(
+            sum(isinstance(thing, (PrefabResult, GatewayError)) for thing in gc.get_objects())
+        )
         sock.sendall(ran())
 
     found: list[int] = []
@@ -7536,7 +7870,8 @@ def test_in_a_worker_process_the_calls_of_a_client_share_its_connection_and_its_
             batch = client.run_batch(calls, executor=executor)
             assert [result.get_function_result() for result in batch.results] == ["one"] * 20
             assert server.connections <= 2
-            with client_of(server, internal_token="two") as other:  # another identity never shares it
+            # Another identity never shares it.
+            with client_of(server, internal_token="two") as other:
                 batch = other.run_batch(calls, executor=executor)
             assert [result.get_function_result() for result in batch.results] == ["two"] * 20
             assert server.connections <= 4
@@ -7547,7 +7882,8 @@ def test_in_a_worker_process_the_calls_of_a_client_share_its_connection_and_its_
             batch = client.run_batch(calls, executor=executor)
             assert [result.get_function_result() for result in batch.results] == ["token-1"] * 20
             assert exchanged == ["token-0", "token-1"] and server.connections <= 3
-        with Routed(lambda received: ran()) as server:  # of ten clients, the process keeps what the last eight had
+        # Of ten clients, the process keeps what the last eight had.
+        with Routed(lambda received: ran()) as server:
             for token in map(str, range(10)):
                 with client_of(server, internal_token=token) as client:
                     assert client.run_batch(calls[:1], executor=executor).all_success()
@@ -7563,7 +7899,9 @@ def test_on_a_pool_of_threads_too_the_calls_share_connections() -> None:
 
 
 @cpython_only
-def test_a_client_that_no_other_process_can_have_says_so_and_that_nothing_was_sent(trusting: ssl.SSLContext) -> None:
+def test_a_client_that_no_other_process_can_have_says_so_and_that_nothing_was_sent(
+    trusting: ssl.SSLContext
+) -> None:
     spawning = multiprocessing.get_context("spawn")
     with Script() as server, client_of(server, ssl_context=trusting) as client:
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawning) as executor:
@@ -7584,14 +7922,16 @@ def test_base_url_comes_from_the_environment_if_not_given(monkeypatch: Patch) ->
     monkeypatch.setenv("GATEWAY_BASE_URL", "http://env.example/x/")
     assert GatewayClient().base_url == "http://env.example/x"
     assert GatewayClient("http://given.example").base_url == "http://given.example"
-    assert GatewayClient("HTTP://Given.example:80/").base_url == "http://given.example"  # one origin, one pool
+    # One origin, one pool.
+    assert GatewayClient("HTTP://Given.example:80/").base_url == "http://given.example"
     with pytest.raises(AttributeError):  # for good: another gateway needs another client
         GatewayClient().base_url = "http://other.example"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
     ("variables", "headers"),
-    [({}, {}), (dict.fromkeys(VARIABLES, ""), {}), ({"X_INTERNAL_TOKEN": "t"}, {"x-internal-token": "t"}),
+    [({}, {}), (dict.fromkeys(VARIABLES, ""), {}),
+     ({"X_INTERNAL_TOKEN": "t"}, {"x-internal-token": "t"}),
      ({"AGENT_BUILDER_API_KEY": "k"}, {"x-internal-token": "first"}),
      ({"GATEWAY_JWT_TOKEN": "j"}, {"authorization": "Bearer j"}),
      ({"GATEWAY_JWT_TOKEN": "j", "X_INTERNAL_TOKEN": ""}, {"authorization": "Bearer j"})],
@@ -7608,7 +7948,9 @@ def test_from_env_takes_the_credential_that_is_set_and_the_constructor_takes_non
         run(GatewayClient.from_env(timeout=WAIT_SECONDS))
         run(GatewayClient())
     *_, received, bare = server.received
-    assert {name: value for name, value in received.headers.items() if name in CREDENTIAL_HEADERS} == headers
+    assert {
+        name: value for name, value in received.headers.items() if name in CREDENTIAL_HEADERS
+    } == headers
     assert not CREDENTIAL_HEADERS & {*bare.headers} and len(server.received) == len(exchange) + 2
 
 
@@ -7636,7 +7978,9 @@ def test_a_client_pickles_without_its_connections(mode: str) -> None:
 
 def test_a_client_with_an_ssl_context_says_that_it_cannot_be_pickled() -> None:
     with pytest.raises(TypeError, match="ssl_context"):
-        pickle.dumps(GatewayClient("https://h", ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)))
+        pickle.dumps(
+            GatewayClient("https://h", ssl_context=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        )
 
 
 def test_a_client_can_be_closed_twice_and_is_a_context_manager() -> None:
@@ -8104,7 +8448,8 @@ def test_the_local_gateway_can_read_parameters_flat(awaits: bool) -> None:
 
 def test_any_function_of_a_prefab_is_a_method(client: GatewayClient) -> None:
     tools = client.prefab("text-tools", "1.1.0")
-    assert isinstance(tools, Prefab) and repr(tools) == "Prefab(prefab_id='text-tools', version='1.1.0')"
+    assert isinstance(tools, Prefab)
+    assert repr(tools) == "Prefab(prefab_id='text-tools', version='1.1.0')"
     assert tools.echo(value=[1]).get_function_result() == [1]
     assert tools.call("echo", value=2).get_function_result() == 2
     events = tools.stream("words", text="a b")
@@ -8300,7 +8645,8 @@ def test_cloudpickle_takes_the_module_by_value_to_where_it_is_not(tmp_path: Path
 
 
 def test_versions_sort_by_number_and_releases_after_their_candidates() -> None:
-    ordered = ["0.9", "1.0.0-alpha", "1.0.0-rc.1", "1.0.0-rc.2", "1.0.0-rc.10", "1.0.0", "1.9.0", "1.10.0",
+    ordered = ["0.9", "1.0.0-alpha", "1.0.0-rc.1", "1.0.0-rc.2", "1.0.0-rc.10", "1.0.0", "1.9.0",
+               "1.10.0",
                "v1.11.0", "2.0.0+build", "10.0.0"]  # fmt: skip
     assert sorted({*ordered}, key=gateway_sdk._version_key) == ordered
     assert sorted(["latest", "1.0", "", "1..0", "x-y"], key=gateway_sdk._version_key)
@@ -8326,7 +8672,10 @@ def test_the_newest_version_is_looked_at_if_none_is_given() -> None:
 def test_a_version_of_the_directory_may_be_any_text_that_a_url_can_carry() -> None:
     entries = [{"id": "p", "version": version} for version in ("9" * 5000, "1.0", "a b", "")]
     odd = [{"id": "p", "version": "\ud800"}]
-    with Script(answer(entries), answer({"id": "p"}), answer(odd)) as server, client_of(server) as client:
+    with (
+        Script(answer(entries), answer({"id": "p"}), answer(odd)) as server,
+        client_of(server) as client,
+    ):
         assert client.get_prefab_spec("p") == {"id": "p"}
         assert server.received[1].target == f"/v1/prefabs/p/{'9' * 5000}/spec"
         with pytest.raises(GatewayError):
@@ -8349,7 +8698,8 @@ def test_a_secret_is_set_used_listed_and_deleted(client: GatewayClient) -> None:
     assert client.delete_secret("vault", "SIGNING_KEY") is None  # an unknown one is no error
 
 
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="the notation `X | Y` cannot be evaluated there")
+@pytest.mark.skipif(sys.version_info < (3, 10),
+                    reason="the notation `X | Y` cannot be evaluated there")
 def test_type_hints_of_everything_public_can_be_evaluated() -> None:
     code = """if True:
         import inspect, typing, gateway_sdk
@@ -8632,6 +8982,24 @@ def test_a_client_that_was_made_outside_of_a_loop_serves_one_loop_after_another(
         in_loop(client.close())
         in_loop(client.close())
         server.wait_until(lambda: server.open_connections == 0)
+
+
+def test_a_worker_that_waits_lets_go_of_its_last_call() -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            parameters = Weak(n=1)
+            weakref.finalize(parameters, gone.set)
+            await client.run("p", "1.0.0", "f", parameters)
+            del parameters
+            gc.collect()
+            assert await asyncio.to_thread(gone.wait, WAIT_SECONDS)
+
+    class Weak(dict):  # type: ignore[type-arg]
+        """To which there can be weak references."""
+
+    gone = threading.Event()
+    with Script(ran()) as server:
+        in_loop(main())
 
 
 def test_a_client_that_is_dropped_leaves_no_thread_and_no_connection() -> None:
@@ -8983,6 +9351,46 @@ def test_closing_a_client_can_end_what_its_threads_wait_for(
     assert error.may_have_run == phase.may_have_run
 
 
+@cpython_only
+def test_a_call_may_be_ended_at_any_moment() -> None:
+    """Before each line that is run until it waits for more events: it must not do so any more."""
+    timeout, ended_at = 4 * SHORT_SECONDS, 0.0
+
+    def end() -> None:
+        nonlocal ended_at
+        ended_at = time.monotonic()
+        client.close(cancel=True)
+
+    with Routed(lambda _: Pause(OPEN_STREAM)) as server:
+        for at in itertools.count(1):
+            client = client_of(server, timeout=timeout)
+            started = time.monotonic()
+            with interrupted(at, end), pytest.raises(GatewayError) as caught:
+                run(client)
+            if ended_at < started or ended_at - started >= timeout:
+                break  # this was behind the wait
+            assert not isinstance(caught.value, GatewayTimeoutError), f"line {at} does not notice"
+        server.wait_until(lambda: server.open_connections == 0)
+    assert at > 50
+
+
+def test_closing_a_client_ends_a_wait_of_the_main_thread_too() -> None:
+    def close() -> None:
+        server.wait_until(lambda: server.received and not server.open_connections)
+        time.sleep(SHORT_SECONDS)  # no event tells that it waits
+        client.close(cancel=True)
+
+    with Script(WAIT_LONG, answer([])) as server, client_of(server) as client:
+        closing_it = threading.Thread(target=close)
+        closing_it.start()
+        started = time.monotonic()
+        with pytest.raises(GatewayError):
+            client.list_prefabs()
+        assert time.monotonic() - started < WAIT_SECONDS  # of the 30 that it was told to wait
+        closing_it.join()
+    assert len(server.received) == 1
+
+
 def test_closing_a_client_ends_no_call_unless_it_is_told_to() -> None:
     gate = threading.Event()
     with Script(Steps((lambda _: gate.wait(WAIT_SECONDS), send(ran(5))))) as server:
@@ -9259,8 +9667,11 @@ LEAVING = {
 def test_leaving_an_async_stream_closes_its_connection(way: str, script: Any) -> None:
     async def main() -> None:
         async with async_client_of(server, timeout=LONG_SECONDS) as client:
-            await LEAVING[way](await run(client, stream=True))
-            gc.collect()
+            stream = await run(client, stream=True)
+            await LEAVING[way](stream)
+            if way in ("break", "drop", "drop after events"):  # the others close it themselves
+                del stream
+                gc.collect()
             await until(server, lambda: server.open_connections == 0)
             assert (await run(client)).is_success()  # on any thread that there is
 
@@ -9678,7 +10089,10 @@ def good(request: Received, storage: str) -> tuple[bytes, str]:
         "/v1/prefabs": [{"id": "p", "version": "1"}],
         "/v1/secrets": {"stored": True},
         "/v1/secrets/p/KEY": {"deleted": True},
-        "/internal/files/generate_upload_url": {"upload_url": f"{storage}/storage/in?sig=x", "s3_url": "s3://b/in"},
+        "/internal/files/generate_upload_url": {
+            "upload_url": f"{storage}/storage/in?sig=x",
+            "s3_url": "s3://b/in",
+        },
         "/internal/files/upload": {"s3_url": "s3://b/up"},
         "/internal/files/upload_temp": {"s3_url": "s3://b/up"},
         "/internal/files/download": {"presigned_url": f"{storage}/storage/out?signature=x"},
@@ -9725,32 +10139,40 @@ class Operation(NamedTuple):
 
 RUN_ROUTE = "POST /v1/internal/run"
 OPERATIONS = {
-    "list_prefabs": Operation(lambda c, f: [p.prefab_id for p in c.list_prefabs()], ["p"], "GET /v1/prefabs"),
+    "list_prefabs": Operation(lambda c, f: [p.prefab_id for p in c.list_prefabs()], ["p"],
+                              "GET /v1/prefabs"),
     "run": Operation(lambda c, f: c.run("p", "1", "f").get_function_result(), "ok", RUN_ROUTE),
     "run-stream": Operation(
         lambda c, f: [event.data for event in c.run("p", "1", "words", stream=True)],
         ["a", "b", None], RUN_ROUTE, "events"),
     "run-of-a-stream": Operation(
         lambda c, f: c.run("p", "1", "words").get_function_result(), "ab", RUN_ROUTE, "events"),
-    "run_batch": Operation(lambda c, f: values_of(c.run_batch([call()] * 3)), ["ok"] * 3, RUN_ROUTE, count=3),
+    "run_batch": Operation(lambda c, f: values_of(c.run_batch([call()] * 3)), ["ok"] * 3, RUN_ROUTE,
+                           count=3),
     "single_request": Operation(
         lambda c, f: [r.output for r in c.run_batch([call(), call()], single_request=True).results],
         ["ok", "ok"], RUN_ROUTE),
     "upload_input_file-url": Operation(
-        lambda c, f: c.upload_input_file(f / "in.bin"), "s3://b/in", "POST /internal/files/generate_upload_url"),
+        lambda c, f: c.upload_input_file(f / "in.bin"), "s3://b/in",
+        "POST /internal/files/generate_upload_url"),
     "upload_input_file-put": Operation(
         lambda c, f: c.upload_input_file(f / "in.bin"), "s3://b/in", "PUT /storage/in", "nothing"),
     "upload_file": Operation(
-        lambda c, f: c.upload_file(f / "in.bin")["s3_url"], "s3://b/up", "POST /internal/files/upload"),
+        lambda c, f: c.upload_file(f / "in.bin")["s3_url"], "s3://b/up",
+        "POST /internal/files/upload"),
     "upload_temp_file": Operation(
-        lambda c, f: c.upload_temp_file(f / "in.bin")["s3_url"], "s3://b/up", "POST /internal/files/upload_temp"),
+        lambda c, f: c.upload_temp_file(f / "in.bin")["s3_url"], "s3://b/up",
+        "POST /internal/files/upload_temp"),
     "download_file": Operation(download, OBJECT, "GET /storage/out", "object"),
     "get_presigned_url": Operation(
         lambda c, f: c.get_presigned_url("s3://b/out").rpartition("?")[2],
         "signature=x", "GET /internal/files/download"),
-    "set_secret": Operation(lambda c, f: c.set_secret("p", "KEY", "s3cr3t"), None, "POST /v1/secrets", "nothing"),
-    "delete_secret": Operation(lambda c, f: c.delete_secret("p", "KEY"), None, "DELETE /v1/secrets/p/KEY", "nothing"),
-    "cleanup_temp_files": Operation(lambda c, f: c.cleanup_temp_files("s"), 3, "DELETE /internal/files/cleanup_temp"),
+    "set_secret": Operation(lambda c, f: c.set_secret("p", "KEY", "s3cr3t"), None,
+                            "POST /v1/secrets", "nothing"),
+    "delete_secret": Operation(lambda c, f: c.delete_secret("p", "KEY"), None,
+                               "DELETE /v1/secrets/p/KEY", "nothing"),
+    "cleanup_temp_files": Operation(lambda c, f: c.cleanup_temp_files("s"), 3,
+                                    "DELETE /internal/files/cleanup_temp"),
     "from_api_key": Operation(exchange, True, "POST /v1/auth/convert_to_internal_token"),
 }  # fmt: skip
 
@@ -9823,9 +10245,11 @@ FAULTS = {
     "hang-up-in-a-chunk": lost(lambda p, k: HangUp(unended(p, k)[:-9])),
     # Events have said that they are done.
     "no-last-chunk": Fault(lambda p, k: HangUp(unended(p, k)), LOST_ANSWER, {"events": FINE}),
-    **{f"chunks-{body!r:.30}": lost(lambda p, k, body=body: HangUp(unended(b"", k) + body)) for body in (
+    **{f"chunks-{body!r:.30}": lost(lambda p, k, body=body: HangUp(unended(b"", k) + body))
+       for body in (
         b"-5\r\nhello\r\n0\r\n\r\n", b"xyz\r\nhello\r\n0\r\n\r\n", b"\r\nhello\r\n0\r\n\r\n",
-        b"2\r\nhello\r\n0\r\n\r\n", b"fffffff\r\nhello\r\n0\r\n\r\n", b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n",
+        b"2\r\nhello\r\n0\r\n\r\n", b"fffffff\r\nhello\r\n0\r\n\r\n",
+        b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n",
         b"5\r\nhello\r\n0\r\nX-Su", b"5\r\nhello\r\n0")},
     "chunk-line-endless": lost(lambda p, k: endless(unended(b"", k) + b"5;", b"x" * 65536)),
     "status-line-garbage": lost(lambda p, k: HangUp(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")),
@@ -9833,24 +10257,31 @@ FAULTS = {
     "status-line-endless": lost(lambda p, k: endless(b"", b"H" * 65536)),
     "headers-endless": lost(lambda p, k: endless(OK, b"X-Filler: 1\r\n" * 1000)),
     "header-endless": lost(lambda p, k: endless(OK + b"X: ", b"x" * 65536)),
-    **{f"length-{length!r:.9}": lost(lambda p, k, length=length: HangUp(OK + b"Content-Length: %b\r\n\r\n" % length))
+    **{
+        f"length-{length!r:.9}": lost(
+            lambda p, k, length=length: HangUp(OK + b"Content-Length: %b\r\n\r\n" % length))
        for length in (b"-1", b"1x", b"9" * 5000)},
     "http-1.0": Fault(lambda p, k: HangUp(whole(p, k).replace(b"/1.1", b"/1.0")), FINE),
-    "http-1.0-without-length": Fault(lambda p, k: unframed(p, k, "1.0"), FINE, {"object": UNUSABLE}),
+    "http-1.0-without-length": Fault(lambda p, k: unframed(p, k, "1.0"), FINE,
+                                     {"object": UNUSABLE}),
     "http-1.1-without-length": Fault(lambda p, k: unframed(p, k), FINE, {"object": UNUSABLE}),
     "chunks": Fault(lambda p, k: chunked(p[:7], p[7:], content_type=k), FINE),
     "chunks-with-extensions-and-a-trailer": Fault(
-        lambda p, k: unended(b"", k) + b"00%X ; a=\"b;c\"\r\n%b\r\n000;last\r\nX-Sum: 1\r\n\r\n" % (len(p), p), FINE),
-    "connection-close": Fault(lambda p, k: HangUp(answer(body=p, Content_Type=k, Connection="close")), FINE),
+        lambda p, k: unended(b"", k)
+        + b"00%X ; a=\"b;c\"\r\n%b\r\n000;last\r\nX-Sum: 1\r\n\r\n" % (len(p), p), FINE),
+    "connection-close": Fault(lambda p, k: HangUp(answer(body=p, Content_Type=k,
+                                                         Connection="close")), FINE),
     "100-first": Fault(lambda p, k: b"HTTP/1.1 100 Continue\r\n\r\n" + whole(p, k), FINE),
     "many-interim-answers-first": Fault(lambda p, k: EARLY * 50 + whole(p, k), FINE),
     "interim-answers-without-end": lost(lambda p, k: endless(b"", EARLY * 1000)),
     "interim-answer-only": lost(lambda p, k: HangUp(EARLY)),
-    "204": Fault(lambda p, k: b"HTTP/1.1 204 No Content\r\n\r\n", Outcome(GatewayError, 204), {"nothing": FINE}),
+    "204": Fault(lambda p, k: b"HTTP/1.1 204 No Content\r\n\r\n", Outcome(GatewayError, 204),
+                 {"nothing": FINE}),
     "bytewise": Fault(bytewise, FINE),
     "answer-to-nothing-behind-it": Fault(lambda p, k: whole(p, k) + whole(b"!", k, 500), FINE),
     "silence-before-the-answer": Fault(lambda p, k: Pause(), TIMED_OUT, timeout=SHORT_SECONDS),
-    "silence-in-the-body": Fault(lambda p, k: Pause(whole(p, k)[: -len(p) // 2]), TIMED_OUT, timeout=SHORT_SECONDS),
+    "silence-in-the-body": Fault(lambda p, k: Pause(whole(p, k)[: -len(p) // 2]), TIMED_OUT,
+                                 timeout=SHORT_SECONDS),
     "429": Fault(lambda p, k: answer({"detail": "no"}, 429, Retry_After="0"),
                  Outcome(QuotaExceededError, 429), {"storage": Outcome(GatewayError, 429)}),
     "500": unavailable(500, repeated=False),
@@ -9858,11 +10289,13 @@ FAULTS = {
     "503": unavailable(503, repeated=True),
     "504": unavailable(504, repeated=True),
     "503-and-hang-up": Fault(
-        lambda p, k: HangUp(answer(status=503, body=b"busy")[:-2]), Outcome(ServiceUnavailableError, 503, True)),
+        lambda p, k: HangUp(answer(status=503, body=b"busy")[:-2]),
+        Outcome(ServiceUnavailableError, 503, True)),
     "503-retry-after-61": unavailable(503, repeated=False, Retry_After="61"),
     "503-retry-in-an-hour": unavailable(503, repeated=False, Retry_After=IN_AN_HOUR),
     "503-retry-after-nonsense": unavailable(503, repeated=True, Retry_After="soon, \xe4h"),
-    "307": Fault(lambda p, k: moved("/storage/elsewhere?sig=2", 307), Outcome(GatewayError, 307), {"object": FINE}),
+    "307": Fault(lambda p, k: moved("/storage/elsewhere?sig=2", 307), Outcome(GatewayError, 307),
+                 {"object": FINE}),
 }  # fmt: skip
 # Operations that read their answers in different ways meet every fault. The others share that code
 # with them, and meet one fault of each kind.
@@ -9881,7 +10314,8 @@ def fault_cells() -> Iterator[Any]:
     for name, operation in OPERATIONS.items():
         for label in FAULTS if name in DIFFERENT else ONE_OF_EACH_KIND:
             yield pytest.param(operation, FAULTS[label], True, id=f"{name}-{label}-once")
-    for name, label in itertools.product(("list_prefabs", "run", "download_file"), ONE_OF_EACH_KIND):
+    for name, label in itertools.product(("list_prefabs", "run", "download_file"),
+                                         ONE_OF_EACH_KIND):
         if FAULTS[label].outcome not in (FINE, TIMED_OUT):
             yield pytest.param(OPERATIONS[name], FAULTS[label], False, id=f"{name}-{label}-always")
 
@@ -9900,7 +10334,11 @@ def test_every_fault_ends_as_documented_and_the_client_works_on(
     outcome = fault.but.get("storage" if operation.storage else "", fault.outcome)
     outcome = fault.but.get(operation.reads, outcome)
     (tmp_path / "in.bin").write_bytes(b"x" * 3000)
-    with nothing_left(tmp_path), Routed(choose) as server, client_of(server, timeout=fault.timeout) as client:
+    with (
+        nothing_left(tmp_path),
+        Routed(choose) as server,
+        client_of(server, timeout=fault.timeout) as client,
+    ):
         if once:
             client.list_prefabs("warm")  # the fault meets a connection that is used again
         requests = operation.count
@@ -9977,7 +10415,8 @@ def test_without_a_connection_every_request_is_repeated_and_fails_if_that_is_not
     with Routed(lambda request: whole(*good(request, server.url))) as server:
         monkeypatch.setenv("http_proxy", f"http://{refusing}")
         with nothing_left(tmp_path), client_of(server, max_retries=0) as client:
-            with pytest.raises(ServiceUnavailableError, match=f"no connection to {server.url}") as caught:
+            with pytest.raises(ServiceUnavailableError,
+                               match=f"no connection to {server.url}") as caught:
                 operation.call(client, tmp_path)
             assert (type(caught.value), caught.value.status_code) == (ServiceUnavailableError, None)
             assert TOKEN not in str(caught.value)
@@ -9988,10 +10427,13 @@ def test_without_a_connection_every_request_is_repeated_and_fails_if_that_is_not
 
 @pytest.mark.parametrize(
     "act",
-    [lambda url, **options: run(GatewayClient(url, **options)), functools.partial(GatewayClient.from_api_key, "k")],
+    [lambda url, **options: run(GatewayClient(url, **options)),
+     functools.partial(GatewayClient.from_api_key, "k")],
     ids=["call", "exchange"],
 )
-@pytest.mark.parametrize("url", ["http://{refusing}/prefix", "http://host.invalid", "https://behind.the.proxy"])
+@pytest.mark.parametrize("url",
+                         ["http://{refusing}/prefix", "http://host.invalid",
+                          "https://behind.the.proxy"])
 def test_where_there_is_no_connection_base_url_is_named_and_a_call_too_is_sent_again(
     act: Any, url: str, refusing: str, delays: list[float], monkeypatch: Patch
 ) -> None:
@@ -10003,31 +10445,40 @@ def test_where_there_is_no_connection_base_url_is_named_and_a_call_too_is_sent_a
     assert len(delays) == 3 and caught.value.status_code is None
     assert url.replace("/prefix", "") in str(caught.value)
     assert re.search(r"\bbase_url\b", str(caught.value)) and "GATEWAY_BASE_URL" in str(caught.value)
-    assert [received.method for received in proxy.received] == ["CONNECT"] * (4 if "proxy" in url else 0)
+    assert [received.method for received in proxy.received] == ["CONNECT"] * (
+        4 if "proxy" in url else 0
+    )
 
 
 # --- Faults: answers that are not what they should be ---------------------------------------------
 
 WRONG_RUNS = [
-    "[]", "{}", '{"results": null}', '{"results": {}}', '{"results": []}', '{"results": [1]}', '{"results": [null]}',
+    "[]", "{}", '{"results": null}', '{"results": {}}', '{"results": []}', '{"results": [1]}',
+    '{"results": [null]}',
     '{"results": [[]]}', '{"results": [{}, {}]}', '{"results": "ab"}',
 ]
 WRONG_FIELDS = {
     "list_prefabs": [
-        "{}", '["\\ud800"]', '{"prefabs": []}', "[1]", "[null]", "[[]]", "[{}]", '[{"id": "p"}]', '[{"version": "1"}]',
+        "{}", '["\\ud800"]', '{"prefabs": []}', "[1]", "[null]", "[[]]", "[{}]", '[{"id": "p"}]',
+        '[{"version": "1"}]',
         '[{"id": 1, "version": "1"}]', '[{"id": "p", "version": null}]',
         '[{"id": "p", "version": 1}]', '[{"id": "p", "version": ["1"]}]',
     ],
     "run": WRONG_RUNS,
     "run-plain-stream": WRONG_RUNS,
     "run_batch": ["[]", '{"results": []}', '{"results": [null]}', '{"results": [{}, {}]}'],
-    "upload_input_file-url": ["[]", "{}", '{"upload_url": "http://h/"}', '{"upload_url": "http://h/", "s3_url": null}'],
+    "upload_input_file-url": ["[]", "{}", '{"upload_url": "http://h/"}',
+                              '{"upload_url": "http://h/", "s3_url": null}'],
     "upload_file": ["[]", "{}", '{"s3_url": null}', '{"s3_url": ["s3://b/k"]}'],
-    "get_presigned_url": ["[]", "{}", '{"presigned_url": null}', '{"presigned_url": {"url": "http://h/"}}'],
-    "cleanup_temp_files": ["[]", "{}", '{"deleted_count": null}', '{"deleted_count": "3"}', '{"deleted_count": 1.5}'],
+    "get_presigned_url": ["[]", "{}", '{"presigned_url": null}',
+                          '{"presigned_url": {"url": "http://h/"}}'],
+    "cleanup_temp_files": ["[]", "{}", '{"deleted_count": null}', '{"deleted_count": "3"}',
+                           '{"deleted_count": 1.5}'],
 }
 JSON_READERS = {
-    **OPERATIONS, "run-plain-stream": Operation(lambda c, f: c.run("p", "1", "f", stream=True), None, RUN_ROUTE)}
+    **OPERATIONS,
+    "run-plain-stream": Operation(lambda c, f: c.run("p", "1", "f", stream=True), None, RUN_ROUTE),
+}
 
 
 def wrong_bodies() -> Iterator[Any]:
@@ -10041,10 +10492,16 @@ def wrong_bodies() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "body"), list(wrong_bodies()))
-def test_an_answer_that_is_not_as_promised_is_a_plain_gateway_error(name: str, body: bytes, tmp_path: Path) -> None:
+def test_an_answer_that_is_not_as_promised_is_a_plain_gateway_error(
+    name: str, body: bytes, tmp_path: Path
+) -> None:
     operation = JSON_READERS[name]
     (tmp_path / "in.bin").write_bytes(b"x")
-    with nothing_left(tmp_path), Routed(lambda request: answer(body=body)) as server, client_of(server) as client:
+    with (
+        nothing_left(tmp_path),
+        Routed(lambda request: answer(body=body)) as server,
+        client_of(server) as client,
+    ):
         with pytest.raises(GatewayError) as caught:
             operation.call(client, tmp_path)
         assert len(server.received) == operation.count
@@ -10192,14 +10649,19 @@ def test_json_at_any_depth_gives_a_result_or_a_gateway_error() -> None:
                '{"results": [{"status": "SUCCESS", "output": {"output": {"message": %s}}}]}',
                'data: {"type": "error", "data": %s}\n\n')  # fmt: skip
     cases = [(shape, depth) for shape in shapes for depth in range(limit - 60, limit + 5, 3)]
-    cases += [(shape, limit - 60) for shape in written]  # once only: `str` takes a second for a list of such depth
+    # Once only: `str` takes a second for a list of such depth.
+    cases += [(shape, limit - 60) for shape in written]
     answers = []
     for shape, depth in cases:
         kind = STREAM if shape.startswith("data:") else "application/json"
-        answers += [whole((shape % ("[" * depth + "]" * depth)).encode(), kind, status) for status in (200, 200, 422)]
+        answers += [
+            whole((shape % ("[" * depth + "]" * depth)).encode(), kind, status)
+            for status in (200, 200, 422)
+        ]
     with Script(*answers) as server, client_of(server) as client:
         for _ in cases:
-            for act in (lambda: run(client).get_business_message(), client.list_prefabs, client.list_files):
+            for act in (lambda: run(client).get_business_message(), client.list_prefabs,
+                        client.list_files):
                 with contextlib.suppress(GatewayError):
                     act()
     assert len(server.received) == len(answers)
@@ -10209,12 +10671,17 @@ def test_json_at_any_depth_gives_a_result_or_a_gateway_error() -> None:
 
 
 def random_value(chance: random.Random, depth: int = 0) -> Any:
-    plain = [None, True, False, 0, -1, 2**70, 1.5, "", "x", "SUCCESS", "FAILED", "s3://b/k", "\ud800", "{0}", "ä\0\n",
+    plain = [None, True, False, 0, -1, 2**70, 1.5, "", "x", "SUCCESS", "FAILED", "s3://b/k",
+             "\ud800", "{0}", "ä\0\n",
              [], {}, "http://[", "//", "http://127.0.0.1:1/x", "9" * 50]
     if depth > 2 or chance.random() < 0.6:
         return chance.choice(plain)
     values = [random_value(chance, depth + 1) for _ in range(chance.randrange(4))]
-    return values if chance.random() < 0.5 else {chance.choice(["id", "message", "files", "x"]): v for v in values}
+    return (
+        values
+        if chance.random() < 0.5
+        else {chance.choice(["id", "message", "files", "x"]): v for v in values}
+    )
 
 
 def mutated(chance: random.Random, value: Any) -> Any:
@@ -10241,25 +10708,45 @@ def read_results(outcome: Any) -> None:
                     repr((result, getattr(result, name)()))
 
 
-ENVELOPE = {"status": "SUCCESS", "output": {"success": True, "message": "m"}, "files": {"out": [S3]}}
-RUN = {"job_id": "j", "results": [{"status": "SUCCESS", "output": ENVELOPE, "error": {"message": "m", "type": "t"}}]}
-ENTRY = {"id": "p", "version": "1.2.0", "name": "P", "tags": ["a"], "functions": [{"name": "f"}], "secrets": [{"a": 1}]}
+ENVELOPE = {
+    "status": "SUCCESS",
+    "output": {"success": True, "message": "m"},
+    "files": {"out": [S3]},
+}
+RUN = {
+    "job_id": "j",
+    "results": [{"status": "SUCCESS", "output": ENVELOPE, "error": {"message": "m", "type": "t"}}],
+}
+ENTRY = {"id": "p", "version": "1.2.0", "name": "P", "tags": ["a"], "functions": [{"name": "f"}],
+         "secrets": [{"a": 1}]}
 VALID: dict[str, Any] = {
-    "run": RUN, "stream": RUN, "batch": RUN, "single request": {"results": RUN["results"] * 2}, "directory": [ENTRY],
-    "newest spec": [ENTRY, {**ENTRY, "version": "1.10.0"}], "list files": {"files": [{"key": "k"}], "next_token": "t"},
-    "list secrets": {"secrets": [{"prefab_id": "p", "secret_name": "s"}]}, "clean up": {"deleted_count": 3},
-    "list a prefab's secrets": {"secret_names": ["s"]}, "presigned URL": {"presigned_url": "http://h/"},
+    "run": RUN, "stream": RUN, "batch": RUN, "single request": {"results": RUN["results"] * 2},
+    "directory": [ENTRY],
+    "newest spec": [ENTRY, {**ENTRY, "version": "1.10.0"}],
+    "list files": {"files": [{"key": "k"}], "next_token": "t"},
+    "list secrets": {"secrets": [{"prefab_id": "p", "secret_name": "s"}]},
+    "clean up": {"deleted_count": 3},
+    "list a prefab's secrets": {"secret_names": ["s"]},
+    "presigned URL": {"presigned_url": "http://h/"},
 }
 PROBLEM = {"error_code": "MISSING_SECRET", "message": "m", "details": {
-    "prefab_id": "p", "secret_name": "s", "instructions": "i", "limit": 1, "used": 2, "quota_type": "q"}}
-PROBLEMS = [{"detail": PROBLEM}, PROBLEM, {"detail": "text"}, {"detail": [{"loc": ["body", 0, "x"], "msg": "m"}]}]
+    "prefab_id": "p", "secret_name": "s", "instructions": "i", "limit": 1, "used": 2,
+    "quota_type": "q"}}
+PROBLEMS = [
+    {"detail": PROBLEM},
+    PROBLEM,
+    {"detail": "text"},
+    {"detail": [{"loc": ["body", 0, "x"], "msg": "m"}]},
+]
 
 
 def with_other_bytes(chance: random.Random, text: bytes) -> bytes:
     changed = bytearray(text)
     for _ in range(chance.randrange(1, 5)):
         place = chance.randrange(len(changed))
-        other = [chance.choice(b'\r\n \0:;0159af-"{}[]\xff\xe4') for _ in range(chance.randrange(3))]
+        other = [
+            chance.choice(b'\r\n \0:;0159af-"{}[]\xff\xe4') for _ in range(chance.randrange(3))
+        ]
         changed[place : place + chance.randrange(3)] = bytes(other)
     return bytes(changed)
 
@@ -10270,15 +10757,23 @@ def test_random_answers_give_a_result_or_a_gateway_error(name: str) -> None:
     chance = random.Random(f"{FUZZ_SEED} {name}")
     given: Answer = b""
     act = ENDPOINTS[name].act if name in ENDPOINTS else lambda c: c.get_prefab_spec("p")
-    with nothing_left(), Routed(lambda request: given) as server, client_of(server, max_retries=0) as client:
+    with (
+        nothing_left(),
+        Routed(lambda request: given) as server,
+        client_of(server, max_retries=0) as client,
+    ):
         for turn in range(FUZZ_COUNT):
             if turn % 3 == 0:
                 given = answer(mutated(chance, VALID[name]))
             elif turn % 3 == 1:
-                given = answer(mutated(chance, chance.choice(PROBLEMS)), chance.choice([301, *STATUS_CLASSES]))
+                given = answer(
+                    mutated(chance, chance.choice(PROBLEMS)), chance.choice([301, *STATUS_CLASSES])
+                )
             else:
                 text = json.dumps(VALID[name]).encode()
-                right = chance.choice([answer(body=text), chunked(text), chunked(EVENTS[:50], EVENTS[50:])])
+                right = chance.choice(
+                    [answer(body=text), chunked(text), chunked(EVENTS[:50], EVENTS[50:])]
+                )
                 given = HangUp(with_other_bytes(chance, right))
             try:
                 read_results(act(client))
@@ -10298,10 +10793,15 @@ def long_text(piece: str) -> str:
 
 def test_no_text_of_a_server_takes_long_to_read(tmp_path: Path) -> None:
     """In one process, which would take minutes if a text were looked through again and again."""
-    texts = ["\n ", " \r\n", " ", "\t", "http:", "https://a?", "'", "<", "&amp;", "%41", "Secret '' for prefab '"]
+    texts = ["\n ", " \r\n", " ", "\t", "http:", "https://a?", "'", "<", "&amp;", "%41",
+             "Secret '' for prefab '"]
     problems = ["a" + long_text(text) + "b" for text in texts]
-    problems += [long_text("Secret '")[:40_000] + "' for prefab '" * 1400, "Secret '" + long_text("' for prefab '")]
-    bodies = ["<Code></Code>", "<Code>", "<Code></Code> <Message>", "<Code>" + long_text("a"), "{", '{"a":', '"']
+    problems += [
+        long_text("Secret '")[:40_000] + "' for prefab '" * 1400,
+        "Secret '" + long_text("' for prefab '"),
+    ]
+    bodies = ["<Code></Code>", "<Code>", "<Code></Code> <Message>", "<Code>" + long_text("a"), "{",
+              '{"a":', '"']
     commands, answers = [], []
     for text in problems:
         commands.append(["list"])
@@ -10314,13 +10814,17 @@ def test_no_text_of_a_server_takes_long_to_read(tmp_path: Path) -> None:
     for value in ("1", "1.", "1 ", ".", "Mon, ", "1 Jan ", ":"):
         commands.append(["list"])
         answers.append(answer({"detail": "x"}, 429, Retry_After=value * (60_000 // len(value))))
-    versions = ["1" * LONG, long_text("1."), long_text("1a"), long_text("a-"), "v" * LONG, long_text(".")]
+    versions = ["1" * LONG, long_text("1."), long_text("1a"), long_text("a-"), "v" * LONG,
+                long_text(".")]
     commands.append(["spec", "p"])
     answers += [answer([{"id": "p", "version": version} for version in versions]), answer({})]
     download = ["download", S3, str(tmp_path / "f")]
     for location in ("/../", "/a", "%41", "?", "a.", "\xe4"):
         commands.append(download)
-        answers += [LINK, answer(status=302, Location="ftp://h/" + location * (60_000 // len(location)))]
+        answers += [
+            LINK,
+            answer(status=302, Location="ftp://h/" + location * (60_000 // len(location))),
+        ]
     for content_range in ("1", "bytes ", "-", "/1"):
         commands.append(download)
         value = "bytes 0-" + content_range * (60_000 // len(content_range))
@@ -10334,7 +10838,9 @@ def test_no_text_of_a_server_takes_long_to_read(tmp_path: Path) -> None:
             gateway_sdk.main(arguments)
     """
     with Script(*answers) as server:
-        done = python(code, json.dumps(commands), GATEWAY_BASE_URL=server.url, X_INTERNAL_TOKEN=TOKEN)
+        done = python(
+            code, json.dumps(commands), GATEWAY_BASE_URL=server.url, X_INTERNAL_TOKEN=TOKEN
+        )
     assert done.returncode == 0 and len(server.received) == len(answers)
 
 
@@ -10376,7 +10882,10 @@ class Ended(NamedTuple):
 
     def error(self, status: int = 1, out: str = "") -> str:
         """The one line that a command which failed has printed."""
-        assert (self.status, self.out, self.err.count("\n"), self.err[:7]) == (status, out, 1, "error: ")
+        assert self.status == status
+        assert self.out == out
+        assert self.err.count("\n") == 1
+        assert self.err[:7] == "error: "
         return self.err
 
 
@@ -10385,15 +10894,25 @@ def environment_for(server: Any, **more: str) -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     if server is None:
         return {**own, **more}
-    url, token = (server.url, TOKEN) if isinstance(server, Script) else (server.base_url, server.internal_token)
-    return {**own, "GATEWAY_BASE_URL": url, "X_INTERNAL_TOKEN": token, "PYTHONDONTWRITEBYTECODE": "1", **more}
+    url, token = (
+        (server.url, TOKEN)
+        if isinstance(server, Script)
+        else (server.base_url, server.internal_token)
+    )
+    return {**own, "GATEWAY_BASE_URL": url, "X_INTERNAL_TOKEN": token,
+            "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
 @contextlib.contextmanager
 def started(*arguments: Any, **options: Any) -> Iterator[Any]:
     """A Python process that warns of everything, and is killed if it does not end."""
     command = [sys.executable, "-X", "dev", "-W", "error", *map(str, arguments)]
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    options = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        **options,
+    }
     with subprocess.Popen(command, **options) as process:
         watchdog = threading.Timer(2 * WAIT_SECONDS, process.kill)
         watchdog.start()
@@ -10419,7 +10938,9 @@ def lone(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cli(gateway: LocalGateway, monkeypatch: Any, capsys: Any, tmp_path: Path) -> Callable[..., Ended]:
+def cli(
+    gateway: LocalGateway, monkeypatch: Any, capsys: Any, tmp_path: Path
+) -> Callable[..., Ended]:
     """Runs a command as an agent, in this process and in a folder with two small files.
 
     Given `replies`, it runs against a `Script` of these.
@@ -10453,14 +10974,22 @@ def shell(gateway: LocalGateway, tmp_path: Path) -> Callable[..., Ended]:
     folder = tmp_path / "programs"
     folder.mkdir()
     interpreter = f'"{sys.executable}"'
-    for name, command in (("python", interpreter), ("python3", interpreter), ("gateway-sdk", f'{interpreter} "{SDK}"')):
+    for name, command in (("python", interpreter), ("python3", interpreter),
+                          ("gateway-sdk", f'{interpreter} "{SDK}"')):
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / name).chmod(0o755)
     environment = environment_for(gateway, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
 
     def run(lines: str, cwd: Path = tmp_path) -> Ended:
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", lines], cwd=str(cwd), env=environment,
-                              capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", lines],
+            cwd=str(cwd),
+            env=environment,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+            check=False,
+        )
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         return Ended(done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -10501,7 +11030,10 @@ def on_terminal(act: Callable[[], Any], *streams: str, columns: int = 80) -> tup
     terminal = Terminal(columns)
     shown: list[str] = []
     reader = threading.Thread(target=lambda: shown.append(terminal.rest()))
-    with open(terminal.end, "w", encoding="utf-8") as stream, pytest.MonkeyPatch.context() as patched:
+    with (
+        open(terminal.end, "w", encoding="utf-8") as stream,
+        pytest.MonkeyPatch.context() as patched,
+    ):
         for name in streams:
             patched.setattr(sys, name, stream)
         reader.start()
@@ -10530,8 +11062,15 @@ def screen(shown: str) -> list[str]:
     return left
 
 
-def call_line(function: str = "echo", prefab_id: str = "text-tools", version: str = "1.1.0", **parameters: Any) -> str:
-    call = {"prefab_id": prefab_id, "version": version, "function_name": function, "parameters": parameters}
+def call_line(
+    function: str = "echo", prefab_id: str = "text-tools", version: str = "1.1.0", **parameters: Any
+) -> str:
+    call = {
+        "prefab_id": prefab_id,
+        "version": version,
+        "function_name": function,
+        "parameters": parameters,
+    }
     return json.dumps(call, ensure_ascii=False) + "\n"
 
 
@@ -10546,7 +11085,8 @@ def signature(key: str) -> str:
     ("run vault 1.0.0 sign -p text=t", None, "gateway-sdk secret set vault SIGNING_KEY"),
     ("run no-such 1 f", None, "gateway-sdk list"),
     ("run text-tools 1.1.0 no-such", None, "gateway-sdk spec PREFAB"),
-    ("ls", answer({"detail": {"error_code": "MISSING_AGENT_CONTEXT"}}, 400), "gateway-sdk upload --input"),
+    ("ls", answer({"detail": {"error_code": "MISSING_AGENT_CONTEXT"}}, 400),
+     "gateway-sdk upload --input"),
     ("download r.txt", None, "s3"),
     ("run a 1 f --timeout 0.05", Pause(), "--timeout"),
     ("list --base-url x", None, "--base-url"),
@@ -10567,15 +11107,18 @@ def test_names_of_files_are_told_as_they_are(cli: Any) -> None:
 
 
 @posix
-@pytest.mark.parametrize("name", ["a" * 200, "\u6587\u4ef6" * 40, "\u6587" + "a\u6587" * 60, "e\u0301" * 80,
-                                  "x\x1b[2J\ny"], ids=["ascii", "wide", "mixed", "combining", "control"])
+@pytest.mark.parametrize("name",
+                         ["a" * 200, "\u6587\u4ef6" * 40, "\u6587" + "a\u6587" * 60, "e\u0301" * 80,
+                                  "x\x1b[2J\ny"],
+                         ids=["ascii", "wide", "mixed", "combining", "control"])
 @pytest.mark.parametrize("columns", [40, 41, 80])
 def test_the_bar_takes_one_line_of_the_terminal(cli: Any, name: str, columns: int) -> None:
     Path(name).write_bytes(b"x" * 100_000)
     ended, shown = on_terminal(lambda: cli("upload", "--input", name), "stderr", columns=columns)
     assert ended.json
     assert shown.count("\n") == 1 and shown.endswith("\r\n")
-    drawn = [line for line in re.split("[\r\n]+", shown) if line.strip()]  # more than once where it takes its time
+    # More than once where it takes its time.
+    drawn = [line for line in re.split("[\r\n]+", shown) if line.strip()]
     for line in drawn:
         assert len(cells_of(line)) < columns
         assert line.isprintable() or "\u0301" in line
@@ -10585,7 +11128,8 @@ def test_the_bar_takes_one_line_of_the_terminal(cli: Any, name: str, columns: in
 
 @posix
 @pytest.mark.parametrize("line", [
-    "upload a.txt", "upload --input a.txt", "upload --temp a.txt", "download {url} copy.txt", "batch calls.jsonl",
+    "upload a.txt", "upload --input a.txt", "upload --temp a.txt", "download {url} copy.txt",
+    "batch calls.jsonl",
     "run file-tools 1.0.0 concatenate -f files=a.txt --save saved",
 ])
 def test_progress_is_shown_on_a_terminal_and_nowhere_else_unless_it_is_not_wanted(
@@ -10611,10 +11155,19 @@ def test_the_bar_is_gone_before_anything_else_is_shown(lone: Path, how: str) -> 
 
     piece = chunk(b"x" * 1000)
     end = send(b"0\r\n\r\n") if how == "ends" else lambda sock: sock.shutdown(2)
-    body = Steps((send(HEAD + piece), wait_until_the_bar_is_due, send(piece), lambda _: go_on.wait(WAIT_SECONDS), end))
+    body = Steps(
+        (
+            send(HEAD + piece),
+            wait_until_the_bar_is_due,
+            send(piece),
+            lambda _: go_on.wait(WAIT_SECONDS),
+            end,
+        )
+    )
     terminal = Terminal()
     with Script(link(), body, answer({"detail": "gone"}, 404)) as server, started(
-            lone, "download", "s3://b/o.bin", "o.bin", cwd=str(lone.parent), env=environment_for(server),
+            lone, "download", "s3://b/o.bin", "o.bin", cwd=str(lone.parent),
+            env=environment_for(server),
             stdout=terminal.end, stderr=terminal.end) as process:
         terminal.wait_for(b"o.bin")
         if how == "is interrupted":
@@ -10638,10 +11191,13 @@ def test_the_bar_is_gone_before_anything_else_is_shown(lone: Path, how: str) -> 
     ("run a 1 f", answer(body=NASTY.encode(), status=400)),
     ("run a 1 f --stream", chunked(event("error", {"message": NASTY}))),
     ("run a 1 f --stream", chunked(event("content", f"a\tb\n{NASTY}"), event("done"))),
-    ("run a 1 f", answer({"results": [{"status": "FAILED", "output": None, "error": {"message": NASTY}}]})),
+    ("run a 1 f",
+     answer({"results": [{"status": "FAILED", "output": None, "error": {"message": NASTY}}]})),
     ("run a 1 f", ran(NASTY)),
 ], ids=["message", "text", "event", "content", "result", "document"])
-def test_control_characters_of_a_gateway_do_not_reach_the_terminal(cli: Any, line: str, reply: bytes) -> None:
+def test_control_characters_of_a_gateway_do_not_reach_the_terminal(
+    cli: Any, line: str, reply: bytes
+) -> None:
     _, shown = on_terminal(lambda: cli(*line.split(), replies=[reply]), "stdout", "stderr")
     assert "pwned" in shown and "gnp" in shown
     assert {character for character in shown if not character.isprintable()} <= {"\r", "\n", "\t"}
@@ -10654,9 +11210,12 @@ def test_a_pipe_gets_the_contents_of_a_stream_as_they_are(cli: Any) -> None:
 
 
 @pytest.mark.parametrize("worst", [
-    " " * WORST_BYTES, "\n" * WORST_BYTES, " \n" * (WORST_BYTES // 2), "client.set_secret('" * (WORST_BYTES // 19),
-    "client.set_secret('" + "a" * WORST_BYTES, "client.get_prefab_spec('" + "a'" * (WORST_BYTES // 2),
-    "upload_input_file(" * (WORST_BYTES // 18), "upload_input_file(" + "a" * WORST_BYTES, "\x1b" * WORST_BYTES,
+    " " * WORST_BYTES, "\n" * WORST_BYTES, " \n" * (WORST_BYTES // 2),
+    "client.set_secret('" * (WORST_BYTES // 19),
+    "client.set_secret('" + "a" * WORST_BYTES,
+    "client.get_prefab_spec('" + "a'" * (WORST_BYTES // 2),
+    "upload_input_file(" * (WORST_BYTES // 18), "upload_input_file(" + "a" * WORST_BYTES,
+    "\x1b" * WORST_BYTES,
     "client.set_secret('a', 'b', " + "x" * WORST_BYTES, ":; " * (WORST_BYTES // 3),
 ], ids=lambda text: repr(text[:24]))
 def test_the_worst_message_takes_no_longer_than_it_is_long(cli: Any, worst: str) -> None:
@@ -10668,7 +11227,9 @@ def test_the_worst_message_takes_no_longer_than_it_is_long(cli: Any, worst: str)
         return time.process_time() - begun
 
     long = seconds(worst)
-    assert long < 0.05 or min(seconds(worst) for _ in range(3)) < 24 * seconds(worst[: len(worst) // 8])
+    assert long < 0.05 or min(seconds(worst) for _ in range(3)) < 24 * seconds(
+        worst[: len(worst) // 8]
+    )
 
 
 @posix
@@ -10681,7 +11242,9 @@ def test_a_terminal_gets_indented_json_but_lines_stay_lines(cli: Any) -> None:
     assert [json.loads(event)["type"] for event in events.splitlines()] == ["content", "done"]
 
 
-def test_a_locale_without_unicode_reads_utf_8_and_shows_escapes(gateway: LocalGateway, lone: Path) -> None:
+def test_a_locale_without_unicode_reads_utf_8_and_shows_escapes(
+    gateway: LocalGateway, lone: Path
+) -> None:
     def end(*arguments: str, stdin: bytes = b"") -> Ended:
         plain = environment_for(gateway, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
         ended = ended_python(lone, *arguments, stdin=stdin, env=plain, cwd=str(lone.parent))
@@ -10747,17 +11310,23 @@ def test_a_value_that_is_too_deep_to_be_indented_is_printed_all_the_same(cli: An
 
 
 @pytest.mark.parametrize(("text", "value"), [
-    ("3", 3), ("-1.5", -1.5), ("true", True), ("null", None), ("[1, 2]", [1, 2]), ('{"a": {}}', {"a": {}}),
-    ("text", "text"), ('"3"', "3"), ("", ""), ("a=b", "a=b"), ("two words", "two words"), ("中文", "中文"),
-    ("1.2.3", "1.2.3"), ("{not json", "{not json"), ("NaN", "NaN"), ("-Infinity", "-Infinity"), ("[NaN]", "[NaN]"),
+    ("3", 3), ("-1.5", -1.5), ("true", True), ("null", None), ("[1, 2]", [1, 2]),
+    ('{"a": {}}', {"a": {}}),
+    ("text", "text"), ('"3"', "3"), ("", ""), ("a=b", "a=b"), ("two words", "two words"),
+    ("中文", "中文"),
+    ("1.2.3", "1.2.3"), ("{not json", "{not json"), ("NaN", "NaN"), ("-Infinity", "-Infinity"),
+    ("[NaN]", "[NaN]"),
 ])
 def test_a_parameter_is_json_if_it_can_be_else_text(cli: Any, text: str, value: Any) -> None:
     assert cli(*ECHO, "-p", f"value={text}").value == value
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["plain", "byte order mark"])
-@pytest.mark.parametrize("data", ['{"value": "中"}', "@data.json", "-"], ids=["text", "file", "stdin"])
-def test_all_parameters_come_from_a_text_a_file_or_stdin_and_single_ones_win(cli: Any, data: str, bom: str) -> None:
+@pytest.mark.parametrize("data", ['{"value": "中"}', "@data.json", "-"],
+                         ids=["text", "file", "stdin"])
+def test_all_parameters_come_from_a_text_a_file_or_stdin_and_single_ones_win(
+    cli: Any, data: str, bom: str
+) -> None:
     given = f'{bom}{{"value": "中"}}'
     Path("data.json").write_text(given, encoding="utf-8")
     for more, value in (((), "中"), (("-p", "value=2"), 2), (("-p", "value=二"), "二")):
@@ -10822,9 +11391,12 @@ def test_a_file_or_stdin_in_another_encoding_is_read_by_its_byte_order_mark(cli:
     ("run a 1 f -d [1]", "-d must be a JSON object"),
     ("run a 1 f -d 1", "-d must be a JSON object"),
     *((f"run a 1 f -d {data}", "-d is not JSON")
-      for data in ("{broken", '{"value":NaN}', '{"value":[-Infinity]}', '{"value":1e999}', "[" * 100_000)),
+      for data in ("{broken", '{"value":NaN}', '{"value":[-Infinity]}', '{"value":1e999}',
+                   "[" * 100_000)),
 ], ids=lambda text: text[:40])
-def test_wrong_usage_is_told_and_nothing_is_sent(cli: Any, gateway: LocalGateway, line: str, told: str) -> None:
+def test_wrong_usage_is_told_and_nothing_is_sent(
+    cli: Any, gateway: LocalGateway, line: str, told: str
+) -> None:
     Path("latin-1.json").write_bytes(b'{"value": "\xe4"}')
     gateway.requests.clear()
     assert told in cli(*line.split(), stdin=call_line(value=1)).error(2)
@@ -10858,17 +11430,23 @@ def test_a_call_prints_its_result_as_one_document(cli: Any) -> None:
     assert "中" in ended.out
 
 
-def test_a_local_file_is_uploaded_as_an_input_before_the_call(cli: Any, gateway: LocalGateway) -> None:
+def test_a_local_file_is_uploaded_as_an_input_before_the_call(
+    cli: Any, gateway: LocalGateway
+) -> None:
     url = cli("upload", "--input", "a.txt").json["s3_url"]
     gateway.requests.clear()
-    ended = cli("run", "file-tools", "1.0.0", "line_count", "-f", "files=a.txt", "-f", f"files={url}")
+    ended = cli(
+        "run", "file-tools", "1.0.0", "line_count", "-f", "files=a.txt", "-f", f"files={url}"
+    )
     assert ended.value["lines"] == 4
     first, second, third = [(request.method, request.path) for request in gateway.requests]
     assert first == ("POST", "/internal/files/generate_upload_url")
     assert (second[0], third) == ("PUT", ("POST", "/v1/internal/run"))
 
 
-def test_output_files_are_saved_by_name_and_numbered_and_cost_no_result(cli: Any, gateway: LocalGateway) -> None:
+def test_output_files_are_saved_by_name_and_numbered_and_cost_no_result(
+    cli: Any, gateway: LocalGateway
+) -> None:
     def make(outputs: Path) -> None:
         for folder, name in (("a", "3-same.txt"), ("b", "same.txt"), ("c", "same.txt")):
             (outputs / folder).mkdir(exist_ok=True)
@@ -10923,8 +11501,12 @@ def test_a_stream_prints_its_contents_or_whole_events_as_json_lines(cli: Any) ->
     assert cli(*WORDS, "-p", "text=one 二 three", "--stream") == (0, "one 二 three\n", "")
     events = cli(*WORDS, "-p", "text=one 二 three", "--stream", "--json")
     contents = [event["data"] for event in events.lines if event["type"] == "content"]
-    assert (events.status, contents, events.lines[-1]["type"], events.err) == (0, ["one ", "二 ", "three"], "done", "")
-    assert cli(*ECHO, "-p", "value=1", "--stream", "--json").lines[-1]["type"] == "done"  # does not stream
+    assert events.status == 0
+    assert contents == ["one ", "二 ", "three"]
+    assert events.lines[-1]["type"] == "done"
+    assert events.err == ""
+    # Does not stream.
+    assert cli(*ECHO, "-p", "value=1", "--stream", "--json").lines[-1]["type"] == "done"
     reply = chunked(event("content", {"a": None}, step=1), event("done"))
     assert cli("run", "a", "1", "f", "--stream", replies=[reply]).out == '{"a": null}\n\n'
     assert cli("run", "a", "1", "f", "--stream", "--json", replies=[reply]).lines[0]["step"] == 1
@@ -10962,11 +11544,19 @@ def test_an_error_event_fails_the_command_after_its_output(cli: Any, more: list[
     assert not more or ended.lines[-1]["type"] == "error"
 
 
-def test_a_failed_call_fails_the_command_but_a_functions_own_failure_does_not(cli: Any, monkeypatch: Any) -> None:
+def test_a_failed_call_fails_the_command_but_a_functions_own_failure_does_not(
+    cli: Any, monkeypatch: Any
+) -> None:
     refused = cli("run", "faulty", "1.0.0", "refuse", "-p", "message=not today")
     assert [result["status"] for result in refused.lines] == ["FAILED"]
     assert refused.error(out=refused.out) == "error: FAILED: not today\n"
-    odd = cli("run", "a", "1", "f", replies=[answer({"results": [{"status": "FAILED", "error": {"code": 7}}]})])
+    odd = cli(
+        "run",
+        "a",
+        "1",
+        "f",
+        replies=[answer({"results": [{"status": "FAILED", "error": {"code": 7}}]})],
+    )
     assert "7" in odd.error(out=odd.out)
     assert cli("run", "faulty", "1.0.0", "fail").value["success"] is False  # it ran
     monkeypatch.setenv("COLUMNS", "200")
@@ -10975,7 +11565,10 @@ def test_a_failed_call_fails_the_command_but_a_functions_own_failure_does_not(cl
 
 @pytest.mark.parametrize("url", ["https://a/b", "s3://", "file.txt", "s3://b/\ud800", ""])
 def test_an_odd_url_of_the_gateway_is_its_fault_and_costs_no_result(cli: Any, url: str) -> None:
-    entry = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": None, "files": {"a": [url]}}}
+    entry = {
+        "status": "SUCCESS",
+        "output": {"status": "SUCCESS", "output": None, "files": {"a": [url]}},
+    }
     ended = cli("run", "a", "1", "f", "--save", "x", replies=[answer({"results": [entry]})])
     assert ended.lines[0]["status"] == "SUCCESS"
     ended.error(1, out=ended.out)
@@ -10994,21 +11587,29 @@ def test_an_odd_url_of_an_uploaded_input_is_the_gateways_fault(cli: Any) -> None
 
 
 @pytest.mark.parametrize("form", ["lines", "array", "indented"])
-@pytest.mark.parametrize("before", ["", "\ufeff", "\n "], ids=["plain", "byte order mark", "blank line"])
+@pytest.mark.parametrize("before", ["", "\ufeff", "\n "],
+                         ids=["plain", "byte order mark", "blank line"])
 def test_a_batch_prints_a_line_per_call_in_their_order(cli: Any, form: str, before: str) -> None:
-    texts = ["[0]", *map(str, range(1, 9)), "a\u2028b\u2029c\x85d 中文"]  # all of which JSON allows within a line
+    # All of which JSON allows within a line.
+    texts = ["[0]", *map(str, range(1, 9)), "a\u2028b\u2029c\x85d 中文"]
     lines = [call_line(value=text) for text in texts]
     given = before + "\n".join([*lines, "\n"])
     if form != "lines":
-        given = before + json.dumps([*map(json.loads, lines)], indent=2 if form == "indented" else None)
+        given = before + json.dumps(
+            [*map(json.loads, lines)], indent=2 if form == "indented" else None
+        )
     Path("calls.jsonl").write_text(given, encoding="utf-8")
     for source in ("calls.jsonl", "-"):
         ended = cli("batch", source, "--workers", "4", stdin=given)
         assert (ended.status, ended.err) == (0, "")
-        assert [(line["index"], line["output"]["output"]) for line in ended.lines] == [*enumerate(texts)]
+        assert [(line["index"], line["output"]["output"]) for line in ended.lines] == [
+            *enumerate(texts)
+        ]
 
 
-def test_a_batch_keeps_the_order_when_the_first_call_takes_longest(cli: Any, gateway: LocalGateway) -> None:
+def test_a_batch_keeps_the_order_when_the_first_call_takes_longest(
+    cli: Any, gateway: LocalGateway
+) -> None:
     third_began = threading.Event()
 
     def wait_if_first(number: int) -> int:
@@ -11020,7 +11621,11 @@ def test_a_batch_keeps_the_order_when_the_first_call_takes_longest(cli: Any, gat
 
     gateway.add_prefab("late", "1.0.0", {"f": wait_if_first})
     calls = "".join(call_line("f", "late", "1.0.0", number=number) for number in range(3))
-    assert [line["index"] for line in cli("batch", "-", "--workers", "2", stdin=calls).lines] == [0, 1, 2]
+    assert [line["index"] for line in cli("batch", "-", "--workers", "2", stdin=calls).lines] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_a_failed_call_of_a_batch_fails_the_command_and_costs_no_other_result(cli: Any) -> None:
@@ -11055,14 +11660,18 @@ def test_an_empty_batch_is_done(cli: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "told"), [
-    *((call_line() + line, "with index 1") for line in ("[1]", '"text"', '{"prefab_id": "a"}', '\n{"unknown": 1}')),
-    (call_line() + "not json", "Line 2"), (call_line() + "\n{", "Line 3"), (call_line(value=float("nan")), "Line 1"),
+    *((call_line() + line, "with index 1")
+      for line in ("[1]", '"text"', '{"prefab_id": "a"}', '\n{"unknown": 1}')),
+    (call_line() + "not json", "Line 2"), (call_line() + "\n{", "Line 3"),
+    (call_line(value=float("nan")), "Line 1"),
     (call_line() + '{"prefab_id": 1, "version": "1", "function_name": "f"}', "prefab_id"),
     ("[1]", "index 0"), ('[{"unknown": 1}]', "'unknown', which is no field"), ("[", "not JSON"),
     ('[{"prefab_id": "a", "version": "1"}]', "index 0 lacks 'function_name'"), ('[{"a": NaN}]', "not JSON"),
     ("[" * 100_000, "not JSON"),
 ], ids=lambda text: text[-30:])
-def test_a_bad_call_of_a_batch_is_named_and_nothing_is_sent(cli: Any, gateway: Any, text: str, told: str) -> None:
+def test_a_bad_call_of_a_batch_is_named_and_nothing_is_sent(
+    cli: Any, gateway: Any, text: str, told: str
+) -> None:
     gateway.requests.clear()
     assert told in cli("batch", "-", stdin=text).error(2)
     assert not gateway.requests
@@ -11073,7 +11682,9 @@ def test_a_bad_call_of_a_batch_is_named_and_nothing_is_sent(cli: Any, gateway: A
 
 def test_files_go_up_are_listed_and_come_down_again(cli: Any) -> None:
     kept = cli("upload", "a.txt").json
-    assert (kept["filename"], kept["size"], "/agent-outputs/" in kept["s3_url"]) == ("a.txt", 14, True)
+    assert kept["filename"] == "a.txt"
+    assert kept["size"] == 14
+    assert "/agent-outputs/" in kept["s3_url"]
     assert [made["filename"] for made in cli("upload", "a.txt", "b.txt").json] == ["a.txt", "b.txt"]
     broken_off = cli("upload", "a.txt", "no.txt")
     assert [made["filename"] for made in broken_off.lines[0]] == ["a.txt"]
@@ -11131,7 +11742,11 @@ def test_a_secret_is_read_from_stdin_and_never_printed(cli: Any) -> None:
         assert "priva" not in str(cli("secret", "set", "vault", "SIGNING_KEY", stdin=given).json)
         assert cli(*SIGN).value["signature"] == signature(secret)
     entry = {"prefab_id": "vault", "secret_name": "SIGNING_KEY"}
-    assert [cli("secret", "list", *more).json for more in ([], ["vault"], ["other"])] == [[entry], [entry], []]
+    assert [cli("secret", "list", *more).json for more in ([], ["vault"], ["other"])] == [
+        [entry],
+        [entry],
+        [],
+    ]
     assert cli("secret", "delete", "vault", "SIGNING_KEY").status == 0
     assert cli("secret", "list").json == []
     assert "SIGNING_KEY" in cli(*SIGN).error()
@@ -11144,7 +11759,8 @@ def test_a_secret_is_read_from_stdin_and_never_printed(cli: Any) -> None:
 def test_a_secret_is_asked_for_without_an_echo(
         client: GatewayClient, gateway: LocalGateway, lone: Path, typed: str) -> None:
     terminal = Terminal()
-    with started(lone, "secret", "set", "vault", "SIGNING_KEY", env=environment_for(gateway), stdin=terminal.end,
+    with started(lone, "secret", "set", "vault", "SIGNING_KEY", env=environment_for(gateway),
+                 stdin=terminal.end,
                  stderr=terminal.end, start_new_session=True) as process:
         gateway.requests.clear()
         terminal.wait_for(b"SIGNING_KEY")
@@ -11174,7 +11790,8 @@ def test_the_directory_and_a_specification_are_printed(cli: Any, gateway: LocalG
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "list", "spec", "batch", "upload", "download", "ls", "cleanup", "url", "secret"])
+    "command",
+    ["run", "list", "spec", "batch", "upload", "download", "ls", "cleanup", "url", "secret"])
 def test_every_command_has_help_with_an_example_that_works(
         cli: Any, client: GatewayClient, monkeypatch: Any, command: str) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -11225,11 +11842,13 @@ def test_global_options_are_taken(cli: Any, before: bool) -> None:
 
 
 @pytest.mark.parametrize(("name", "attribute", "header"), [
-    ("AGENT_BUILDER_API_KEY", "api_key", "x-internal-token"), ("GATEWAY_JWT_TOKEN", "jwt_token", "authorization"),
+    ("AGENT_BUILDER_API_KEY", "api_key", "x-internal-token"),
+    ("GATEWAY_JWT_TOKEN", "jwt_token", "authorization"),
     ("X_INTERNAL_TOKEN", "internal_token", "x-internal-token"), ("", "", ""),
 ])
 def test_the_credential_is_the_environments_and_two_are_wrong_usage(
-        cli: Any, gateway: LocalGateway, monkeypatch: Any, name: str, attribute: str, header: str) -> None:
+        cli: Any, gateway: LocalGateway, monkeypatch: Any, name: str, attribute: str,
+        header: str) -> None:
     if name not in ("", "X_INTERNAL_TOKEN"):
         monkeypatch.setenv(name, getattr(gateway, attribute))
         error = cli(*ECHO).error(2)
@@ -11242,7 +11861,9 @@ def test_the_credential_is_the_environments_and_two_are_wrong_usage(
     assert sent == ({header} if header else set())
 
 
-def test_the_debug_log_goes_to_stderr_without_credentials_and_control_characters(lone: Path) -> None:
+def test_the_debug_log_goes_to_stderr_without_credentials_and_control_characters(
+    lone: Path
+) -> None:
     with Script(answer({"detail": NASTY}, 503, Retry_After="0"), answer({})) as server:
         ended = ended_python(lone, "-v", "spec", "a", "1", env=environment_for(server))
     assert (ended.status, ended.out) == (0, "{}\n")
@@ -11252,9 +11873,12 @@ def test_the_debug_log_goes_to_stderr_without_credentials_and_control_characters
 
 
 @pytest.mark.parametrize(("line", "reason"), [
-    ("list --base-url http://127.0.0.1:{port}", "no connection to http://127.0.0.1:{port}"), ("upload no", "no"),
-    ("run no-such 1 f", "no-such"), ("run a 1 f -f files=no.txt", "no.txt"), ("run a 1 f -d @no.json", "no.json"),
-    ("spec no-such", "no-such"), ("spec text-tools 9.9.9", "text-tools"), ("batch no.jsonl", "no.jsonl"),
+    ("list --base-url http://127.0.0.1:{port}", "no connection to http://127.0.0.1:{port}"),
+    ("upload no", "no"),
+    ("run no-such 1 f", "no-such"), ("run a 1 f -f files=no.txt", "no.txt"),
+    ("run a 1 f -d @no.json", "no.json"),
+    ("spec no-such", "no-such"), ("spec text-tools 9.9.9", "text-tools"),
+    ("batch no.jsonl", "no.jsonl"),
     ("url s3://local/agent-outputs/nobody/nothing/f", "/internal/files/download"),
     ("download s3://local/agent-outputs/nobody/nothing/f f", "/internal/files/download"),
 ])
@@ -11264,13 +11888,16 @@ def test_what_fails_is_one_line_on_stderr(cli: Any, line: str, reason: str) -> N
     assert reason.format(port=port) in cli(*line.format(port=port).split()).error()
 
 
-PROBLEMS = [{"loc": ["body", "calls", number], "msg": f"bad {number}", "type": "x"} for number in range(2)]
+PROBLEMS = [
+    {"loc": ["body", "calls", number], "msg": f"bad {number}", "type": "x"} for number in range(2)
+]
 
 
 @pytest.mark.parametrize(("reply", "told"), [
     (answer({"detail": PROBLEMS}, 422), "422: body.calls.0: bad 0; body.calls.1: bad 1\n"),
     (answer({"detail": "first:\n second\n"}, 400), "first: second\n"),
-    *((answer(body=body), "GET /v1/prefabs") for body in (b"[", b"null", b'[{"id": 1}]', b"\xff", b"[" * 100_000)),
+    *((answer(body=body), "GET /v1/prefabs")
+      for body in (b"[", b"null", b'[{"id": 1}]', b"\xff", b"[" * 100_000)),
 ], ids=["several messages", "several lines", "cut", "null", "no version", "not UTF-8", "deep"])
 def test_an_odd_answer_is_one_line_and_no_wrong_usage(cli: Any, reply: bytes, told: str) -> None:
     assert told in cli("list", replies=[reply]).error(1)
@@ -11451,7 +12078,9 @@ def test_a_log_that_nobody_can_read_costs_no_result(lone: Path, target: str) -> 
 
 
 @posix
-def test_an_interrupted_batch_prints_the_results_that_it_has(lone: Path, gateway: LocalGateway) -> None:
+def test_an_interrupted_batch_prints_the_results_that_it_has(
+    lone: Path, gateway: LocalGateway
+) -> None:
     closing, terminal = threading.Event(), Terminal()
 
     def wait_longer_if_first(number: int) -> int:
@@ -11459,7 +12088,9 @@ def test_an_interrupted_batch_prints_the_results_that_it_has(lone: Path, gateway
         return number
 
     gateway.add_prefab("patient", "1.0.0", {"f": wait_longer_if_first})
-    (lone.parent / "calls").write_text("".join(call_line("f", "patient", "1.0.0", number=n) for n in range(2)))
+    (lone.parent / "calls").write_text(
+        "".join(call_line("f", "patient", "1.0.0", number=n) for n in range(2))
+    )
     with started(lone, "batch", "calls", cwd=str(lone.parent), env=environment_for(gateway),
                  stderr=terminal.end) as process:
         terminal.wait_for(b"1 of 2 calls")
@@ -11472,13 +12103,15 @@ def test_an_interrupted_batch_prints_the_results_that_it_has(lone: Path, gateway
 
 @posix
 @pytest.mark.parametrize(("line", "reply"), [
-    ("run a 1 f --stream", chunked(event("content", "more\n"), event("done"))), ("batch calls.jsonl", ran()),
+    ("run a 1 f --stream", chunked(event("content", "more\n"), event("done"))),
+    ("batch calls.jsonl", ran()),
 ], ids=["stream", "batch"])
 def test_a_reader_that_has_seen_enough_is_no_error(lone: Path, line: str, reply: bytes) -> None:
     closed = threading.Event()
     late = Steps((lambda _: closed.wait(WAIT_SECONDS), send(reply)))
     with Script(*[late] * 9) as server, \
-            started(lone, *line.split(), cwd=str(lone.parent), env=environment_for(server)) as process:
+            started(lone, *line.split(), cwd=str(lone.parent),
+                    env=environment_for(server)) as process:
         server.wait_until(lambda: server.received)
         process.stdout.close()
         closed.set()
@@ -11491,7 +12124,9 @@ def test_a_reader_that_has_seen_enough_is_no_error(lone: Path, line: str, reply:
     ("secret set vault K <&-", (1, 2)), ("run >&- 2>&-", (2,)), ("run 2> /dev/full", (2,)), ("--help | true", (0,)),
     ("run --help > /dev/full", (0,)),
 ])
-def test_a_closed_or_full_stream_is_no_traceback(cli: Any, shell: Any, line: str, statuses: Any) -> None:
+def test_a_closed_or_full_stream_is_no_traceback(
+    cli: Any, shell: Any, line: str, statuses: Any
+) -> None:
     if "/dev/full" in line and not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     ended = shell(f"gateway-sdk {line}")
@@ -11566,7 +12201,8 @@ def blocks_of(name: str) -> list[tuple[str, str, int]]:
 
 
 def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, caplog: Any) -> None:
-    caplog.set_level(logging.NOTSET, "gateway_sdk")  # which is undone at the end, whatever a block sets
+    # Which is undone at the end, whatever a block sets.
+    caplog.set_level(logging.NOTSET, "gateway_sdk")
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for language, code, line in blocks_of("README.md"):
         if language == "python":
@@ -11579,13 +12215,18 @@ def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, capl
     assert "'words': 2" in out
     assert not re.search("fail", out + err, re.I)
     assert (namespace["batch"].all_success(), namespace["result"].is_success()) == (True, True)
-    left = {path.name for path in Path().iterdir()} - {"a.txt", "b.txt", "programs"}  # those are the fixtures'
-    assert left <= {line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()}
+    # Those are the fixtures'.
+    left = {path.name for path in Path().iterdir()} - {"a.txt", "b.txt", "programs"}
+    assert left <= {
+        line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    }
 
 
 def test_the_readmes_have_the_same_code_apart_from_comments() -> None:
     def without_comments(language: str, code: str, _: int) -> str:
-        return ast.dump(ast.parse(code)) if language == "python" else re.sub(r"(?<!\S)#.*", "", code)
+        return (
+            ast.dump(ast.parse(code)) if language == "python" else re.sub(r"(?<!\S)#.*", "", code)
+        )
 
     english, chinese = ([without_comments(*block) for block in blocks_of(name)] for name in READMES)
     assert english == chinese
@@ -11601,8 +12242,14 @@ def test_the_public_names_are_those_of_the_contract_and_documented() -> None:
     assert all(hasattr(gateway_sdk, name) for name in PUBLIC)
     tops = [node for node in TREE.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     assert {node.name for node in tops if not node.name.startswith("_")} <= PUBLIC | {"main"}
-    methods = [node for top in tops if top.name in PUBLIC for node in top.body if isinstance(node, ast.FunctionDef)
-               and not any(getattr(decorator, "id", "") == "overload" for decorator in node.decorator_list)]
+    methods = [
+        node
+        for top in tops
+        if top.name in PUBLIC
+        for node in top.body
+        if isinstance(node, ast.FunctionDef)
+        and not any(getattr(decorator, "id", "") == "overload" for decorator in node.decorator_list)
+    ]
     public = [node for node in tops + methods if not node.name.startswith("_")]
     assert len(public) > 50
     assert [node.name for node in public if not ast.get_docstring(node)] == []
@@ -11612,13 +12259,22 @@ def test_no_name_of_the_module_is_used_above_its_definition() -> None:
     defined: dict[Any, int] = {}
     for node in TREE.body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
-        for name in (getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)):
+        for name in (getattr(node, "name", None),
+                     *(getattr(target, "id", None) for target in targets)):
             defined.setdefault(name, node.lineno)
     assert {"GatewayClient", "main", "DEFAULT_BASE_URL"} <= set(defined)
-    hints = [getattr(node, field, None) for node in ast.walk(TREE) for field in ("annotation", "returns")]
+    hints = [
+        getattr(node, field, None) for node in ast.walk(TREE) for field in ("annotation", "returns")
+    ]
     hinted = {id(part) for hint in hints if hint for part in ast.walk(hint)}
-    used = [(node.id, node.lineno) for top in TREE.body for node in ast.walk(top)
-            if isinstance(node, ast.Name) and id(node) not in hinted and defined.get(node.id, 0) > top.lineno]
+    used = [
+        (node.id, node.lineno)
+        for top in TREE.body
+        for node in ast.walk(top)
+        if isinstance(node, ast.Name)
+        and id(node) not in hinted
+        and defined.get(node.id, 0) > top.lineno
+    ]
     assert used == []
 
 
@@ -11632,7 +12288,12 @@ def test_the_module_keeps_the_limits_that_contributing_names() -> None:
 
 def test_every_section_of_the_module_is_in_the_picture_of_contributing() -> None:
     sections = re.findall("^# --- (.+?) -+$", SDK.read_text(encoding="utf-8"), re.M)
-    picture = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("```text")[2].partition("```")[0]
+    picture = (
+        (ROOT / "CONTRIBUTING.md")
+        .read_text(encoding="utf-8")
+        .partition("```text")[2]
+        .partition("```")[0]
+    )
     assert [name for name in sections if name.lower() not in picture] == []
     assert len(sections) > 10
 
@@ -11644,9 +12305,14 @@ def imported_names() -> set[str]:
     return names | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="Python 3.9 does not say what its standard library is")
+@pytest.mark.skipif(sys.version_info < (3, 10),
+                    reason="Python 3.9 does not say what its standard library is")
 def test_only_the_standard_library_is_imported() -> None:
-    assert {"json"} < {name.partition(".")[0] for name in imported_names()} <= set(sys.stdlib_module_names)
+    assert (
+        {"json"}
+        < {name.partition(".")[0] for name in imported_names()}
+        <= set(sys.stdlib_module_names)
+    )
 
 
 # --- Everywhere -----------------------------------------------------------------------------------
@@ -11660,17 +12326,25 @@ with gateway_sdk.GatewayClient.from_env() as client:
 PRINTED = "1\nTrue\n"
 
 
-@pytest.mark.parametrize("way", ["-I -S FILE", "-OO FILE", "-bb -E -s FILE", "-X dev -W error FILE", "-m gateway_sdk"])
-def test_it_runs_in_any_way_and_needs_nothing_of_the_environment(gateway: LocalGateway, lone: Path, way: str) -> None:
+@pytest.mark.parametrize("way",
+                         ["-I -S FILE", "-OO FILE", "-bb -E -s FILE", "-X dev -W error FILE",
+                          "-m gateway_sdk"])
+def test_it_runs_in_any_way_and_needs_nothing_of_the_environment(
+    gateway: LocalGateway, lone: Path, way: str
+) -> None:
     needed = {"GATEWAY_BASE_URL", "X_INTERNAL_TOKEN", "SYSTEMROOT"}  # no HOME, no PATH
     little = {name: value for name, value in environment_for(gateway).items() if name in needed}
-    command = [sys.executable, "-B", *way.replace("FILE", lone.name).split(), *ECHO, "-d", '{"value": 1}']
-    done = subprocess.run(command, cwd=str(lone.parent), env=little, capture_output=True, encoding="utf-8", timeout=60)
+    command = [sys.executable, "-B", *way.replace("FILE", lone.name).split(), *ECHO, "-d",
+               '{"value": 1}']
+    done = subprocess.run(
+        command, cwd=str(lone.parent), env=little, capture_output=True, encoding="utf-8", timeout=60
+    )
     assert Ended(done.returncode, done.stdout, done.stderr).value == 1
 
 
 @pytest.mark.parametrize(("name", "place"), [
-    ("gateway_sdk", "all.zip"), ("mypkg.inner.gateway_sdk", "."), ("imported_by_it.gateway_sdk", "."),
+    ("gateway_sdk", "all.zip"), ("mypkg.inner.gateway_sdk", "."),
+    ("imported_by_it.gateway_sdk", "."),
 ])
 def test_it_works_from_an_archive_and_vendored_in_a_package(
         gateway: LocalGateway, tmp_path: Path, name: str, place: str) -> None:
@@ -11681,7 +12355,9 @@ def test_it_works_from_an_archive_and_vendored_in_a_package(
             archive.write(SDK, "gateway_sdk.py")
     else:
         shutil.copy(str(SDK), str(package))
-        (package / "__init__.py").write_text("from .gateway_sdk import *" if "imported" in name else "")
+        (package / "__init__.py").write_text(
+            "from .gateway_sdk import *" if "imported" in name else ""
+        )
     code = f"""import pickle
 from {name}.exceptions import GatewayError
 from {name}.models import PrefabCall
@@ -11694,7 +12370,9 @@ assert {str(tmp_path)!r} in gateway_sdk.__file__
     assert ended_python("-c", code, env=environment, cwd=str(tmp_path)) == (0, PRINTED, "")
 
 
-def test_without_ssl_http_works_and_https_is_a_clear_error(gateway: LocalGateway, lone: Path) -> None:
+def test_without_ssl_http_works_and_https_is_a_clear_error(
+    gateway: LocalGateway, lone: Path
+) -> None:
     code = f"""import sys
 sys.modules["ssl"] = sys.modules["_ssl"] = None  # which makes an import of it fail
 import gateway_sdk
@@ -11708,7 +12386,9 @@ except gateway_sdk.GatewayError as error:
 
 
 @posix
-def test_an_unprivileged_user_can_use_it_from_a_folder_that_is_read_only(gateway: LocalGateway) -> None:
+def test_an_unprivileged_user_can_use_it_from_a_folder_that_is_read_only(
+    gateway: LocalGateway
+) -> None:
     code = f"""import importlib, os, sys
 for name in {sorted(imported_names() | {"encodings.idna", "encodings.utf_8_sig", "locale"})}:
     importlib.import_module(name)  # as Python itself may lie in root's home

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["fastapi>=0.118", "uvicorn"]
+# ///
 """An agent as a web service: FastAPI in front, prefabs behind, on behalf of whoever calls it.
 
     pip install "fastapi>=0.118" uvicorn

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     def results(client: GatewayClient, stream: bool) -> None:
         assert_type(client.run("p", "1", "f"), PrefabResult)
         assert_type(client.run("p", "1", "f", {}, None, False), PrefabResult)
-        assert_type(client.run("p", "1", "f", {"a": 1}, {"in": ["s3://b/k"]}, stream=True), EventStream)
+        assert_type(
+            client.run("p", "1", "f", {"a": 1}, {"in": ["s3://b/k"]}, stream=True), EventStream
+        )
         assert_type(client.run("p", "1", "f", {}, None, True), EventStream)
         assert_type(client.run("p", "1", "f", stream=stream), PrefabResult | EventStream)
         assert_type(client.run_batch([PrefabCall("p", "1", "f", {})]), BatchResult)

@@ -131,7 +131,8 @@ class Relay:
             self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:
             self.client.shutdown(socket.SHUT_WR)
-        time.sleep(0.05)  # to close at once could turn FIN into RST, and RST discards what was not yet acknowledged
+        # To close at once could turn FIN into RST, and RST discards what was not yet acknowledged.
+        time.sleep(0.05)
         return False
 
     def _note(self, data: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -29,13 +30,17 @@ EXPECTED_LINES = {
         r"missing secret: SIGNING_KEY\. .+", "signed: [0-9a-f]{64}",
     ],
     "streaming": [
-        "So much depends upon a red wheel barrow glazed with rain water", "complete: 12 pieces", "found 'red': .*",
-        "start", r"content: streaming\.py has [\d,]+ bytes", "progress: 1 of 2", "progress: 2 of 2", "done",
+        "So much depends upon a red wheel barrow glazed with rain water", "complete: 12 pieces",
+        "found 'red': .*",
+        "start", r"content: streaming\.py has [\d,]+ bytes", "progress: 1 of 2", "progress: 2 of 2",
+        "done",
         "error: RuntimeError: stumbled",
     ],
     "file_operations": [
-        r"kept: first\.txt, 1,700,000 bytes", "listed: True", "shared: http://[^?]* - the same bytes: True",
-        "temporary files: 2", r".*100%", r"downloaded: both\.txt, 3,400,000 bytes", "temporary files afterwards: 0",
+        r"kept: first\.txt, 1,700,000 bytes", "listed: True",
+        "shared: http://[^?]* - the same bytes: True",
+        "temporary files: 2", r".*100%", r"downloaded: both\.txt, 3,400,000 bytes",
+        "temporary files afterwards: 0",
     ],
     "third_party": [
         "checksum: [0-9a-f]{64}", "lines of the output file: 1", "output file: s3://.*",
@@ -57,8 +62,10 @@ def environment_of_example(name: str, gateway: LocalGateway) -> dict[str, str]:
 
 @pytest.mark.parametrize(("example", "runs_already"), [
     *((name, True) for name in EXPECTED_LINES if name != "distributed_batch"),
-    pytest.param("distributed_batch", True, marks=cpython_only),  # PyPy 7.3.11 has a process pool that cannot start
-    ("file_operations", False), ("third_party", False),  # with a gateway of their own, each for another credential
+    # PyPy 7.3.11 has a process pool that cannot start.
+    pytest.param("distributed_batch", True, marks=cpython_only),
+    # With a gateway of their own, each for another credential.
+    ("file_operations", False), ("third_party", False),
 ])
 def test_an_example_shows_what_it_promises(
         example: str, runs_already: bool, gateway: LocalGateway, tmp_path: Path) -> None:
@@ -69,7 +76,9 @@ def test_an_example_shows_what_it_promises(
     if runs_already:
         environment.update(environment_of_example(example, gateway))
     command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{example}.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" or example == "distributed_batch"  # Dask has warnings of its own
     assert list(tmp_path.iterdir()) == []
@@ -83,14 +92,30 @@ def test_an_example_shows_what_it_promises(
 
 
 @pytest.mark.parametrize("example", EXPECTED_LINES)
-def test_an_example_fails_loudly(example: str, gateway: LocalGateway, monkeypatch: Any, tmp_path: Path) -> None:
+def test_an_example_fails_loudly(
+    example: str, gateway: LocalGateway, monkeypatch: Any, tmp_path: Path
+) -> None:
     monkeypatch.setattr(gateway, "quota", 0)
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
     for name, value in environment_of_example(example, gateway).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises((GatewayError, SystemExit), match="quota"), concurrent.futures.ThreadPoolExecutor(1) as pool:
-        if example == "distributed_batch":  # a pool of processes takes its time, and fails no louder
+    with (
+        pytest.raises((GatewayError, SystemExit), match="quota"),
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        # A pool of processes takes its time, and fails no louder.
+        if example == "distributed_batch":
             importlib.import_module(example).count_words(GatewayClient.from_env(), pool, "a thread")
         else:
             runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize(("name", "packages"), [
+    ("mcp_server.py", ["mcp"]), ("fastapi_agent.py", ["fastapi", "uvicorn"]), ("distributed_batch.py", ["dask"])])
+def test_an_example_with_packages_names_them_for_uv_run(name: str, packages: list[str]) -> None:
+    text = (EXAMPLES / name).read_text(encoding="utf-8")
+    (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", text, re.M)  # as PEP 723 has it
+    lines = dict(line[2:].split(" = ") for line in block.splitlines())
+    assert list(lines) == ["requires-python", "dependencies"]
+    assert [re.match(r"[a-z]+", need)[0] for need in json.loads(lines["dependencies"])] == packages

@@ -39,7 +39,8 @@ from test_gateway_sdk import (
 )
 
 needs_fastapi = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))), reason="needs fastapi and uvicorn"
+    not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))),
+    reason="needs fastapi and uvicorn",
 )
 
 
@@ -63,7 +64,9 @@ class Agent:
                 break
         else:
             raise AssertionError("".join(self.log))
-        self._reader = threading.Thread(target=self.log.extend, args=[self.process.stdout], daemon=True)
+        self._reader = threading.Thread(
+            target=self.log.extend, args=[self.process.stdout], daemon=True
+        )
         self._reader.start()
         return self
 
@@ -74,14 +77,18 @@ class Agent:
         self.process.stdout.close()
 
     @contextlib.contextmanager
-    def post(self, path: str, content: Any, token: str | None = None) -> Iterator[http.client.HTTPResponse]:
+    def post(
+        self, path: str, content: Any, token: str | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
         """An answer; the connection is closed at the end, read to its end or not."""
         token = getattr(self.gateway, "internal_token", TOKEN) if token is None else token
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         headers = {"Content-Type": "application/json", "X-Internal-Token": token}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_SECONDS)
         with contextlib.closing(connection):
-            connection.request("POST", path, body, {name: value for name, value in headers.items() if value})
+            connection.request(
+                "POST", path, body, {name: value for name, value in headers.items() if value}
+            )
             with connection.getresponse() as response:
                 yield response
 
@@ -197,7 +204,8 @@ def test_the_agent_cleans_up_after_a_stream_and_after_a_refusal(agent: Agent) ->
     (None, None, "/statistics", 502, "PrefabNotFoundError"),
 ])
 def test_the_agent_answers_errors_with_a_fitting_status(
-        agent: Agent, monkeypatch: Any, function: Any, token: str | None, path: str, status: int, error: str | None
+        agent: Agent, monkeypatch: Any, function: Any, token: str | None, path: str, status: int,
+        error: str | None
 ) -> None:
     if function == "over the quota":
         monkeypatch.setattr(agent.gateway, "quota", 0)
@@ -216,7 +224,8 @@ def test_the_agent_answers_errors_with_a_fitting_status(
 def test_the_agent_tells_a_timeout_from_other_faults() -> None:
     import fastapi_agent
 
-    for error, status in ((GatewayTimeoutError("late"), 504), (ServiceUnavailableError("down"), 503)):
+    for error, status in ((GatewayTimeoutError("late"), 504),
+                          (ServiceUnavailableError("down"), 503)):
         request: Any = None  # which it does not look at
         assert asyncio.run(fastapi_agent.answer_error(request, error)).status_code == status
 
@@ -241,5 +250,6 @@ def test_the_agent_logs_no_tokens_and_no_tracebacks(agent: Agent) -> None:
         assert response.status == 401
     wait_for(lambda: sum("401 Unauthorized" in line for line in agent.log))
     log = "".join(agent.log)
-    for unwanted in (agent.gateway.internal_token, "not-to-be-logged", "Traceback", "Warning", "never retrieved"):
+    for unwanted in (agent.gateway.internal_token, "not-to-be-logged", "Traceback", "Warning",
+                     "never retrieved"):
         assert unwanted not in log, log
