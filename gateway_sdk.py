@@ -871,8 +871,7 @@ def _shown(value: Any) -> str:
 def _check_text(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, str) or not value:
-            problem = f"must be a string that is not empty, not {_shown(value)}"
-            raise ValidationError(f"{name} {problem}.")
+            raise ValidationError(f"{name} must be a text that is not empty, not {_shown(value)}.")
 
 
 _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fullmatch
@@ -881,10 +880,8 @@ _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fu
 def _check_header_value(name: str, value: _Secret) -> None:
     """Raises if no header can carry the value. The error does not show it."""
     if not isinstance(value.reveal(), str) or not _is_header_value(value.reveal()):
-        raise ValidationError(
-            f"{name} must be a string that is not empty,"
-            " and have only printable ASCII or Latin-1 characters."
-        )
+        kind = "a string of printable ASCII or Latin-1 characters that is not empty"
+        raise ValidationError(f"{name} must be {kind}.")
 
 
 def _is_number(value: Any, *kinds: type) -> bool:
@@ -913,32 +910,31 @@ def _is_s3_url(url: Any) -> bool:
     return isinstance(url, str) and bool(re.match("s3://.", url))
 
 
+def _no_url_error(problem: str, source: str, command: str) -> GatewayError:
+    """The error for what should be an s3:// URL, with what gives one: in Python, and in the shell."""
+    advice = _Advice(f"{problem}: {source} gives one.", f"{problem}: `{command}` gives one.")
+    return ValidationError._create("", {}, advice)
+
+
 def _check_s3_url(name: str, url: Any, source: str) -> None:
     # It may be a presigned one, given by mistake.
     url = _Secret(url)
     if not _is_s3_url(url.reveal()):
-        problem = f"{name} must be an s3:// URL, not {_shown(url.reveal())}."
-        advice = _Advice(f"{source} gives one.", "`gateway-sdk ls` lists those of your files.")
-        raise ValidationError._create(problem, {}, advice)
+        problem = f"{name} must be an s3:// URL, not {_shown(url.reveal())}"
+        raise _no_url_error(problem, source, "gateway-sdk ls")
 
 
 def _files_problem(files: Any) -> str:
     """What is wrong with the files of a call; empty if nothing is."""
     if not isinstance(files, dict):
-        return f"files must be a dict, not {_shown(files)}."
+        return f"files must be a dict, not {_shown(files)}"
     for name, urls in files.items():
         if not isinstance(urls, (list, tuple)):
-            return f"files[{_shown(name)}] must be a list, not {_shown(urls)}."
+            return f"files[{_shown(name)}] must be a list of s3:// URLs, not {_shown(urls)}"
         for url in urls:
             if not _is_s3_url(url):
-                return f"each of files[{_shown(name)}] must be an s3:// URL, not {_shown(url)}."
+                return f"each of files[{_shown(name)}] must be an s3:// URL, not {_shown(url)}"
     return ""
-
-
-_FILES_ADVICE = _Advice(
-    "[client.upload_input_file(path)] is such a list.",
-    "`gateway-sdk upload --input PATH` uploads a file, and prints its URL.",
-)
 
 
 def _check_call(call: Any, where: str = "") -> None:
@@ -952,7 +948,8 @@ def _check_call(call: Any, where: str = "") -> None:
         raise ValidationError(f"{where}parameters must be a dict, not {_shown(call.parameters)}.")
     problem = "" if call.files is None else _files_problem(call.files)
     if problem:
-        raise ValidationError._create(f"{where}{problem}", {}, _FILES_ADVICE)
+        source = "client.upload_input_file(path)"
+        raise _no_url_error(f"{where}{problem}", source, "gateway-sdk upload --input PATH")
 
 
 def _segments(*names: Any) -> str:
@@ -1011,38 +1008,46 @@ _CREDENTIAL_KINDS = {
 }
 # What only the SDK can say of a message that it frames itself, and to whom it says it.
 _OWN_HEADERS = frozenset(
-    (
-        "accept-encoding connection content-encoding content-length content-type expect host if-range"
-        " keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding upgrade"
-    ).split()
+    "accept-encoding connection content-encoding content-length content-type expect host if-range "
+    "keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding "
+    "upgrade".split()
 )
 _is_token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 
 
-def _split_url(url: str) -> tuple[str, str]:
-    """Origin (RFC 6454), such as `https://host:8443`, and request target of an http(s) URL.
-
-    A `ValueError` says what is wrong with it, but does not show it, as it may be a secret.
-    """
+def _parse_url(url: Any) -> tuple[str, str, str]:
+    """Origin and target of an http(s) URL, and what is wrong with it."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
         if ":" not in host:
             host = host.encode("idna").decode()
     except (ValueError, AttributeError, TypeError):
-        raise ValueError("is not a URL") from None
+        return "", "", "is not a URL"
     if parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", host):
-        raise ValueError("is not an http:// or https:// URL")
+        return "", "", "is not an http:// or https:// URL"
     if "@" in parts.netloc:
-        raise ValueError("must not contain a user name")
+        return "", "", "must not contain a user name"
     if port == 0:
-        raise ValueError("has the port 0, to which nothing can connect")
+        return "", "", "has the port 0, to which nothing can connect"
     netloc = f"[{host}]" if ":" in host else host
     if port not in (None, _DEFAULT_PORTS[parts.scheme]):
         netloc += f":{port}"
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     # A presigned URL must arrive as it was signed: only what HTTP cannot carry is encoded.
-    return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS)
+    return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS), ""
+
+
+def _split_url(url: Any) -> tuple[str, str]:
+    """Origin (RFC 6454), such as `https://host:8443`, and request target of an http(s) URL.
+
+    A `ValueError` says what is wrong with it, but does not show it, as it may be a secret.
+    """
+    url = _Secret(url)
+    origin, target, problem = _parse_url(url.reveal())
+    if problem:
+        raise ValueError(problem)
+    return origin, target
 
 
 def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, str]:
@@ -1051,27 +1056,23 @@ def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, 
     Args:
         credential: The header of the credential in use, which they must not replace.
     """
-    given = dict(headers) if isinstance(headers, Mapping) else None
-    if given is None:
-        raise ValidationError(
-            f"headers must be a mapping, or a function that gives one, not {_shown(headers)}."
-        )
-    for name, value in given.items():
+    if not isinstance(headers, Mapping):
+        kind = "a mapping, or a function that gives one"
+        raise ValidationError(f"headers must be {kind}, not {_shown(headers)}.")
+    for name in headers:
         if not isinstance(name, str) or not _is_token(name):
             raise ValidationError(f"headers: {_shown(name)} cannot be the name of a header.")
         if name.lower() in _OWN_HEADERS or name.lower() == (credential or "").lower():
             raise ValidationError(f"headers: {name} is set by the SDK.")
-        _check_header_value(f"headers[{name!r}]", _Secret(value))
-    return given
+        _check_header_value(f"headers[{name!r}]", _Secret(headers[name]))
+    return dict(headers)
 
 
 class _FileBody:
     """A body with a file in it. Its length is known beforehand, and it can be sent again."""
 
     def __init__(self, head: bytes, file: Any, tail: bytes, on_progress: _Progress | None) -> None:
-        self._head = head
-        self._file = file
-        self._tail = tail
+        self._head, self._file, self._tail = head, file, tail
         self._size = os.fstat(file.fileno()).st_size
         self._on_progress = on_progress or _ignore
 
