@@ -173,18 +173,16 @@ _LOOSE_BYTES = b" \t\r\n\f\v\b\"'+\\"
 _MAX_ESCAPE_BYTES = 32
 _ENDING_ESCAPE = re.compile(
     rb"""(?xs)(?:
-        %[\da-fA-F]{2}                        # URL
-        | &[\#\w]{2,30};                      # HTML
-        | \\[^xuU]                            # JSON, repr
-        | \\x[\da-fA-F]{2} | \\u[\da-fA-F]{4} | \\U00(?:0[\da-fA-F]|10)[\da-fA-F]{4}
-        | \xed[\xa0-\xaf].\xed[\xb0-\xbf].    # UTF-8 of a pair of UTF-16
-        | [\xc2\xc3][\x80-\xbf]               # UTF-8 of Latin-1
+        %[\da-fA-F]{2} | &[\#\w]{2,30};
+        | \\[^xuU] | \\x[\da-fA-F]{2} | \\u[\da-fA-F]{4} | \\U00(?:0[\da-fA-F]|10)[\da-fA-F]{4}
+        | \xed[\xa0-\xaf].\xed[\xb0-\xbf].  # a pair of UTF-16
+        | [\xc2\xc3][\x80-\xbf]             # Latin-1
     )\Z"""
 )
 
 
 class _Secret:
-    """A value that must not be shown. Crash reporters print local variables: they see `***`."""
+    """A value that must not be shown, also where local variables are printed."""
 
     __slots__ = ("_value",)
 
@@ -195,7 +193,7 @@ class _Secret:
         return "***"
 
     def reveal(self) -> Any:
-        """The value itself, for an expression: never to be kept in a variable."""
+        """The value itself, never to be kept in a variable."""
         return self._value
 
 
@@ -205,10 +203,7 @@ def _revealed(value: Any) -> Any:
 
 
 def _meaning(escape: bytes) -> bytes:
-    r"""What an escape stands for, in UTF-8, but for a character of Latin-1, which is one byte.
-
-    So `\xc3\xbc` is the same whether these are two bytes, as of `repr`, or two characters.
-    """
+    """What an escape stands for, in UTF-8, but for Latin-1: `repr` writes bytes like characters."""
     if escape.startswith(b"%"):
         return bytes([int(escape[1:], 16)])
     if escape.startswith(b"&"):
@@ -217,7 +212,6 @@ def _meaning(escape: bytes) -> bytes:
         return html.unescape(escape.decode()).encode("utf-8", "surrogatepass")
     if escape.startswith(b"\\"):
         if len(escape) == 2:
-            # The control characters are blanks, or as good as one.
             return b" " if escape[1] in b"bfnrt" else escape[1:]
         return chr(int(escape[2:], 16)).encode("utf-8", "surrogatepass")
     if len(escape) == 2:
@@ -227,13 +221,10 @@ def _meaning(escape: bytes) -> bytes:
 
 
 def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
-    """`text` without the escapes of JSON, `repr`, URLs and HTML, however deep they are nested.
+    """`text` without the escapes of JSON, `repr`, URLs and HTML, and where in it each byte was.
 
     Each escape is replaced as soon as it is whole; what it stands for may be the end of another
-    one. So the time is linear in `text`.
-
-    Returns:
-        The bytes that are left, and where in `text` each of them and the end are.
+    one. So the time is linear in `text`, however deep they are nested.
     """
     if text.isascii() and not re.search(r"[\\%&]", text):
         return text.encode(), range(len(text) + 1)
@@ -263,17 +254,15 @@ def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
         begin = content.find(wanted, begin + len(wanted))
 
 
-def _stands_alone(content: bytes, begin: int, end: int) -> bool:
+def _stands_alone(content: bytes, begin: int, word: bytes) -> bool:
     """Whether a word is no part of a larger one, such as `test` is of `test-tools` or `a.test`."""
+    end = begin + len(word)
     is_led = re.search(rb"[\w\x80-\xff][-./]?\Z", content[max(0, begin - 2) : begin])
     return not is_led and not re.match(rb"[-./]?[\w\x80-\xff]", content[end : end + 2])
 
 
 class _Redactor:
-    """Masks secrets in texts, however they are escaped there, in time linear in the text.
-
-    Both are compared without their escapes, and without blanks and quotes.
-    """
+    """Masks secrets in texts, in linear time: both are compared without escapes, blanks and quotes."""
 
     def __init__(self, secrets: Iterable[_Secret]) -> None:
         self._long: set[bytes] = set()
@@ -287,23 +276,17 @@ class _Redactor:
                 self._short.add(plain)
 
     def __call__(self, text: str, *, short_ones: bool = True) -> str:
-        """`text` with `***` for each secret.
-
-        Args:
-            short_ones: False for data that code reads: there, a short word is more likely a value
-                that happens to be the same.
-        """
+        """`text` with `***` for each secret; without `short_ones`, for data that code reads."""
         plain, begins = _unescape(text)
         dense = plain.translate(None, _LOOSE_BYTES)
         places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
-        spans = [
-            (places[at], places[at + len(wanted) - 1] + 1)
-            for wanted in self._long
-            for at in _find_all(dense, wanted)
-        ]
+        spans = []
+        for wanted in self._long:
+            found = _find_all(dense, wanted)
+            spans += [(places[at], places[at + len(wanted) - 1] + 1) for at in found]
         for wanted in self._short if short_ones else ():
-            found = [(at, at + len(wanted)) for at in _find_all(plain, wanted)]
-            spans += [span for span in found if _stands_alone(plain, *span)]
+            found = _find_all(plain, wanted)
+            spans += [(at, at + len(wanted)) for at in found if _stands_alone(plain, at, wanted)]
         masked, done = "", 0
         for first, behind in sorted(spans):
             if begins[first] >= done:
@@ -312,29 +295,27 @@ class _Redactor:
         return masked + text[done:]
 
 
-def _mask_query(word: re.Match[str]) -> str:
-    """A word without the query of the URL in it, which may be presigned."""
-    before, http, url = word[0].partition("http")
-    address, _, query = url.partition("?")
-    return f"{before}{http}{address}?***" if query else word[0]
-
-
 def _mask_queries(text: str) -> str:
-    """`text` without the queries of the URLs in it."""
-    return re.sub(r"[^\s\"'<>]+", _mask_query, text)
+    """`text` without the queries of the URLs in it, which may be presigned."""
+
+    def mask(url: re.Match[str]) -> str:
+        address, _, query = url[0].partition("?")
+        return f"{address}?***" if query else url[0]
+
+    return re.sub(r"http[^\s\"'<>]+", mask, text)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
 #
 # GatewayError
-# ├─ AuthenticationError
-# ├─ PrefabNotFoundError
-# ├─ ValidationError                also a ValueError
-# ├─ QuotaExceededError
-# ├─ MissingSecretError
-# ├─ AgentContextRequiredError
-# └─ ServiceUnavailableError
-#    └─ GatewayTimeoutError          also a TimeoutError
+#     AuthenticationError
+#     PrefabNotFoundError
+#     ValidationError               also a ValueError
+#     QuotaExceededError
+#     MissingSecretError
+#     AgentContextRequiredError
+#     ServiceUnavailableError
+#         GatewayTimeoutError       also a TimeoutError
 
 
 class _Advice(NamedTuple):
@@ -350,7 +331,7 @@ _MAY_HAVE_RUN = _Advice("It may have run all the same, so it was not sent again.
 
 
 def _text_of(value: Any) -> str:
-    """`str` of a JSON value. To print one that is nested deeply may exceed Python's limits."""
+    """`str` of a JSON value, which may exceed Python's limits."""
     with suppress(RecursionError, ValueError):
         return str(value)
     return "(too large or too deep to be shown)"
@@ -384,9 +365,8 @@ class GatewayError(Exception):
     request_id: str | None = None
     retry_after: float | None = None
     may_have_run: bool = False
-    # What may be over by the next attempt: see `_retry_delay`.
+    # See `_retry_delay`.
     _fault: Literal["unreachable", "lost"] | None = None
-    # The message as the command line prints it, if that differs.
     _shell_message: str | None = None
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
@@ -401,7 +381,7 @@ class GatewayError(Exception):
     def _restore(
         cls, message: str, details: Mapping[str, Any], attributes: Mapping[str, Any]
     ) -> GatewayError:
-        """An error with these attributes. The constructors, as users know them, take too few."""
+        """An error with these attributes, as the constructors take too few."""
         error = cls.__new__(cls)
         GatewayError.__init__(error, message, details)
         error.__dict__.update(attributes)
@@ -414,10 +394,10 @@ class GatewayError(Exception):
     ) -> GatewayError:
         """An error whose message is the problem, what can be done about it, and if it may have run."""
         told = [one for one in (*advice, _MAY_HAVE_RUN if may_have_run else None) if one]
-        attributes["may_have_run"] = may_have_run
-        attributes["_shell_message"] = _joined([problem, *(one.shell or one.python for one in told)])
-        message = _joined([problem, *(one.python for one in told)])
-        return cls._restore(message, details or {}, attributes)
+        python = _joined([problem, *(one.python for one in told)])
+        shell = _joined([problem, *(one.shell or one.python for one in told)])
+        attributes.update(may_have_run=may_have_run, _shell_message=shell)
+        return cls._restore(python, details or {}, attributes)
 
     @classmethod
     def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
@@ -430,11 +410,10 @@ class GatewayError(Exception):
         return _Advice(python.format_map(values), shell.format_map(words))
 
     def _in_shell(self) -> str:
-        """The message as the command line prints it: with commands and options where it advises."""
+        """The message as the command line prints it."""
         return self._shell_message or self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default would call the class with the message alone.
         return self._restore, (self.message, self.details, self.__dict__)
 
 
@@ -447,10 +426,8 @@ class PrefabNotFoundError(GatewayError):
 
     _fields = {"prefab_id": "unknown", "version": "unknown"}
     _class_advice = _Advice(
-        "See client.list_prefabs() for the prefabs, and client.get_prefab_spec(prefab_id, version)"
-        " for the functions of one.",
-        "See `gateway-sdk list` for the prefabs, and `gateway-sdk spec PREFAB VERSION` for the"
-        " functions of one.",
+        "See client.list_prefabs(), and client.get_prefab_spec(prefab_id, version) for functions.",
+        "See `gateway-sdk list`, and `gateway-sdk spec PREFAB VERSION` for functions.",
     )
     prefab_id: str
     version: str
@@ -468,10 +445,7 @@ class QuotaExceededError(GatewayError):
     """A quota is used up (429)."""
 
     _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
-    _class_advice = _Advice(
-        "Wait, or have the quota raised: the SDK does not repeat such a call.",
-        "Wait, or have the quota raised: such a call is not repeated.",
-    )
+    _class_advice = _Advice("Wait, or have the quota raised: such a call is not repeated.")
     limit: int
     used: int
     quota_type: str
@@ -591,10 +565,8 @@ class PrefabCall:
         inputs: _Json = {"parameters": self.parameters or {}}
         if self.files:
             inputs["files"] = self.files
-        return {
-            "prefab_id": self.prefab_id, "version": self.version,
-            "function_name": self.function_name, "inputs": inputs,
-        }
+        names = ("prefab_id", "version", "function_name")
+        return {**{name: getattr(self, name) for name in names}, "inputs": inputs}
 
 
 @dataclass
@@ -613,12 +585,12 @@ class StreamEvent:
 
 
 def _is_heartbeat(event: StreamEvent) -> bool:
-    """Whether an event only shows that the stream is alive: of an unknown type, without data."""
+    """Whether an event, of an unknown type and without data, only shows that the stream lives."""
     return event.data is None and _text_of(event.raw.get("type", "content")) not in _EVENT_TYPES
 
 
 def _event_error(event: StreamEvent) -> _Json:
-    """An error event's data as a result's `error`, with what may stand beside the data."""
+    """A result's `error`: an error event's data, and what may stand beside it."""
     error: _Json = {"message": "The function reported an error."}
     error.update({key: event.raw[key] for key in ("message", "error_code") if event.raw.get(key)})
     if isinstance(event.data, dict):
@@ -628,29 +600,17 @@ def _event_error(event: StreamEvent) -> _Json:
     return error
 
 
-def _without_tracebacks(error: BaseException | None) -> None:
-    """Frees what an error and its causes keep alive by their tracebacks: frames, and so bodies."""
-    waiting, seen = [error], set()
-    while waiting:
-        found = waiting.pop()
-        if found is not None and id(found) not in seen:
-            seen.add(id(found))
-            found.__traceback__ = None
-            waiting += [found.__cause__, found.__context__]
-
-
 @dataclass
 class PrefabResult:
     """What became of one call.
 
     Attributes:
         status: A `CallStatus`, or the gateway's own word if that is another.
-        output: The envelope `{"status", "output", "files"}`, or the function's value itself: gateways
-            differ, and `get_function_result` knows both.
+        output: The envelope `{"status", "output", "files"}`, or the function's value itself.
         error: `{"message", "type", ...}` of a failed call.
         job_id: The gateway's id of the request.
-        raw: The result's whole entry in the answer, or `{"events": [...]}` of a stream.
-        exception: What `run` would have raised, of a failed call of a batch; else None.
+        raw: The whole entry in the answer, or `{"events": [...]}` of a stream.
+        exception: What `run` would have raised, of a failed call of a batch.
     """
 
     status: Union[CallStatus, str]
@@ -668,8 +628,8 @@ class PrefabResult:
         status, error = _text_of(entry.get("status")), entry.get("error")
         if not isinstance(error, (dict, type(None))):
             error = {"message": _text_of(error)}
-        known_status = CallStatus.__members__.get(status, status)
-        result = cls(known_status, entry.get("output"), error, job_id)
+        status = CallStatus.__members__.get(status, status)
+        result = cls(status, entry.get("output"), error, job_id)
         result.raw = entry
         return result
 
@@ -681,12 +641,14 @@ class PrefabResult:
             lost = ServiceUnavailableError._create(problem, may_have_run=True)
             lost.__cause__ = exception
             exception = lost
-        _without_tracebacks(exception)
+        # They keep frames alive, and so the bodies of requests.
+        for raised in (exception, exception.__cause__, exception.__context__):
+            if raised:
+                raised.__traceback__ = None
         error: _Json = {"message": exception.message, "type": type(exception).__name__}
         if exception.error_code:
             error["error_code"] = exception.error_code
-        error["may_have_run"] = exception.may_have_run
-        result = cls(CallStatus.FAILED, error=error)
+        result = cls(CallStatus.FAILED, error={**error, "may_have_run": exception.may_have_run})
         result.exception = exception
         return result
 
@@ -696,8 +658,7 @@ class PrefabResult:
 
         The function's value is its contents, joined if they are all text. If there are none, it is the
         data of the last `done` event that has any; dicts are merged, without the `files` and `job_id`
-        that the gateway adds. An `error` event makes it FAILED. All events, as decoded objects, are in
-        `raw["events"]`.
+        that the gateway adds. An `error` event makes it FAILED. `raw["events"]` has all events.
 
         Args:
             events: What was read, or an `EventStream`, which is read to its end.
@@ -738,10 +699,8 @@ class PrefabResult:
 
     def to_dict(self) -> _Json:
         """`status`, `output`, `error` and `job_id` as JSON has them."""
-        return {
-            "status": str(self.status), "output": self.output, "error": self.error,
-            "job_id": self.job_id,
-        }
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**values, "status": str(self.status)}
 
     def is_success(self) -> bool:
         """Whether the call ran; its function may still report a failure of its own."""
@@ -758,13 +717,12 @@ class PrefabResult:
     def get_function_result(self) -> Any:
         """What the function returned; `{}` where that is null or missing.
 
-        It is `output["output"]` if `output` is an envelope: a dict with `output` in it, or one that
-        has `status` and no keys but an envelope's. Any other `output` is the value itself.
+        It is `output["output"]` if `output` is an envelope: it has `output` in it, or `status` and no
+        keys but an envelope's. Any other `output` is the value itself.
         """
-        value = self.output
-        if isinstance(value, dict):
-            if "output" in value or ("status" in value and set(value) <= _ENVELOPE_KEYS):
-                value = value.get("output")
+        value, keys = self.output, set(self.output if isinstance(self.output, dict) else ())
+        if "output" in keys or ("status" in keys and keys <= _ENVELOPE_KEYS):
+            value = value.get("output")
         return {} if value is None else value
 
     def get_files(self) -> dict[str, list[str]]:
@@ -807,7 +765,7 @@ class BatchResult:
     """The results of a batch, in the order of its calls.
 
     `status` is `"COMPLETED"` (all succeeded), `"PARTIAL_SUCCESS"` or `"FAILED"` (none did). `job_id`
-    is None unless the batch was a single request: each result has its own.
+    is that of a single request, else None.
     """
 
     job_id: Optional[str]
@@ -880,30 +838,21 @@ _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fu
 def _check_header_value(name: str, value: _Secret) -> None:
     """Raises if no header can carry the value. The error does not show it."""
     if not isinstance(value.reveal(), str) or not _is_header_value(value.reveal()):
-        kind = "a string of printable ASCII or Latin-1 characters that is not empty"
-        raise ValidationError(f"{name} must be {kind}.")
+        raise ValidationError(f"{name} must be printable ASCII or Latin-1 text that is not empty.")
 
 
-def _is_number(value: Any, *kinds: type) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def _check_number(name: str, value: Any, above: int = 0) -> None:
-    if not _is_number(value, int) or not above < value < 10**9:
-        limits = f"above {above} and below {10**9}"
-        raise ValidationError(f"{name} must be a whole number {limits}, not {_shown(value)}.")
-
-
-# poll() counts milliseconds in 31 bits.
-_TIMEOUT_LIMIT_SECONDS = 2**31 // 1000
+def _check_number(name: str, value: Any, above: float = 0, below: int = 10**9, *kinds: type) -> None:
+    is_number = isinstance(value, kinds or int) and not isinstance(value, bool)
+    if not is_number or not above < value < below:
+        kind = "seconds" if kinds else "a whole number"
+        limits = f"above {above} and below {below}"
+        raise ValidationError(f"{name} must be {kind} {limits}, not {_shown(value)}.")
 
 
 def _check_timeout(seconds: Any) -> None:
-    if seconds is None:
-        return
-    if not _is_number(seconds, int, float) or not 0 < seconds < _TIMEOUT_LIMIT_SECONDS:
-        limits = f"above 0 and below {_TIMEOUT_LIMIT_SECONDS}"
-        raise ValidationError(f"timeout must be None or seconds {limits}, not {_shown(seconds)}.")
+    if seconds is not None:
+        # poll() counts milliseconds in 31 bits.
+        _check_number("timeout", seconds, 0, 2**31 // 1000, int, float)
 
 
 def _is_s3_url(url: Any) -> bool:
@@ -911,13 +860,13 @@ def _is_s3_url(url: Any) -> bool:
 
 
 def _no_url_error(problem: str, source: str, command: str) -> GatewayError:
-    """The error for what should be an s3:// URL, with what gives one: in Python, and in the shell."""
+    """The error for what is no s3:// URL; it says what gives one, in Python and in the shell."""
     advice = _Advice(f"{problem}: {source} gives one.", f"{problem}: `{command}` gives one.")
     return ValidationError._create("", {}, advice)
 
 
 def _check_s3_url(name: str, url: Any, source: str) -> None:
-    # It may be a presigned one, given by mistake.
+    # It may be presigned.
     url = _Secret(url)
     if not _is_s3_url(url.reveal()):
         problem = f"{name} must be an s3:// URL, not {_shown(url.reveal())}"
@@ -975,7 +924,7 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
     try:
         return _encode_json(content).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        # Not kept as a cause: it may show a text that is a secret.
+        # Not kept as a cause: it may show a secret.
         problem = f"a {type(content).__name__}: {error}"
     if depth > 100:
         path, problem = f"{path:.80}...", "nested too deeply, or contains itself"
@@ -1006,7 +955,7 @@ _CREDENTIAL_KINDS = {
     "X-API-Key": "an API key",
     "Authorization": "a JWT",
 }
-# What only the SDK can say of a message that it frames itself, and to whom it says it.
+# Only the SDK knows how it frames a message, and to whom it says who it is.
 _OWN_HEADERS = frozenset(
     "accept-encoding connection content-encoding content-length content-type expect host if-range "
     "keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding "
@@ -1041,7 +990,7 @@ def _parse_url(url: Any) -> tuple[str, str, str]:
 def _split_url(url: Any) -> tuple[str, str]:
     """Origin (RFC 6454), such as `https://host:8443`, and request target of an http(s) URL.
 
-    A `ValueError` says what is wrong with it, but does not show it, as it may be a secret.
+    A `ValueError` says what is wrong with it, and does not show it: it may be a secret.
     """
     url = _Secret(url)
     origin, target, problem = _parse_url(url.reveal())
@@ -1051,11 +1000,7 @@ def _split_url(url: Any) -> tuple[str, str]:
 
 
 def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, str]:
-    """The headers that a caller gives, if a request to the gateway can carry them.
-
-    Args:
-        credential: The header of the credential in use, which they must not replace.
-    """
+    """A copy of a caller's headers. Raises if a request beside this header cannot carry them."""
     if not isinstance(headers, Mapping):
         kind = "a mapping, or a function that gives one"
         raise ValidationError(f"headers must be {kind}, not {_shown(headers)}.")
@@ -1080,25 +1025,22 @@ class _FileBody:
         return len(self._head) + self._size + len(self._tail)
 
     def __iter__(self) -> Iterator[bytes]:
-        """The body in blocks. If the file is not as long as was promised, raises before its end.
-
-        `sendfile` was measured: it waits for room in the socket in between, and takes a fifth more
-        time.
-        """
+        """The body in blocks. If the file is not as long as was promised, raises before its end."""
         if self._head:
             yield self._head
         self._file.seek(0)
         sent = 0
         self._on_progress(sent, self._size)
-        # Asks for one byte more than was promised: if it comes, the file has grown.
+        # One byte more than was promised: if it comes, the file has grown.
         while block := self._file.read(min(self._size - sent + 1, _BLOCK_BYTES)):
             sent += len(block)
             if sent > self._size:
-                raise GatewayError(f"{self._file.name} became longer while it was being sent.")
+                break
             yield block
             self._on_progress(sent, self._size)
-        if sent < self._size:
-            raise GatewayError(f"{self._file.name} became shorter while it was being sent.")
+        if sent != self._size:
+            how = "longer" if sent > self._size else "shorter"
+            raise GatewayError(f"{self._file.name} became {how} while it was being sent.")
         if self._tail:
             yield self._tail
 
@@ -1113,10 +1055,7 @@ class _Credential:
 
 @dataclass(frozen=True)
 class _Request:
-    """All that is sent, and how it may be treated. As text it shows no query and no header.
-
-    It never changes. What one attempt adds to it, `_Transport._for_attempt` adds to a copy.
-    """
+    """All that is sent, and how it may be treated. It never changes; an attempt adds to a copy."""
 
     method: str
     origin: str
@@ -1143,6 +1082,7 @@ class _Request:
     proxy: str = ""
 
     def __repr__(self) -> str:
+        # No query and no header, which may be secret.
         path = self.target.partition("?")[0]
         return f"{self.method} {path if self.to_gateway else self.origin + path}"
 
