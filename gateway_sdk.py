@@ -166,7 +166,7 @@ def _ignore(*_: object) -> None:
 
 # --- Secrets --------------------------------------------------------------------------------------
 
-# A shorter one may be a part of any word, so it is hidden only where it stands alone.
+# A shorter secret may be a part of any word, so it is hidden only where it stands alone.
 _MIN_SECRET_BYTES = 8
 # Escapes add or change these, and servers trim or drop them. In a form, a "+" is a blank.
 _LOOSE_BYTES = b" \t\r\n\f\v\b\"'+\\"
@@ -199,7 +199,7 @@ class _Secret:
 
 def _revealed(value: Any) -> Any:
     """A value, which may be kept in a `_Secret`."""
-    return value.reveal() if isinstance(value, _Secret) else value
+    return _Secret(value).reveal()
 
 
 def _meaning(escape: bytes) -> bytes:
@@ -262,7 +262,7 @@ def _stands_alone(content: bytes, begin: int, word: bytes) -> bool:
 
 
 class _Redactor:
-    """Masks secrets in texts, in linear time: both are compared without escapes, blanks and quotes."""
+    """Masks secrets in texts, in linear time. Neither escapes nor blanks and quotes count."""
 
     def __init__(self, secrets: Iterable[_Secret]) -> None:
         self._long: set[bytes] = set()
@@ -392,7 +392,7 @@ class GatewayError(Exception):
         cls, problem: str, details: Mapping[str, Any] | None = None, *advice: _Advice | None,
         may_have_run: bool = False, **attributes: Any,
     ) -> GatewayError:
-        """An error whose message is the problem, what can be done about it, and if it may have run."""
+        """An error that says what the problem is, what can be done, and if it may have run."""
         told = [one for one in (*advice, _MAY_HAVE_RUN if may_have_run else None) if one]
         python = _joined([problem, *(one.python for one in told)])
         shell = _joined([problem, *(one.shell or one.python for one in told)])
@@ -565,8 +565,10 @@ class PrefabCall:
         inputs: _Json = {"parameters": self.parameters or {}}
         if self.files:
             inputs["files"] = self.files
-        names = ("prefab_id", "version", "function_name")
-        return {**{name: getattr(self, name) for name in names}, "inputs": inputs}
+        return {
+            "prefab_id": self.prefab_id, "version": self.version,
+            "function_name": self.function_name, "inputs": inputs,
+        }
 
 
 @dataclass
@@ -656,9 +658,9 @@ class PrefabResult:
     def from_events(cls, events: Iterable[StreamEvent]) -> PrefabResult:
         """The result of a stream: what `run` gives without `stream=True`.
 
-        The function's value is its contents, joined if they are all text. If there are none, it is the
-        data of the last `done` event that has any; dicts are merged, without the `files` and `job_id`
-        that the gateway adds. An `error` event makes it FAILED. `raw["events"]` has all events.
+        The function's value is its contents, joined if they are all text. If there are none, it is
+        the data of the last `done` event that has any; dicts are merged, without the `files` and
+        `job_id` that the gateway adds. An `error` event makes it FAILED.
 
         Args:
             events: What was read, or an `EventStream`, which is read to its end.
@@ -699,8 +701,8 @@ class PrefabResult:
 
     def to_dict(self) -> _Json:
         """`status`, `output`, `error` and `job_id` as JSON has them."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {**values, "status": str(self.status)}
+        status = str(self.status)
+        return {"status": status, "output": self.output, "error": self.error, "job_id": self.job_id}
 
     def is_success(self) -> bool:
         """Whether the call ran; its function may still report a failure of its own."""
@@ -717,7 +719,7 @@ class PrefabResult:
     def get_function_result(self) -> Any:
         """What the function returned; `{}` where that is null or missing.
 
-        It is `output["output"]` if `output` is an envelope: it has `output` in it, or `status` and no
+        It is `output["output"]` if `output` is an envelope: has `output` in it, or `status` and no
         keys but an envelope's. Any other `output` is the value itself.
         """
         value, keys = self.output, set(self.output if isinstance(self.output, dict) else ())
@@ -764,8 +766,8 @@ class PrefabResult:
 class BatchResult:
     """The results of a batch, in the order of its calls.
 
-    `status` is `"COMPLETED"` (all succeeded), `"PARTIAL_SUCCESS"` or `"FAILED"` (none did). `job_id`
-    is that of a single request, else None.
+    `status` is `"COMPLETED"` (all succeeded), `"PARTIAL_SUCCESS"` or `"FAILED"` (none did).
+    `job_id` is that of a single request, else None.
     """
 
     job_id: Optional[str]
@@ -841,18 +843,19 @@ def _check_header_value(name: str, value: _Secret) -> None:
         raise ValidationError(f"{name} must be printable ASCII or Latin-1 text that is not empty.")
 
 
-def _check_number(name: str, value: Any, above: float = 0, below: int = 10**9, *kinds: type) -> None:
-    is_number = isinstance(value, kinds or int) and not isinstance(value, bool)
+def _check_number(
+    name: str, value: Any, above: int = 0, below: int = 10**9, *, whole: bool = True
+) -> None:
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not is_number or not above < value < below:
-        kind = "seconds" if kinds else "a whole number"
-        limits = f"above {above} and below {below}"
-        raise ValidationError(f"{name} must be {kind} {limits}, not {_shown(value)}.")
+        kind = f"a {'whole ' if whole else ''}number above {above} and below {below}"
+        raise ValidationError(f"{name} must be {kind}, not {_shown(value)}.")
 
 
 def _check_timeout(seconds: Any) -> None:
     if seconds is not None:
         # poll() counts milliseconds in 31 bits.
-        _check_number("timeout", seconds, 0, 2**31 // 1000, int, float)
+        _check_number("timeout", seconds, below=2**31 // 1000, whole=False)
 
 
 def _is_s3_url(url: Any) -> bool:
@@ -1004,13 +1007,14 @@ def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, 
     if not isinstance(headers, Mapping):
         kind = "a mapping, or a function that gives one"
         raise ValidationError(f"headers must be {kind}, not {_shown(headers)}.")
-    for name in headers:
+    given = dict(headers)
+    for name, value in given.items():
         if not isinstance(name, str) or not _is_token(name):
             raise ValidationError(f"headers: {_shown(name)} cannot be the name of a header.")
         if name.lower() in _OWN_HEADERS or name.lower() == (credential or "").lower():
             raise ValidationError(f"headers: {name} is set by the SDK.")
-        _check_header_value(f"headers[{name!r}]", _Secret(headers[name]))
-    return dict(headers)
+        _check_header_value(f"headers[{name!r}]", _Secret(value))
+    return given
 
 
 class _FileBody:
@@ -1092,7 +1096,7 @@ class _Request:
 
 
 def _query_secrets(target: str) -> tuple[_Secret, ...]:
-    """The query of a presigned URL, and those of its values that are too long for a date or a name."""
+    """The query of a presigned URL, and its values that are too long for a date or a name."""
     query = target.partition("?")[2]
     values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
     return tuple(_Secret(text) for text in [query, *(text for text in values if len(text) > 9)])
