@@ -2141,7 +2141,7 @@ def _status_error(response: _Response) -> GatewayError:
     # A 404 may name something else, but this was asked for.
     fields = {**fields, **request.prefab} if status == 404 else {**request.prefab, **fields}
     error_class = _error_class(request, status, _text_of(fields.get("error_code")), no_such_path)
-    advice = error_class._advice_for(fields)
+    advice: _Advice | None = error_class._advice_for(fields)
     if error_class is AuthenticationError:
         advice = _credential_advice(request)
     elif request.to_gateway and no_such_path:
