@@ -2177,7 +2177,7 @@ def _status_error(response: _Response) -> GatewayError:
     refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
     instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
-        request.redact(f"{request!r} answered {status}: {message or head.reason or 'no reason'}"),
+        f"{request!r} answered {status}: {request.redact(message or head.reason or 'no reason')}",
         fields, advice, _Advice(instructions, instructions), _proxy_advice(request),
         may_have_run=_status_may_have_run(request, status, refused), status_code=status,
         request_id=_request_id(response), retry_after=_retry_after_seconds(head.get("Retry-After")),
