@@ -175,94 +175,85 @@ def _ignore(*_: object) -> None:
 
 # --- Secrets --------------------------------------------------------------------------------------
 
-# A secret with fewer ASCII letters and digits than this is looked for with all its characters.
-_MIN_LETTERS = 8
-_LETTERS = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-_HEX_DIGITS = frozenset(b"0123456789ABCDEFabcdef")
-# A backslash and one of these begins an escape of so many hexadecimal digits.
-_HEX_ESCAPES = {b"x": 2, b"u": 4, b"U": 8}
-_CONTROL_ESCAPES = {b"\\n": b"\n", b"\\r": b"\r", b"\\t": b"\t", b"\\b": b"\b", b"\\f": b"\f"}
-_MAX_ENTITY_BYTES = 32
+# A shorter secret may be a part of any word, so it is hidden only where it stands alone.
+_MIN_SECRET_BYTES = 8
+# Escapes add or change these, and servers trim or drop them. In a form, a "+" is a blank.
+_LOOSE_BYTES = b" \t\r\n\f\v\b\"'+\\"
+_MAX_ESCAPE_BYTES = 32
+_ENDING_ESCAPE = re.compile(
+    rb"""(?xs)(?:
+        %[\da-fA-F]{2} | &[\#\w]{2,30};
+        | \\[^xuU] | \\x[\da-fA-F]{2} | \\u[\da-fA-F]{4} | \\U00(?:0[\da-fA-F]|10)[\da-fA-F]{4}
+        | \xed[\xa0-\xaf].\xed[\xb0-\xbf].  # a pair of UTF-16
+        | [\xc2\xc3][\x80-\xbf]             # Latin-1
+    )\Z"""
+)
 
 
 class _Secret:
-    """A value that must not be shown. Crash reporters print local variables: they see `***`."""
+    """A value that must not be shown, also where local variables are printed."""
 
     __slots__ = ("_value",)
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self._value = value.reveal() if isinstance(value, _Secret) else value
 
     def __repr__(self) -> str:
         return "***"
 
     def reveal(self) -> Any:
-        """The value itself, for an expression: never to be kept in a variable."""
+        """The value itself, never to be kept in a variable."""
         return self._value
 
 
 def _revealed(value: Any) -> Any:
     """A value, which may be kept in a `_Secret`."""
-    return value.reveal() if isinstance(value, _Secret) else value
+    return _Secret(value).reveal()
 
 
-def _ending_escape(content: bytearray) -> tuple[int, bytes]:
-    """The length of the escape that ends `content`, and what it stands for; 0 if there is none."""
-    last = content[-1]
-    if last == ord(";"):
-        begin = content.rfind(b"&", -_MAX_ENTITY_BYTES)
-        if begin >= 0:
-            import html
+def _meaning(escape: bytes) -> bytes:
+    """What an escape stands for, in UTF-8, but for Latin-1: `repr` writes bytes like characters."""
+    if escape.startswith(b"%"):
+        return bytes([int(escape[1:], 16)])
+    if escape.startswith(b"&"):
+        import html
 
-            entity = content[begin:].decode("latin-1")
-            character = html.unescape(entity)
-            if character != entity:
-                return len(entity), character.encode("utf-8", "replace")
-    if last in _HEX_DIGITS:
-        if content[-3:-2] == b"%" and content[-2] in _HEX_DIGITS:
-            return 3, bytes([int(content[-2:], 16)])
-        for letter, digits in _HEX_ESCAPES.items():
-            if content[-digits - 2 : -digits] == b"\\" + letter:
-                with suppress(ValueError, OverflowError):
-                    character = chr(int(content[-digits:], 16))
-                    return digits + 2, character.encode("utf-8", "surrogatepass")
-    if content[-2:-1] == b"\\" and bytes([last]) not in _HEX_ESCAPES:
-        escape = bytes(content[-2:])
-        return 2, _CONTROL_ESCAPES.get(escape, escape[1:])
-    return 0, b""
+        return html.unescape(escape.decode()).encode("utf-8", "surrogatepass")
+    if escape.startswith(b"\\"):
+        if len(escape) == 2:
+            return b" " if escape[1] in b"bfnrt" else escape[1:]
+        return chr(int(escape[2:], 16)).encode("utf-8", "surrogatepass")
+    if len(escape) == 2:
+        return escape.decode().encode("latin-1")
+    pair = escape.decode("utf-8", "surrogatepass").encode("utf-16", "surrogatepass")
+    return pair.decode("utf-16").encode()
 
 
-def _unescape(content: bytes) -> tuple[bytes, Sequence[int]]:
-    r"""`content` without the escapes of JSON, `repr`, URLs and HTML, however deep they are nested.
+def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
+    """`text` without the escapes of JSON, `repr`, URLs and HTML, and where in it each byte was.
 
-    Each byte is taken up once, and each escape is replaced as soon as it is whole; what it stands for
-    may be the end of another one. So the time is linear in `content`.
-
-    Returns:
-        The bytes that are left, and where in `content` each of them began.
+    Each escape is replaced as soon as it is whole; what it stands for may be the end of another
+    one. So the time is linear in `text`, however deep they are nested.
     """
-    if not re.search(rb"[\\%&]", content):
-        return content.replace(b"+", b" "), range(len(content))
+    if text.isascii() and not re.search(r"[\\%&]", text):
+        return text.encode(), range(len(text) + 1)
     plain = bytearray()
     begins: list[int] = []
-    for position, byte in enumerate(content):
-        plain.append(byte)
-        begins.append(position)
-        length, replacement = _ending_escape(plain)
-        while length:
-            begin = begins[-length]
-            del plain[-length:], begins[-length:]
-            plain += replacement
-            begins += [begin] * len(replacement)
-            length, replacement = _ending_escape(plain)
-    # In a form, a "+" is a blank.
-    return bytes(plain).replace(b"+", b" "), begins
-
-
-def _letters_of(content: bytes) -> tuple[bytes, list[int]]:
-    """The ASCII letters and digits of `content`, which no escape changes, and where they stand."""
-    positions = [position for position, byte in enumerate(content) if byte in _LETTERS]
-    return bytes([content[position] for position in positions]), positions
+    for position, character in enumerate(text):
+        encoded = character.encode("utf-8", "surrogatepass")
+        plain += encoded
+        begins += [position] * len(encoded)
+        while found := _ENDING_ESCAPE.search(plain[-_MAX_ESCAPE_BYTES:]):
+            escape = bytes(found[0])
+            meaning = _meaning(escape)
+            # HTML has no such entity.
+            if meaning == escape:
+                break
+            begin = begins[-len(escape)]
+            del plain[-len(escape) :], begins[-len(escape) :]
+            plain += meaning
+            begins += [begin] * len(meaning)
+    return bytes(plain), [*begins, len(text)]
 
 
 def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
@@ -272,125 +263,93 @@ def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
         begin = content.find(wanted, begin + len(wanted))
 
 
-def _stands_alone(content: bytes, begin: int, end: int) -> bool:
+def _stands_alone(content: bytes, begin: int, word: bytes) -> bool:
     """Whether a word is no part of a larger one, such as `test` is of `test-tools` or `a.test`."""
-    before, after = content[max(0, begin - 2) : begin], content[end : end + 2]
-    return not re.search(rb"[\w\x80-\xff][-./]?\Z", before) and not re.match(
-        rb"[-./]?[\w\x80-\xff]", after
-    )
+    end = begin + len(word)
+    is_led = re.search(rb"[\w\x80-\xff][-./]?\Z", content[max(0, begin - 2) : begin])
+    return not is_led and not re.match(rb"[-./]?[\w\x80-\xff]", content[end : end + 2])
 
 
 class _Redactor:
-    """Masks secrets in texts, however they are escaped there, in time linear in the text.
-
-    A text and a secret are compared without their escapes, and by their ASCII letters and digits
-    alone: blanks, quotes, line ends and whatever else an encoding may add or drop do not count. A
-    secret of few letters and digits is compared with all its characters.
-    """
+    """Masks secrets in texts, in linear time. Neither escapes nor blanks and quotes count."""
 
     def __init__(self, secrets: Iterable[_Secret]) -> None:
-        self._by_letters: list[tuple[bytes, bytes]] = []
-        self._by_characters: list[bytes] = []
-        for secret in {secret.reveal() for secret in secrets}:
-            # It may be shown without the blanks or quotes that it was given with.
-            stripped = secret.strip(" \t\r\n\"'")
-            plain, _ = _unescape(stripped.encode("utf-8", "surrogatepass"))
-            letters, _ = _letters_of(plain)
-            if len(letters) >= _MIN_LETTERS:
-                self._by_letters.append((letters, plain))
+        self._long: set[bytes] = set()
+        self._short: set[bytes] = set()
+        for secret in secrets:
+            plain, _ = _unescape(secret.reveal().strip(" \t\r\n\"'"))
+            dense = plain.translate(None, _LOOSE_BYTES)
+            if len(dense) >= _MIN_SECRET_BYTES:
+                self._long.add(dense)
             elif plain:
-                self._by_characters.append(plain)
+                self._short.add(plain)
 
     def __call__(self, text: str, *, short_ones: bool = True) -> str:
-        """`text` with `***` for each secret. A short one counts only as a word of its own.
-
-        Args:
-            short_ones: False for data that code reads: there, a short word is more likely a value
-                that happens to be the same.
-        """
-        content = text.encode("utf-8", "surrogatepass")
-        plain, begins = _unescape(content)
-        spans = [*self._spans_by_letters(plain), *self._spans_by_characters(plain, short_ones)]
-        masked, done = b"", 0
+        """`text` with `***` for each secret; without `short_ones`, for data that code reads."""
+        plain, begins = _unescape(text)
+        dense = plain.translate(None, _LOOSE_BYTES)
+        places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
+        spans = []
+        for wanted in self._long:
+            found = _find_all(dense, wanted)
+            spans += [(places[at], places[at + len(wanted) - 1] + 1) for at in found]
+        for wanted in self._short if short_ones else ():
+            found = _find_all(plain, wanted)
+            spans += [(at, at + len(wanted)) for at in found if _stands_alone(plain, at, wanted)]
+        masked, done = "", 0
         for first, behind in sorted(spans):
-            begin = begins[first]
-            end = begins[behind] if behind < len(plain) else len(content)
-            if begin >= done:
-                masked += content[done:begin] + b"***"
-            done = max(done, end)
-        return (masked + content[done:]).decode("utf-8", "surrogatepass")
-
-    def _spans_by_letters(self, plain: bytes) -> Iterator[tuple[int, int]]:
-        letters, positions = _letters_of(plain) if self._by_letters else (b"", [])
-        for wanted, secret in self._by_letters:
-            # The signs around its letters are a part of the secret, too.
-            signs_before = secret[: secret.index(wanted[:1])]
-            signs_behind = secret[secret.rindex(wanted[-1:]) + 1 :]
-            for found in _find_all(letters, wanted):
-                first, behind = positions[found], positions[found + len(wanted) - 1] + 1
-                for _ in signs_before:
-                    first -= first > 0 and plain[first - 1] in signs_before
-                for _ in signs_behind:
-                    behind += behind < len(plain) and plain[behind] in signs_behind
-                yield first, behind
-
-    def _spans_by_characters(self, plain: bytes, short_ones: bool) -> Iterator[tuple[int, int]]:
-        for wanted in self._by_characters:
-            is_short = len(wanted) < _MIN_LETTERS
-            if is_short and not short_ones:
-                continue
-            for first in _find_all(plain, wanted):
-                behind = first + len(wanted)
-                if not is_short or _stands_alone(plain, first, behind):
-                    yield first, behind
-
-
-def _mask_query(word: re.Match[str]) -> str:
-    """A word without the query of the URL in it, which may be presigned."""
-    before, http, url = word[0].partition("http")
-    address, _, query = url.partition("?")
-    return f"{before}{http}{address}?***" if query else word[0]
+            if begins[first] >= done:
+                masked += text[done : begins[first]] + "***"
+            done = max(done, begins[behind])
+        return masked + text[done:]
 
 
 def _mask_queries(text: str) -> str:
-    """`text` without the queries of the URLs in it."""
-    return re.sub(r"[^\s\"'<>]+", _mask_query, text)
+    """`text` without the queries of the URLs in it, which may be presigned."""
+
+    def mask(url: re.Match[str]) -> str:
+        address, _, query = url[0].partition("?")
+        return f"{address}?***" if query else url[0]
+
+    return re.sub(r"http[^\s\"'<>]+", mask, text)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
 #
 # GatewayError
-# ├─ AuthenticationError
-# ├─ PrefabNotFoundError
-# ├─ ValidationError                also a ValueError
-# ├─ QuotaExceededError
-# ├─ MissingSecretError
-# ├─ AgentContextRequiredError
-# └─ ServiceUnavailableError
-#    └─ GatewayTimeoutError          also a TimeoutError
+#     AuthenticationError
+#     PrefabNotFoundError
+#     ValidationError               also a ValueError
+#     QuotaExceededError
+#     MissingSecretError
+#     AgentContextRequiredError
+#     ServiceUnavailableError
+#         GatewayTimeoutError       also a TimeoutError
 
 
 class _Advice(NamedTuple):
-    """What the user can do about an error, in both languages. An error's fields stand in braces."""
+    """What the user can do about an error. The error's fields stand in braces."""
 
     python: str
-    shell: str
+    # As the command line says it, if that differs.
+    shell: str = ""
 
 
 # Also for readers of a message who know nothing of `may_have_run`: a shell user, an agent.
-_MAY_HAVE_RUN = "It may have run all the same, so it was not sent again."
+_MAY_HAVE_RUN = _Advice("It may have run all the same, so it was not sent again.")
 
 
 def _text_of(value: Any) -> str:
-    """`str` of a JSON value. To print one that is nested deeply may exceed Python's limits."""
+    """`str` of a JSON value, which may exceed Python's limits."""
     with suppress(RecursionError, ValueError):
         return str(value)
     return "(too large or too deep to be shown)"
 
 
-def _joined(lines: Iterable[str]) -> str:
-    """Lines of a message, without the empty ones."""
-    return "\n".join(filter(None, (line.strip() for line in lines)))
+def _joined(parts: Iterable[str]) -> str:
+    """The parts of a message, each on a line of its own, without empty lines."""
+    lines = "\n".join(parts).split("\n")
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 class GatewayError(Exception):
@@ -408,16 +367,15 @@ class GatewayError(Exception):
 
     # What a class reads from `details`, and its value where nothing is there.
     _fields: ClassVar[Mapping[str, Any]] = {}
-    _class_advice: ClassVar[_Advice | None] = None
+    _class_advice: ClassVar[_Advice] = _Advice("")
 
     status_code: int | None = None
     error_code: str | None = None
     request_id: str | None = None
     retry_after: float | None = None
     may_have_run: bool = False
-    # What may be over by the next attempt: see `_retry_delay`.
+    # See `_retry_delay`.
     _fault: Literal["unreachable", "lost"] | None = None
-    # The message as it is printed by the command line, if that differs.
     _shell_message: str | None = None
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
@@ -432,7 +390,7 @@ class GatewayError(Exception):
     def _restore(
         cls, message: str, details: Mapping[str, Any], attributes: Mapping[str, Any]
     ) -> GatewayError:
-        """An error with these attributes. The constructors, as users know them, take too few."""
+        """An error with these attributes, as the constructors take too few."""
         error = cls.__new__(cls)
         GatewayError.__init__(error, message, details)
         error.__dict__.update(attributes)
@@ -443,21 +401,16 @@ class GatewayError(Exception):
         cls, problem: str, details: Mapping[str, Any] | None = None, *advice: _Advice | None,
         may_have_run: bool = False, **attributes: Any,
     ) -> GatewayError:
-        """An error whose message is the problem, what can be done about it, and if it may have run."""
-        ending = _MAY_HAVE_RUN if may_have_run else ""
-        told = [one for one in advice if one]
-        error = cls._restore(
-            _joined([problem, *(one.python for one in told), ending]), details or {}, attributes
-        )
-        error.may_have_run = may_have_run
-        error._shell_message = _joined([problem, *(one.shell for one in told), ending])
-        return error
+        """An error that says what the problem is, what can be done, and if it may have run."""
+        told = [one for one in (*advice, _MAY_HAVE_RUN if may_have_run else None) if one]
+        python = _joined([problem, *(one.python for one in told)])
+        shell = _joined([problem, *(one.shell or one.python for one in told)])
+        attributes.update(may_have_run=may_have_run, _shell_message=shell)
+        return cls._restore(python, details or {}, attributes)
 
     @classmethod
-    def _advice_for(cls, details: Mapping[str, Any]) -> _Advice | None:
+    def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
         """The advice of the class, with the fields of this error in it."""
-        if cls._class_advice is None:
-            return None
         import shlex
 
         values = {name: details.get(name) or default for name, default in cls._fields.items()}
@@ -466,11 +419,10 @@ class GatewayError(Exception):
         return _Advice(python.format_map(values), shell.format_map(words))
 
     def _in_shell(self) -> str:
-        """The message as the command line prints it: with commands and options where it advises."""
+        """The message as the command line prints it."""
         return self._shell_message or self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default would call the class with the message alone.
         return self._restore, (self.message, self.details, self.__dict__)
 
 
@@ -483,10 +435,8 @@ class PrefabNotFoundError(GatewayError):
 
     _fields = {"prefab_id": "unknown", "version": "unknown"}
     _class_advice = _Advice(
-        python="See client.list_prefabs() for the prefabs, and"
-        " client.get_prefab_spec(prefab_id, version) for the functions of one.",
-        shell="See `gateway-sdk list` for the prefabs, and `gateway-sdk spec PREFAB VERSION`"
-        " for the functions of one.",
+        "See client.list_prefabs(), and client.get_prefab_spec(prefab_id, version) for functions.",
+        "See `gateway-sdk list`, and `gateway-sdk spec PREFAB VERSION` for functions.",
     )
     prefab_id: str
     version: str
@@ -504,10 +454,7 @@ class QuotaExceededError(GatewayError):
     """A quota is used up (429)."""
 
     _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
-    _class_advice = _Advice(
-        python="Wait, or have the quota raised: the SDK does not repeat such a call.",
-        shell="Wait, or have the quota raised: such a call is not repeated.",
-    )
+    _class_advice = _Advice("Wait, or have the quota raised: such a call is not repeated.")
     limit: int
     used: int
     quota_type: str
@@ -521,39 +468,36 @@ class MissingSecretError(GatewayError):
 
     _fields = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
     _class_advice = _Advice(
-        python="Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
-        shell="Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
+        "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
+        "Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
     )
     prefab_id: str
     secret_name: str
     instructions: str | None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        body = {
-            "prefab_id": prefab_id,
-            "secret_name": secret_name,
-            "instructions": instructions,
-            "error_code": "MISSING_SECRET",
-        }
+        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
         problem = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
-        advice = self._advice_for(body)
-        super().__init__(_joined([problem, advice.python if advice else "", instructions or ""]), body)
+        advice, more = self._advice_for(body), instructions or ""
+        body["error_code"] = "MISSING_SECRET"
+        super().__init__(_joined([problem, advice.python, more]), body)
+        self._shell_message = _joined([problem, advice.shell, more])
 
 
 class AgentContextRequiredError(GatewayError):
     """The credential is not an agent's, which this file operation needs."""
 
     _class_advice = _Advice(
-        python="This needs an agent's token (internal_token=)."
-        " upload_input_file() uploads a call's inputs without one.",
-        shell="This needs an agent's token (X_INTERNAL_TOKEN)."
-        " `gateway-sdk upload --input` uploads a call's inputs without one.",
+        "This needs an agent's token (internal_token=). upload_input_file() uploads a call's inputs"
+        " without one.",
+        "This needs an agent's token (X_INTERNAL_TOKEN). `gateway-sdk upload --input` uploads a"
+        " call's inputs without one.",
     )
 
     def __init__(self, message: str | None = None) -> None:
-        advice = self._advice_for({})
-        text = message or (advice.python if advice else "")
-        super().__init__(text, {"error_code": "MISSING_AGENT_CONTEXT"})
+        python, shell = self._class_advice
+        super().__init__(message or python, {"error_code": "MISSING_AGENT_CONTEXT"})
+        self._shell_message = message or shell
 
 
 class ServiceUnavailableError(GatewayError):
@@ -620,16 +564,19 @@ class PrefabCall:
     parameters: Optional[_Json] = None
     files: Optional[_Files] = None
 
+    def __repr__(self) -> str:
+        # A presigned URL may have been given by mistake.
+        shown = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return _mask_queries(f"PrefabCall({shown})")
+
     def to_dict(self) -> _Json:
-        """The call as the gateway reads it; `files` is left out when there are none."""
+        """The call as the gateway reads it."""
         inputs: _Json = {"parameters": self.parameters or {}}
         if self.files:
             inputs["files"] = self.files
         return {
-            "prefab_id": self.prefab_id,
-            "version": self.version,
-            "function_name": self.function_name,
-            "inputs": inputs,
+            "prefab_id": self.prefab_id, "version": self.version,
+            "function_name": self.function_name, "inputs": inputs,
         }
 
 
@@ -644,19 +591,17 @@ class StreamEvent:
     @classmethod
     def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
-        name: Any = data.get("type")
-        event_type = _EVENT_TYPES.get(name) if isinstance(name, str) else None
-        return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
+        event_type = _EVENT_TYPES.get(_text_of(data.get("type")), StreamEventType.CONTENT)
+        return cls(event_type, data.get("data"), data)
 
 
 def _is_heartbeat(event: StreamEvent) -> bool:
-    """Whether an event only shows that the stream is alive: of an unknown type, without data."""
-    name = event.raw.get("type", "content")
-    return event.data is None and not (isinstance(name, str) and name in _EVENT_TYPES)
+    """Whether an event, of an unknown type and without data, only shows that the stream lives."""
+    return event.data is None and _text_of(event.raw.get("type", "content")) not in _EVENT_TYPES
 
 
 def _event_error(event: StreamEvent) -> _Json:
-    """An error event's data as a result's `error`, with what may stand beside the data."""
+    """A result's `error`: an error event's data, and what may stand beside it."""
     error: _Json = {"message": "The function reported an error."}
     error.update({key: event.raw[key] for key in ("message", "error_code") if event.raw.get(key)})
     if isinstance(event.data, dict):
@@ -666,29 +611,17 @@ def _event_error(event: StreamEvent) -> _Json:
     return error
 
 
-def _without_tracebacks(error: BaseException | None) -> None:
-    """Frees what an error and its causes keep alive by their tracebacks: frames, and so bodies."""
-    waiting, seen = [error], set()
-    while waiting:
-        found = waiting.pop()
-        if found is not None and id(found) not in seen:
-            seen.add(id(found))
-            found.__traceback__ = None
-            waiting += [found.__cause__, found.__context__]
-
-
 @dataclass
 class PrefabResult:
     """What became of one call.
 
     Attributes:
         status: A `CallStatus`, or the gateway's own word if that is another.
-        output: The envelope `{"status", "output", "files"}`, or the function's value itself: gateways
-            differ, and `get_function_result` knows both.
+        output: The envelope `{"status", "output", "files"}`, or the function's value itself.
         error: `{"message", "type", ...}` of a failed call.
         job_id: The gateway's id of the request.
-        raw: The result's whole entry in the answer, or `{"events": [...]}` of a stream.
-        exception: What `run` would have raised, of a failed call of a batch; else None.
+        raw: The whole entry in the answer, or `{"events": [...]}` of a stream.
+        exception: What `run` would have raised, of a failed call of a batch.
     """
 
     status: Union[CallStatus, str]
@@ -706,8 +639,8 @@ class PrefabResult:
         status, error = _text_of(entry.get("status")), entry.get("error")
         if not isinstance(error, (dict, type(None))):
             error = {"message": _text_of(error)}
-        known_status = CallStatus.__members__.get(status, status)
-        result = cls(known_status, entry.get("output"), error, job_id)
+        status = CallStatus.__members__.get(status, status)
+        result = cls(status, entry.get("output"), error, job_id)
         result.raw = entry
         return result
 
@@ -719,12 +652,14 @@ class PrefabResult:
             lost = ServiceUnavailableError._create(problem, may_have_run=True)
             lost.__cause__ = exception
             exception = lost
-        _without_tracebacks(exception)
+        # They keep frames alive, and so the bodies of requests.
+        for raised in (exception, exception.__cause__, exception.__context__):
+            if raised:
+                raised.__traceback__ = None
         error: _Json = {"message": exception.message, "type": type(exception).__name__}
         if exception.error_code:
             error["error_code"] = exception.error_code
-        error["may_have_run"] = exception.may_have_run
-        result = cls(CallStatus.FAILED, error=error)
+        result = cls(CallStatus.FAILED, error={**error, "may_have_run": exception.may_have_run})
         result.exception = exception
         return result
 
@@ -732,20 +667,20 @@ class PrefabResult:
     def from_events(cls, events: Iterable[StreamEvent]) -> PrefabResult:
         """The result of a stream: what `run` gives without `stream=True`.
 
-        The function's value is its contents, joined if they are all text. If there are none, it is the
-        data of the `done` events: merged if they are dicts, without the `files` and the `job_id` that
-        the gateway adds; else the last that is not empty. An `error` event makes it FAILED. All
-        events, as decoded objects, are in `raw["events"]`.
+        The function's value is its contents, joined if they are all text. If there are none, it is
+        the data of the last `done` event that has any; dicts are merged, without the `files` and
+        `job_id` that the gateway adds. An `error` event makes it FAILED.
 
         Args:
             events: What was read, or an `EventStream`, which is read to its end.
         """
+        seen: list[_Json] = []
         contents: list[Any] = []
         merged: _Json = {}
-        last_done: Any = None
         files: _Json = {}
+        value: Any = None
+        job_id: Any = None
         error: _Json | None = None
-        seen: list[_Json] = []
         read: list[StreamEvent] = []
         try:
             read.extend(events)
@@ -755,26 +690,24 @@ class PrefabResult:
             broken.details.update(partial_output=contents, events=[event.raw for event in read])
             raise
         for event in read:
-            seen.append(event.raw or {"type": str(event.type), "data": event.data})
+            data = event.data
+            seen.append(event.raw or {"type": str(event.type), "data": data})
             if event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
-                contents.append(event.data)
+                contents.append(data)
             elif event.type == StreamEventType.ERROR:
                 error = _event_error(event)
-            elif event.type == StreamEventType.DONE and isinstance(event.data, dict):
-                merged.update(event.data)
-                if set(event.data) - {"files", "job_id"}:
-                    last_done = merged
-                if isinstance(event.data.get("files"), dict):
-                    files.update(event.data["files"])
-            elif event.type == StreamEventType.DONE and event.data not in (None, "", "[DONE]"):
-                last_done = event.data
-        merged.pop("files", None)
-        job_id = merged.pop("job_id", None)
-        value: Any = contents
-        if not contents and last_done is not None:
-            value = last_done
-        elif all(isinstance(content, str) for content in contents):
-            value = "".join(contents)
+            elif event.type == StreamEventType.DONE and isinstance(data, dict):
+                added = data.get("files")
+                files.update(added if isinstance(added, dict) else {})
+                job_id = data.get("job_id", job_id)
+                own = {key: data[key] for key in data if key not in ("files", "job_id")}
+                merged.update(own)
+                value = merged if own else value
+            elif event.type == StreamEventType.DONE and data not in (None, "", "[DONE]"):
+                value = data
+        if contents or value is None:
+            is_text = all(isinstance(content, str) for content in contents)
+            value = "".join(contents) if is_text else contents
         if not seen:
             error = {"message": "The stream had no events."}
         status = CallStatus.FAILED if error else CallStatus.SUCCESS
@@ -785,12 +718,8 @@ class PrefabResult:
 
     def to_dict(self) -> _Json:
         """`status`, `output`, `error` and `job_id` as JSON has them."""
-        return {
-            "status": str(self.status),
-            "output": self.output,
-            "error": self.error,
-            "job_id": self.job_id,
-        }
+        status = str(self.status)
+        return {"status": status, "output": self.output, "error": self.error, "job_id": self.job_id}
 
     def is_success(self) -> bool:
         """Whether the call ran; its function may still report a failure of its own."""
@@ -807,27 +736,22 @@ class PrefabResult:
     def get_function_result(self) -> Any:
         """What the function returned; `{}` where that is null or missing.
 
-        It is `output["output"]` if `output` is an envelope: a dict with `output` in it, or one that
-        has `status` and no keys but an envelope's. Any other `output` is the value itself.
+        It is `output["output"]` if `output` is an envelope: has `output` in it, or `status` and no
+        keys but an envelope's. Any other `output` is the value itself.
         """
-        value = self.output
-        if isinstance(value, dict):
-            is_envelope = "output" in value or ("status" in value and set(value) <= _ENVELOPE_KEYS)
-            if is_envelope:
-                value = value.get("output")
+        value, keys = self.output, set(self.output if isinstance(self.output, dict) else ())
+        if "output" in keys or ("status" in keys and keys <= _ENVELOPE_KEYS):
+            value = value.get("output")
         return {} if value is None else value
 
     def get_files(self) -> dict[str, list[str]]:
         """The output files: name to list of `s3://` URLs."""
         files = self.get("files") or self.raw.get("files")
-        if not isinstance(files, dict):
-            return {}
         found = {}
-        for name, urls in files.items():
-            if isinstance(urls, str):
-                found[name] = [urls]
-            elif isinstance(urls, list):
-                found[name] = [url for url in urls if isinstance(url, str)]
+        for name, urls in files.items() if isinstance(files, dict) else ():
+            listed = [urls] if isinstance(urls, str) else urls
+            if isinstance(listed, list):
+                found[name] = [url for url in listed if isinstance(url, str)]
         return found
 
     def get_file_urls(self) -> list[str]:
@@ -859,8 +783,8 @@ class PrefabResult:
 class BatchResult:
     """The results of a batch, in the order of its calls.
 
-    `status` is `"COMPLETED"` (all succeeded), `"PARTIAL_SUCCESS"` or `"FAILED"` (none did). `job_id`
-    is None unless the batch was a single request: each result has its own.
+    `status` is `"COMPLETED"` (all succeeded), `"PARTIAL_SUCCESS"` or `"FAILED"` (none did).
+    `job_id` is that of a single request, else None.
     """
 
     job_id: Optional[str]
@@ -903,14 +827,10 @@ class PrefabInfo:
 
     @classmethod
     def _from_dict(cls, entry: _Json) -> PrefabInfo:
-        known = {
-            **entry,
-            "prefab_id": entry["id"],
-            "status": entry.get("deployment_status"),
-            "raw": entry,
-        }
-        names = [known_field.name for known_field in fields(cls)]
-        return cls(**{name: known[name] for name in names if known.get(name) is not None})
+        status = entry.get("deployment_status")
+        known = {**entry, "prefab_id": entry["id"], "status": status, "raw": entry}
+        names = [one.name for one in fields(cls) if known.get(one.name) is not None]
+        return cls(**{name: known[name] for name in names})
 
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -928,9 +848,7 @@ def _shown(value: Any) -> str:
 def _check_text(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, str) or not value:
-            raise ValidationError(
-                f"{name} must be a string that is not empty, not {_shown(value)}."
-            )
+            raise ValidationError(f"{name} must be a text that is not empty, not {_shown(value)}.")
 
 
 _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fullmatch
@@ -939,77 +857,80 @@ _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fu
 def _check_header_value(name: str, value: _Secret) -> None:
     """Raises if no header can carry the value. The error does not show it."""
     if not isinstance(value.reveal(), str) or not _is_header_value(value.reveal()):
-        raise ValidationError(
-            f"{name} must be a string that is not empty,"
-            " and have only printable ASCII or Latin-1 characters."
-        )
+        raise ValidationError(f"{name} must be printable ASCII or Latin-1 text that is not empty.")
 
 
-def _check_number(name: str, value: Any, above: int = 0) -> None:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if not is_number or not above < value < 10**9:
-        raise ValidationError(
-            f"{name} must be a whole number above {above} and below {10**9}, not {_shown(value)}."
-        )
-
-
-# poll() counts milliseconds in 31 bits.
-_TIMEOUT_LIMIT_SECONDS = 2**31 // 1000
+def _check_number(
+    name: str, value: Any, above: int = 0, below: int = 10**9, *, whole: bool = True
+) -> None:
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not is_number or not above < value < below:
+        kind = f"a {'whole ' if whole else ''}number above {above} and below {below}"
+        raise ValidationError(f"{name} must be {kind}, not {_shown(value)}.")
 
 
 def _check_timeout(seconds: Any) -> None:
-    if seconds is None:
-        return
-    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not is_number or not 0 < seconds < _TIMEOUT_LIMIT_SECONDS:
-        raise ValidationError(
-            f"timeout must be None or seconds above 0 and below {_TIMEOUT_LIMIT_SECONDS},"
-            f" not {_shown(seconds)}."
-        )
+    if seconds is not None:
+        # poll() counts milliseconds in 31 bits.
+        _check_number("timeout", seconds, below=2**31 // 1000, whole=False)
+
+
+def _is_s3_url(url: Any) -> bool:
+    return isinstance(url, str) and bool(re.match("s3://.", url))
+
+
+def _no_url_error(problem: str, source: str, command: str) -> GatewayError:
+    """The error for what is no s3:// URL; it says what gives one, in Python and in the shell."""
+    advice = _Advice(f"{problem}: {source} gives one.", f"{problem}: `{command}` gives one.")
+    return ValidationError._create("", {}, advice)
 
 
 def _check_s3_url(name: str, url: Any, source: str) -> None:
-    if not isinstance(url, str) or not re.match("s3://.", url):
-        raise ValidationError(f"{name} must be an s3:// URL, not {_shown(url)}: {source} gives one.")
+    # It may be presigned.
+    url = _Secret(url)
+    if not _is_s3_url(url.reveal()):
+        problem = f"{name} must be an s3:// URL, not {_shown(url.reveal())}"
+        raise _no_url_error(problem, source, "gateway-sdk ls")
+
+
+def _files_problem(files: Any) -> str:
+    """What is wrong with the files of a call; empty if nothing is."""
+    if not isinstance(files, dict):
+        return f"files must be a dict, not {_shown(files)}"
+    for name, urls in files.items():
+        if not isinstance(urls, (list, tuple)):
+            return f"files[{_shown(name)}] must be a list of s3:// URLs, not {_shown(urls)}"
+        for url in urls:
+            if not _is_s3_url(url):
+                return f"each of files[{_shown(name)}] must be an s3:// URL, not {_shown(url)}"
+    return ""
 
 
 def _check_call(call: Any, where: str = "") -> None:
     """Raises if a call cannot be sent. `where` is its place in a batch, such as `calls[3]: `."""
     if not isinstance(call, PrefabCall):
-        raise ValidationError(
-            f"{where}a call must be a PrefabCall, not {_shown(call)}: PrefabCall(**call) takes a dict."
-        )
-    try:
-        _check_text(
-            prefab_id=call.prefab_id, version=call.version, function_name=call.function_name
-        )
-        for name, value in (("parameters", call.parameters), ("files", call.files)):
-            if value is not None and not isinstance(value, dict):
-                raise ValidationError(f"{name} must be a dict, not {_shown(value)}.")
-        for name, urls in (call.files or {}).items():
-            if not isinstance(urls, (list, tuple)):
-                raise ValidationError(
-                    f"files[{name!r}] must be a list, as [client.upload_input_file(path)] is."
-                )
-            for url in urls:
-                _check_s3_url(f"each of files[{name!r}]", url, "client.upload_input_file(path)")
-    except ValidationError as error:
-        raise ValidationError(f"{where}{error.message}") from None
+        advice = "PrefabCall(**call) takes a dict."
+        raise ValidationError(f"{where}a call must be a PrefabCall, not {_shown(call)}: {advice}")
+    names = ("prefab_id", "version", "function_name")
+    _check_text(**{f"{where}{name}": getattr(call, name) for name in names})
+    if not isinstance(call.parameters, (dict, type(None))):
+        raise ValidationError(f"{where}parameters must be a dict, not {_shown(call.parameters)}.")
+    problem = "" if call.files is None else _files_problem(call.files)
+    if problem:
+        source = "client.upload_input_file(path)"
+        raise _no_url_error(f"{where}{problem}", source, "gateway-sdk upload --input PATH")
 
 
 def _segments(*names: Any) -> str:
     """A path of one segment for each name, with the slashes in them encoded."""
     for name in names:
-        is_text = isinstance(name, str) and name.isprintable()
-        if not is_text or name in ("", ".", ".."):
-            raise ValidationError(
-                f"{_shown(name)} cannot be the name of a prefab, a version or a secret."
-            )
+        if not isinstance(name, str) or not name.isprintable() or name in ("", ".", ".."):
+            raise ValidationError(f"{_shown(name)} cannot be a prefab_id, version or secret_name.")
     return "/".join(quote(name, safe="") for name in names)
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-# An attribute of a value that JSON cannot carry, and what to pass instead.
+# An attribute of a type that JSON cannot carry, and what to pass instead.
 _JSON_CONVERSIONS = {
     "isoformat": "its .isoformat()",
     "model_dump": "its .model_dump()",
@@ -1023,7 +944,7 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
     try:
         return _encode_json(content).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        # Not kept as a cause: it may show a text that is a secret.
+        # Not kept as a cause: it may show a secret.
         problem = f"a {type(content).__name__}: {error}"
     if depth > 100:
         path, problem = f"{path:.80}...", "nested too deeply, or contains itself"
@@ -1036,9 +957,11 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
     elif isinstance(content, float):
         problem = f"{content}, which JSON does not have"
     elif not isinstance(content, (str, bytes, int)):
-        ways_out = [way for name, way in _JSON_CONVERSIONS.items() if hasattr(content, name)]
-        if ways_out:
-            problem = f"a {type(content).__name__}: pass {ways_out[0]}"
+        for name, way_out in _JSON_CONVERSIONS.items():
+            # Of the type: some objects have every attribute.
+            if hasattr(type(content), name):
+                problem = f"a {type(content).__name__}: pass {way_out}"
+                break
     raise ValidationError(f"The request cannot be sent as JSON: {path or 'it'} is {problem}.")
 
 
@@ -1052,53 +975,56 @@ _CREDENTIAL_KINDS = {
     "X-API-Key": "an API key",
     "Authorization": "a JWT",
 }
-# What only the SDK can say of a message that it frames itself, and to whom it says it.
+# Only the SDK knows how it frames a message, and to whom it says who it is.
 _OWN_HEADERS = frozenset(
-    (
-        "accept-encoding connection content-encoding content-length content-type expect host if-range"
-        " keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding upgrade"
-    ).split()
+    "accept-encoding connection content-encoding content-length content-type expect host if-range "
+    "keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding "
+    "upgrade".split()
 )
 _is_token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 
 
-def _split_url(url: str) -> tuple[str, str]:
-    """Origin (RFC 6454), such as `https://host:8443`, and request target of an http(s) URL.
-
-    A `ValueError` says what is wrong with it, but does not show it, as it may be a secret.
-    """
+def _parse_url(url: Any) -> tuple[str, str, str]:
+    """Origin and target of an http(s) URL, and what is wrong with it."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
         if ":" not in host:
             host = host.encode("idna").decode()
     except (ValueError, AttributeError, TypeError):
-        raise ValueError("is not a URL") from None
+        return "", "", "is not a URL"
     if parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", host):
-        raise ValueError("is not an http:// or https:// URL")
+        return "", "", "is not an http:// or https:// URL"
     if "@" in parts.netloc:
-        raise ValueError("must not contain a user name")
+        return "", "", "must not contain a user name"
     if port == 0:
-        raise ValueError("has the port 0, to which nothing can connect")
+        return "", "", "has the port 0, to which nothing can connect"
     netloc = f"[{host}]" if ":" in host else host
     if port not in (None, _DEFAULT_PORTS[parts.scheme]):
         netloc += f":{port}"
     target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
     # A presigned URL must arrive as it was signed: only what HTTP cannot carry is encoded.
-    return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS)
+    return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS), ""
+
+
+def _split_url(url: Any) -> tuple[str, str]:
+    """Origin (RFC 6454), such as `https://host:8443`, and request target of an http(s) URL.
+
+    A `ValueError` says what is wrong with it, and does not show it: it may be a secret.
+    """
+    url = _Secret(url)
+    origin, target, problem = _parse_url(url.reveal())
+    if problem:
+        raise ValueError(problem)
+    return origin, target
 
 
 def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, str]:
-    """The headers that a caller gives, if a request to the gateway can carry them.
-
-    Args:
-        credential: The header of the credential in use, which they must not replace.
-    """
-    given = dict(headers) if isinstance(headers, Mapping) else None
-    if given is None:
-        raise ValidationError(
-            f"headers must be a mapping, or a function that gives one, not {_shown(headers)}."
-        )
+    """A copy of a caller's headers. Raises if a request beside this header cannot carry them."""
+    if not isinstance(headers, Mapping):
+        kind = "a mapping, or a function that gives one"
+        raise ValidationError(f"headers must be {kind}, not {_shown(headers)}.")
+    given = dict(headers)
     for name, value in given.items():
         if not isinstance(name, str) or not _is_token(name):
             raise ValidationError(f"headers: {_shown(name)} cannot be the name of a header.")
@@ -1112,9 +1038,7 @@ class _FileBody:
     """A body with a file in it. Its length is known beforehand, and it can be sent again."""
 
     def __init__(self, head: bytes, file: Any, tail: bytes, on_progress: _Progress | None) -> None:
-        self._head = head
-        self._file = file
-        self._tail = tail
+        self._head, self._file, self._tail = head, file, tail
         self._size = os.fstat(file.fileno()).st_size
         self._on_progress = on_progress or _ignore
 
@@ -1122,25 +1046,22 @@ class _FileBody:
         return len(self._head) + self._size + len(self._tail)
 
     def __iter__(self) -> Iterator[bytes]:
-        """The body in blocks. If the file is not as long as was promised, raises before its end.
-
-        `sendfile` was measured: it waits for room in the socket in between, and takes a fifth more
-        time.
-        """
+        """The body in blocks. If the file is not as long as was promised, raises before its end."""
         if self._head:
             yield self._head
         self._file.seek(0)
         sent = 0
         self._on_progress(sent, self._size)
-        # Asks for one byte more than was promised: if it comes, the file has grown.
+        # One byte more than was promised: if it comes, the file has grown.
         while block := self._file.read(min(self._size - sent + 1, _BLOCK_BYTES)):
             sent += len(block)
             if sent > self._size:
-                raise GatewayError(f"{self._file.name} became longer while it was being sent.")
+                break
             yield block
             self._on_progress(sent, self._size)
-        if sent < self._size:
-            raise GatewayError(f"{self._file.name} became shorter while it was being sent.")
+        if sent != self._size:
+            how = "longer" if sent > self._size else "shorter"
+            raise GatewayError(f"{self._file.name} became {how} while it was being sent.")
         if self._tail:
             yield self._tail
 
@@ -1155,10 +1076,7 @@ class _Credential:
 
 @dataclass(frozen=True)
 class _Request:
-    """All that is sent, and how it may be treated. As text it shows no query and no header.
-
-    It never changes. What one attempt adds to it, `_Transport._for_attempt` adds to a copy.
-    """
+    """All that is sent, and how it may be treated. It never changes; an attempt adds to a copy."""
 
     method: str
     origin: str
@@ -1185,6 +1103,7 @@ class _Request:
     proxy: str = ""
 
     def __repr__(self) -> str:
+        # No query and no header, which may be secret.
         path = self.target.partition("?")[0]
         return f"{self.method} {path if self.to_gateway else self.origin + path}"
 
@@ -1194,7 +1113,7 @@ class _Request:
 
 
 def _query_secrets(target: str) -> tuple[_Secret, ...]:
-    """The query of a presigned URL, and those of its values that are too long for a date or a name."""
+    """The query of a presigned URL, and its values that are too long for a date or a name."""
     query = target.partition("?")[2]
     values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
     return tuple(_Secret(text) for text in [query, *(text for text in values if len(text) > 9)])
@@ -2256,7 +2175,7 @@ def _status_error(response: _Response) -> GatewayError:
     # A 404 may name something else, but this was asked for.
     fields = {**fields, **request.prefab} if status == 404 else {**request.prefab, **fields}
     error_class = _error_class(request, status, _text_of(fields.get("error_code")), no_such_path)
-    advice = error_class._advice_for(fields)
+    advice: _Advice | None = error_class._advice_for(fields)
     if error_class is AuthenticationError:
         advice = _credential_advice(request)
     elif request.to_gateway and no_such_path:
@@ -2268,7 +2187,7 @@ def _status_error(response: _Response) -> GatewayError:
     refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
     instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
-        request.redact(f"{request!r} answered {status}: {message or head.reason or 'no reason'}"),
+        f"{request!r} answered {status}: {request.redact(message or head.reason or 'no reason')}",
         fields, advice, _Advice(instructions, instructions), _proxy_advice(request),
         may_have_run=_status_may_have_run(request, status, refused), status_code=status,
         request_id=_request_id(response), retry_after=_retry_after_seconds(head.get("Retry-After")),
