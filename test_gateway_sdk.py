@@ -12315,6 +12315,19 @@ def test_a_readme_shows_no_asterisks_and_no_blanks_of_wrapped_lines(name: str) -
         assert not re.search("[\u3000-\u303f\uff00-\uffef] [^|]", line), line
 
 
+@pytest.mark.parametrize("name", [*READMES, *EXAMPLES_READMES])
+def test_every_link_of_a_readme_leads_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^):]+)\)", "\n".join(prose_of(name)))
+    assert links
+    for link in links:
+        path, _, place = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        titles = re.findall("^#+ (.+)", target.read_text(encoding="utf-8"), re.M)
+        # As GitHub makes them of headings.
+        places = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not place or place in places, link
+
+
 @pytest.mark.parametrize("name", READMES)
 def test_the_readme_has_every_method_with_its_arguments_and_every_type(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
