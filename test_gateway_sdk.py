@@ -12271,7 +12271,7 @@ def test_the_python_of_the_readme_can_be_pasted_into_any_python(name: str) -> No
                 if language == "python" and not is_file(code)]
     assert len(sessions) > 5
     for code in sessions:
-        lines = re.sub('""".*?"""', "...", code, flags=re.S).splitlines()
+        lines = re.sub('""".*?"""', "...", code, flags=re.S).rstrip().splitlines()
         assert not lines[-1].startswith(" "), f"It waits for another Enter: {lines[-1]}"
         for before, after in zip(lines, lines[1:]):
             # Up to Python 3.12, a blank line ends what is indented, and nothing else does.
