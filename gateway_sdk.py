@@ -37,7 +37,9 @@ import time
 import weakref
 from base64 import b64encode, urlsafe_b64decode
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -122,8 +124,6 @@ _MAX_INTERIM_RESPONSES = 100
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_WORKER_TRANSPORTS = 8
-# How many events an `AsyncEventStream` reads ahead: a slow reader must hold the sender back.
-_MAX_EVENTS_AHEAD = 16
 # Fits the processor's cache: larger blocks cost more.
 _BLOCK_BYTES = 256 * 1024
 _MAX_SHOWN_CHARACTERS = 500
@@ -145,9 +145,18 @@ _CallerHeaders = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
 _MODULE_ID = os.urandom(8)
 
 
-def _process_id() -> tuple[bytes, int]:
-    """Where this code runs: another value after a fork, and in another interpreter."""
-    return _MODULE_ID, os.getpid()
+class _Process:
+    """Where this code runs: another `id` after a fork, and in another interpreter."""
+
+    id = _MODULE_ID, os.getpid()
+
+    @classmethod
+    def renew(cls) -> None:
+        cls.id = _MODULE_ID, os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Process.renew)
 
 
 def _log(message: str, *args: object) -> None:
@@ -1202,6 +1211,7 @@ class _Fault(Exception):  # noqa: N818
         return isinstance(self.error, (socket.timeout, TimeoutError))
 
 
+_sleep = time.sleep
 # No descriptors or no memory are left.
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TIMEOUT_ADVICE = _Advice("A larger timeout= waits longer.", "A larger --timeout waits longer.")
@@ -1372,6 +1382,14 @@ def _proxy_for(origin: str) -> _Proxy | None:
     return proxy
 
 
+def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
+    if name not in fields:
+        return []
+    items = ",".join(fields[name]).lower().split(",")
+    return [item.strip() for item in items if item.strip()]
+
+
 @dataclass(frozen=True)
 class _Head:
     """Start line and fields of an answer, and how its body is framed (RFC 9112 §4 to §6)."""
@@ -1402,15 +1420,11 @@ class _Head:
 
     def content_encoding(self) -> str:
         """How the body is encoded; empty if it is not. Some servers name a charset there."""
+        if not self.coding and "content-encoding" not in self.fields:
+            return ""
         codings = [self.coding, *_list_of(self.fields, "content-encoding")]
         none = ("", "identity", "none", "utf-8", "utf8")
         return ", ".join(coding[:80] for coding in codings if coding not in none)
-
-
-def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
-    """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
-    items = ",".join(fields.get(name, ())).lower().split(",")
-    return [item.strip() for item in items if item.strip()]
 
 
 def _read_line(reader: Any) -> bytes:
@@ -1451,44 +1465,48 @@ def _read_fields(reader: Any) -> dict[str, list[str]]:
     raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
 
 
-def _read_head(reader: Any) -> _Head:
-    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
-    for _ in range(_MAX_INTERIM_RESPONSES):
-        line = _read_line(reader).decode("latin-1").rstrip()
-        found = re.fullmatch(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?", line)
-        if not found:
-            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line!r}")
-        status, fields = int(found[2]), _read_fields(reader)
-        # After 101 the server speaks another protocol.
-        if status >= 200 or status == 101:
-            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
-            return _frame(_Head(status, reason, fields), is_old=found[1] == "0")
-    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
-
-
-def _frame(head: _Head, *, is_old: bool) -> _Head:
-    """A head with how its body is framed. Where that is doubtful, the connection is not kept.
+def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> dict[str, Any]:
+    """How the body behind a head is framed. Where that is doubtful, the connection is not kept.
 
     Args:
         is_old: The answer is in HTTP/1.0, where a connection ends unless the server says otherwise.
     """
-    options = _list_of(head.fields, "connection")
+    options = _list_of(fields, "connection")
     keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
-    lengths = set(_list_of(head.fields, "content-length"))
-    codings = _list_of(head.fields, "transfer-encoding")
-    if head.status < 200 or head.status in (204, 304):
-        return replace(head, length=0, keep_alive=keep_alive and not codings and lengths <= {"0"})
+    lengths = set(_list_of(fields, "content-length"))
+    codings = _list_of(fields, "transfer-encoding")
+    if status < 200 or status in (204, 304):
+        return {"length": 0, "keep_alive": keep_alive and not codings and lengths <= {"0"}}
     if codings:
         chunked = codings[-1] == "chunked"
-        return replace(
-            head, chunked=chunked, coding=", ".join(codings[:-1] if chunked else codings),
-            keep_alive=keep_alive and codings == ["chunked"] and not lengths,
-        )
+        return {
+            "chunked": chunked,
+            "coding": ", ".join(codings[:-1] if chunked else codings),
+            "keep_alive": keep_alive and codings == ["chunked"] and not lengths,
+        }
     if len(lengths) != 1 or not re.fullmatch("[0-9]+", min(lengths)):
         # None, or two of which either may be right: until the connection ends.
-        return head
+        return {}
     # Python itself refuses to read very long numbers.
-    return replace(head, length=int(min(lengths)[-18:]), keep_alive=keep_alive)
+    return {"length": int(min(lengths)[-18:]), "keep_alive": keep_alive}
+
+
+_status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullmatch
+
+
+def _read_head(reader: Any) -> _Head:
+    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
+    for _ in range(_MAX_INTERIM_RESPONSES):
+        line = _Secret(_read_line(reader).decode("latin-1").rstrip())
+        found = _status_line(line.reveal())
+        if not found:
+            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line.reveal()!r}")
+        status, fields = int(found[2]), _read_fields(reader)
+        # After 101 the server speaks another protocol.
+        if status >= 200 or status == 101:
+            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
+            return _Head(status, reason, fields, **_framing(status, fields, found[1] == "0"))
+    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
 
 
 def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
@@ -1540,7 +1558,7 @@ class _Connection:
     def __init__(self, origin: str, proxy: _Proxy | None) -> None:
         self.origin = origin
         self.proxy = proxy
-        self.process_id = _process_id()
+        self.process_id = _Process.id
         self.idle_since = 0.0
         self.reader: Any = None
         self._sock: Any = None
@@ -1660,14 +1678,14 @@ class _Connection:
         """Closes it, also while another thread waits in an operation on it, which then ends."""
         if self._closing.acquire(blocking=False):
             # When Python ends, the names of this module may be gone already.
-            if _process_id is not None:
+            if _Process is not None:
                 self._wake()
             self._shut = True
             self._free()
 
     def _wake(self) -> None:
         """Ends an operation that waits. After a fork, the parent may still use the connection."""
-        if self._sock is not None and self.process_id == _process_id():
+        if self._sock is not None and self.process_id == _Process.id:
             with suppress(OSError):
                 self._bare().shutdown(socket.SHUT_RDWR)
 
@@ -1696,18 +1714,22 @@ class _Connection:
             return False
         try:
             self._sock.settimeout(0)
-            # A byte is left over from an answer, or is half a record of TLS; none is the end.
-            self._bare().recv(1, socket.MSG_PEEK)
-            return False
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError):
-            return False
-        try:
-            return not self.reader.peek(1)
-        except OSError as error:
+            # Half a record of TLS is nothing to read yet, but seen by the socket itself.
+            if self._is_tls and self._has_bytes():
+                return False
+            # A byte would be left over from an answer, and b"" would be the end.
+            return self.reader.read(1) is None
+        except (OSError, ValueError) as error:
             # So TLS reports that nothing can be read.
             return type(error).__name__ == "SSLWantReadError"
+
+    def _has_bytes(self) -> bool:
+        """Whether a byte, or the end, has arrived on the socket below TLS."""
+        try:
+            self._bare().recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return True
 
     def set_timeout(self, seconds: float | None) -> None:
         """Seconds for each wait from now on; 0 reads only what has already arrived."""
@@ -1760,7 +1782,7 @@ class _Pool:
 
     def acquire(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
-        idle = self._idle.get((_process_id(), origin), [])
+        idle = self._idle.get((_Process.id, origin), [])
         with suppress(IndexError):
             while True:
                 connection = idle.pop()
@@ -1831,11 +1853,15 @@ class _Flight:
 
     def wait(self, seconds: float) -> None:
         """Waits, but no longer than until it is cancelled."""
-        # On Windows only a sleep notices Ctrl-C, which comes to the main thread.
-        if threading.current_thread() is threading.main_thread():
+        # Whoever replaced it, as tests do, wants it to be called.
+        if time.sleep is not _sleep:
             time.sleep(seconds)
-        elif self._gate.acquire(timeout=seconds):
-            self._gate.release()
+            return
+        deadline = time.monotonic() + seconds
+        while not self.cancelled and (left := deadline - time.monotonic()) > 0:
+            # On Windows only the gaps between waits notice Ctrl-C.
+            if self._gate.acquire(timeout=min(left, 0.2)):
+                self._gate.release()
 
 
 class _Scope:
@@ -1861,6 +1887,9 @@ class _Scope:
 
 
 # --- Responses ------------------------------------------------------------------------------------
+
+
+_is_chunk_size = re.compile(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n").fullmatch
 
 
 class _Response:
@@ -1897,8 +1926,7 @@ class _Response:
         """
         # No `except` here: when Python ends with an open stream, its name would be gone already.
         try:
-            while piece := self._next_piece():
-                yield piece
+            yield from iter(self._next_piece, b"")
         finally:
             self.close()
 
@@ -1908,20 +1936,22 @@ class _Response:
             if self._deadline is not None:
                 self._connection.set_timeout(max(self._deadline - time.monotonic(), 1e-3))
             piece = self._connection.guarded(self._read_some)
-            if not piece:
-                if self._flight.take() is None:
-                    raise _Fault("")
-                if self._may_keep and not self.broken:
-                    self._pool.release(self._connection)
-                else:
-                    self._connection.close()
-            return piece
-        except _Fault as fault:
+            if piece:
+                return piece
             if self._flight.take() is None:
-                fault = _Fault("it was closed here")
-            self._connection.close()
-            doing = f"the answer ({self.status}) was cut short"
-            raise _wire_error(self.request, fault, doing)
+                raise _Fault("it was closed here")
+            if self._may_keep and not self.broken:
+                self._pool.release(self._connection)
+            else:
+                self._connection.close()
+            return b""
+        except _Fault as caught:
+            fault = caught
+        # Out here, the error has no context: frames there hold what the server sent.
+        if self._flight.take() is None:
+            fault = _Fault("it was closed here")
+        self._connection.close()
+        raise _wire_error(self.request, fault, f"the answer ({self.status}) was cut short")
 
     def _read_some(self) -> bytes:
         """The next bytes; none at the end of the body. One operation on the connection."""
@@ -1952,7 +1982,7 @@ class _Response:
             line = _read_line(reader)
         elif self._line_end_is_due:
             self._may_keep = False
-        if not re.fullmatch(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n", line):
+        if not _is_chunk_size(line):
             self._may_keep = False
         try:
             size = int(line.partition(b";")[0], 16)
@@ -1960,12 +1990,11 @@ class _Response:
             size = -1
         if size < 0:
             raise _Fault(f"a chunk's size is {line[:80]!r}")
-        if size == 0:
-            try:
-                _read_fields(reader)
-            except _Fault:
-                # The body is whole all the same.
-                self._may_keep = False
+        if size == 0 and reader.peek(1):
+            _read_fields(reader)
+        elif size == 0:
+            # The connection ended, but the body is whole.
+            self._may_keep = False
         return size
 
     def read_all(self) -> bytes:
@@ -2030,6 +2059,10 @@ def _json_of(response: _Response) -> Any:
     return None
 
 
+def _request_id(response: _Response) -> str | None:
+    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
+
+
 def _unexpected_response(response: _Response, problem: str) -> GatewayError:
     """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
     request, body = response.request, response.body
@@ -2040,10 +2073,6 @@ def _unexpected_response(response: _Response, problem: str) -> GatewayError:
         {"body": text}, may_have_run=not request.idempotent, status_code=response.status,
         request_id=_request_id(response),
     )
-
-
-def _request_id(response: _Response) -> str | None:
-    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
 
 
 def _read_json(response: _Response, kind: Any, expect: Mapping[str, type] = {}) -> Any:
@@ -2107,14 +2136,21 @@ def _read_detail(response: _Response) -> Any:
     return detail
 
 
+def _is_fastapis(detail: Any) -> bool:
+    """Whether this is the list by which FastAPI refuses a request, before anything has run."""
+    return isinstance(detail, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("loc"), list) and "msg" in entry
+        for entry in detail
+    )
+
+
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
-    if isinstance(detail, list):
-        lines = [_text_of(entry) for entry in detail]
-        # If it is FastAPI's list.
-        with suppress(TypeError, KeyError, ValueError):
-            lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in detail]
+    if _is_fastapis(detail):
+        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {_text_of(entry['msg'])}" for entry in detail]
         return "\n  ".join(lines), {"errors": detail}
+    if isinstance(detail, list):
+        return "\n  ".join(map(_text_of, detail)), {"errors": detail}
     if isinstance(detail, dict):
         more = detail.get("details")
         fields = {**detail, **more} if isinstance(more, dict) else detail
@@ -2217,7 +2253,7 @@ def _status_error(response: _Response) -> GatewayError:
         address = head.get("Location").partition("?")[0][:_MAX_SHOWN_CHARACTERS]
         message = f"a redirect to {address or 'nowhere'}, which is not followed."
         advice = _REDIRECT_ADVICE if request.to_gateway else None
-    refused = no_such_path or status == 401 or (status == 422 and isinstance(detail, list))
+    refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
     instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
         request.redact(f"{request!r} answered {status}: {message or head.reason or 'no reason'}"),
@@ -2241,16 +2277,17 @@ def _next_request(response: _Response) -> _Request:
     location = _Secret(
         quote(response.head.get("Location").encode("latin-1"), safe=_URL_CHARACTERS)
     )
-    base = _Secret(f"{request.origin}{request.target}")
+    base, problem = _Secret(f"{request.origin}{request.target}"), ""
     try:
         origin, target = _split_url(urljoin(base.reveal(), location.reveal()))
-        if request.origin.startswith("https:") and origin.startswith("http:"):
-            raise ValueError("leads from https to http")
-        if not location.reveal():
-            raise ValueError("is missing")
     except ValueError as error:
-        problem = f"{request!r} answered {response.status}, but its Location {error}."
-        raise GatewayError(problem) from None
+        origin, target, problem = "", "", str(error)
+    if not location.reveal():
+        problem = "is missing"
+    elif request.origin.startswith("https:") and origin.startswith("http:"):
+        problem = "leads from https to http"
+    if problem:
+        raise GatewayError(f"{request!r} answered {response.status}, but its Location {problem}.")
     secrets = request.secrets + _query_secrets(target)
     return replace(request, origin=origin, target=target, secrets=secrets)
 
@@ -2340,7 +2377,7 @@ class _Transport:
         self.pool = _Pool()
         # All requests of the client.
         self.scope = _Scope()
-        self.process_id = _process_id()
+        self.process_id = _Process.id
         # The same for its copies in other processes.
         self.identity = os.urandom(16)
         # Whether the gateway turned out to read parameters flat: see `_send_call`.
@@ -2422,7 +2459,7 @@ class _Transport:
             flight: Of the request that needs the token: when it is cancelled, waiting ends.
         """
         error_before = self._renewal_error
-        lock = self._locks.setdefault(_process_id(), threading.RLock())
+        lock = self._locks.setdefault(_Process.id, threading.RLock())
         while not lock.acquire(timeout=0.2):
             if flight and flight.cancelled:
                 return
@@ -2541,26 +2578,10 @@ class _Transport:
 # --- Event stream ---------------------------------------------------------------------------------
 
 
-class _EventDecoder(json.JSONDecoder):
-    """Decodes the JSON of events. Can be pickled, which the decoder that it extends cannot."""
-
-    def __init__(self) -> None:
-        super().__init__(strict=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _EventDecoder, ()
-
-
-# Its `raw_decode` takes half the time of `json.loads`.
-_event_decoder = _EventDecoder()
-
-
 def _decode_data(text: str) -> Any:
     """The JSON of an event's data."""
     text = text.strip(" \t\n\r")
-    if text == "[DONE]":
-        return {"type": "done", "data": text}
-    return _decode_json(text)
+    return {"type": "done", "data": text} if text == "[DONE]" else _decode_json(text)
 
 
 def _make_event(value: Any, name: str = "") -> StreamEvent:
@@ -2569,20 +2590,6 @@ def _make_event(value: Any, name: str = "") -> StreamEvent:
         return StreamEvent.from_dict(value)
     raw = value if isinstance(value, dict) else {"type": name or "content", "data": value}
     return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
-
-
-def _simple_event(block: str) -> StreamEvent | None:
-    """The event of a block that is one `data:` line with an object, as nearly all are; else None.
-
-    This short way takes half the time of `_block_events`.
-    """
-    if not block.startswith("data: {") or "\n" in block:
-        return None
-    try:
-        value, end = _event_decoder.raw_decode(block, 6)
-    except (ValueError, RecursionError):
-        return None
-    return _make_event(value) if end == len(block) else None
 
 
 def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
@@ -2611,13 +2618,17 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     return [_make_event(data, name)] if whole else []
 
 
-def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[StreamEvent]:
-    """The events of a stream (WHATWG HTML §9.2.6), each as soon as its blank line has arrived.
+def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[list[StreamEvent]]:
+    """The events of a stream (WHATWG HTML §9.2.6), those of a chunk together.
+
+    Each comes as soon as its blank line has arrived.
 
     Args:
         framed: Whether HTTP says where the stream ends. If not, its end may be a break, and half an
             event is dropped.
     """
+    # Takes half the time of `json.loads`.
+    decode = json.JSONDecoder(strict=False).raw_decode
     # The pieces of a block are joined once: a large event may come in thousands.
     pending, last = [b""], b""
     after_cr = False
@@ -2632,23 +2643,34 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[S
         if b"\r" in chunk:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         pending.append(chunk)
-        blank = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
+        is_blank = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
         last = chunk[-1:] or last
-        if blank:
-            *blocks, begun = b"".join(pending).split(b"\n\n")
-            pending = [begun]
-            for block in blocks:
-                text, codec = block.decode(codec, "replace"), "utf-8"
-                event = _simple_event(text)
-                if event:
-                    yield event
-                else:
-                    yield from _block_events(text)
-    yield from _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
+        if not is_blank:
+            continue
+        *blocks, begun = b"".join(pending).split(b"\n\n")
+        pending = [begun]
+        events: list[StreamEvent] = []
+        for block in blocks:
+            text, codec = block.decode(codec, "replace"), "utf-8"
+            # The short way for one line with an object, as nearly all are: half the time.
+            if text.startswith("data: {") and "\n" not in text:
+                try:
+                    value, end = decode(text, 6)
+                    if end == len(text):
+                        events.append(_make_event(value))
+                        continue
+                except (ValueError, RecursionError):
+                    pass
+            events += _block_events(text)
+        if events:
+            yield events
+    events = _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
+    if events:
+        yield events
 
 
-def _read_events(response: _Response) -> Iterator[StreamEvent]:
-    """The events of an answer.
+def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
+    """The events of an answer, as they arrive. If there is none, `response.body` is what came.
 
     After `done` or `error` more may follow: a function yields its own `done`, and the gateway's file
     URLs come when they are uploaded. So the stream goes on until the server ends it, or until
@@ -2657,9 +2679,9 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
     Raises:
         ServiceUnavailableError: the connection broke when the last event was neither `done` nor
             `error`, or ended there where a break would look just like the end.
-        GatewayError: there was no event at all.
     """
     last: StreamEvent | None = None
+    is_end = False
     # What came before the first event.
     unread: list[bytes] = []
 
@@ -2670,27 +2692,30 @@ def _read_events(response: _Response) -> Iterator[StreamEvent]:
             yield chunk
 
     try:
-        for event in _parse_events(chunks(), framed=response.head.framed):
-            last = event
-            unread.clear()
-            yield event
-            is_end = event.type in (StreamEventType.DONE, StreamEventType.ERROR)
+        for events in _parse_events(chunks(), framed=response.head.framed):
+            last = events[-1]
+            yield events
+            is_end = last.type in (StreamEventType.DONE, StreamEventType.ERROR)
             seconds = response.request.timeout or _AFTER_DONE_SECONDS
             response.wait_at_most(seconds if is_end else None)
     except ServiceUnavailableError:
-        if last is None or last.type not in (StreamEventType.DONE, StreamEventType.ERROR):
+        if not is_end:
             raise
+        return
     if last is None:
         response.body = b"".join(unread)
-        yield from _events_of_json(response)
-    elif not response.head.framed and last.type not in (StreamEventType.DONE, StreamEventType.ERROR):
+    if not response.head.framed and not is_end and not response.body:
         fault = _Fault("no done or error event")
         raise _wire_error(response.request, fault, "the stream was cut short")
 
 
-def _events_of_json(response: _Response) -> list[StreamEvent]:
-    """The events of a body that is no event stream, but the JSON answer of a run request."""
-    return _result_events(_parse_results(response, 1)[0])
+def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
+    """The results of a run request with `count` calls, from the JSON in `response.body`."""
+    answer = _json_of(response)
+    entries = answer.get("results") if isinstance(answer, dict) else None
+    if not isinstance(entries, list) or [type(entry) for entry in entries] != [dict] * count:
+        raise _unexpected_response(response, f"'results' is not a list of {count} objects")
+    return [PrefabResult._from_dict(entry, answer.get("job_id")) for entry in entries]
 
 
 def _result_events(result: PrefabResult) -> list[StreamEvent]:
@@ -2706,17 +2731,14 @@ def _result_events(result: PrefabResult) -> list[StreamEvent]:
     ]
 
 
-def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
-    """The results of a run request with `count` calls, from the JSON in `response.body`."""
-    answer = _json_of(response)
-    if not isinstance(answer, dict):
-        raise _unexpected_response(response, "the body is not JSON of the type dict")
-    entries = answer.get("results")
-    if not isinstance(entries, list):
-        raise _unexpected_response(response, "'results' is not a list")
-    if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
-        raise _unexpected_response(response, f"'results' is not a list of {count} objects")
-    return [PrefabResult._from_dict(entry, answer.get("job_id")) for entry in entries]
+def _read_stream_events(response: _Response) -> Iterator[list[StreamEvent]]:
+    """The events of an answer; a result that comes as one stands for those that it would have given."""
+    is_empty = True
+    for events in _read_events(response):
+        is_empty = False
+        yield events
+    if is_empty:
+        yield _result_events(_parse_results(response, 1)[0])
 
 
 class EventStream(Iterator[StreamEvent]):
@@ -2737,21 +2759,40 @@ class EventStream(Iterator[StreamEvent]):
     """
 
     def __init__(self, events: Iterable[StreamEvent], _response: _Response | None = None) -> None:
-        self._events = iter(events)
         self._response = _response
+        # Those that come together.
+        self._lists = _read_stream_events(_response) if _response else ([event] for event in events)
+        self._arrived: Iterator[StreamEvent] = iter(())
         self._state: Literal["open", "ended", "closed", "failed"] = "open"
         # The text of the error that ended it.
         self._failure = ""
         self._reading = threading.Lock()
 
     def __next__(self) -> StreamEvent:
+        return self._guarded(self._next_event)
+
+    def _next_event(self) -> StreamEvent:
+        for event in self._arrived:
+            return event
+        self._arrived = iter(next(self._lists))
+        return next(self._arrived)
+
+    def _read_some(self) -> list[StreamEvent]:
+        """The events that have arrived, after waiting for the first; none at the end."""
+        try:
+            return self._guarded(lambda: list(self._arrived) or next(self._lists))
+        except StopIteration:
+            return []
+
+    def _guarded(self, read: Callable[[], _T]) -> _T:
+        """What `read` gives, if nobody else reads; `StopIteration` at the end."""
         if self._state in ("closed", "failed"):
             raise self._no_more()
         # Never waits: a signal handler may read while the same thread does.
         if not self._reading.acquire(blocking=False):
             raise GatewayError("This stream is being read already: one thread or handler reads it.")
         try:
-            return next(self._events)
+            return read()
         except StopIteration:
             if self._state == "open":
                 self._state = "ended"
@@ -2790,37 +2831,28 @@ def _read_results(response: _Response, count: int = 1) -> list[PrefabResult]:
     if response.head.media_type() != "text/event-stream":
         response.read_all()
         return _parse_results(response, count)
+    result = PrefabResult.from_events(itertools.chain.from_iterable(_read_events(response)))
+    if not result.raw["events"]:
+        return _parse_results(response, count)
     if count > 1:
-        raise _unexpected_response(
-            response, f"with one stream of events, which cannot be the results of {count} calls"
-        )
-    events: list[StreamEvent] = []
-    try:
-        events.extend(_read_events(response))
-    except ServiceUnavailableError as broken:
-        # What came was paid for.
-        contents = [event.data for event in events if event.type is StreamEventType.CONTENT]
-        broken.details["partial_output"] = contents
-        broken.details["events"] = [event.raw for event in events]
-        raise
-    return [PrefabResult.from_events(events)]
+        problem = f"with one stream of events, which cannot be the results of {count} calls"
+        raise _unexpected_response(response, problem)
+    return [result]
 
 
 def _read_stream(response: _Response) -> EventStream:
     """The events of a run request, also of a function that does not stream."""
     if response.head.media_type() == "text/event-stream":
-        return EventStream(_read_events(response), response)
-    return EventStream(_result_events(_read_results(response)[0]), response)
+        return EventStream((), response)
+    return EventStream(_result_events(_read_results(response)[0]))
 
 
 def _read_prefabs(response: _Response) -> list[PrefabInfo]:
     """The entries of the directory."""
     entries = _read_json(response, list)
     for entry in entries:
-        known = isinstance(entry, dict) and all(
-            isinstance(entry.get(key), str) for key in ("id", "version")
-        )
-        if not known:
+        names = [entry.get("id"), entry.get("version")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(name, str) for name in names):
             raise _unexpected_response(response, "an entry lacks its id or version")
     return [PrefabInfo._from_dict(entry) for entry in entries]
 
@@ -3090,7 +3122,7 @@ def _run_one(
 ) -> PrefabResult:
     """Sends one call of a batch. Picklable, as are its arguments, so that any executor can run it."""
     # The calls of one client share connections and token in a worker process, too.
-    if transport.process_id != _process_id():
+    if transport.process_id != _Process.id:
         transport = _worker_transports.setdefault(transport.identity, transport)
         for identity in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
             _worker_transports.pop(identity, None)
@@ -3267,31 +3299,38 @@ class _Batch:
 def _version_key(version: str) -> tuple[Any, ...]:
     """Sorts versions by their numbers: 1.10.0 after 1.9.0, and 1.0.0-rc.1 before 1.0.0."""
     release, _, candidate = version.partition("-")
-    numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", release)]
-    candidate_numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", candidate)]
-    return numbers, not candidate, re.sub("[0-9]+", "", candidate), candidate_numbers
+    numbers, last = (
+        [int(digits[:99]) for digits in re.findall("[0-9]+", part)] for part in (release, candidate)
+    )
+    return numbers, not candidate, re.sub("[0-9]+", "", candidate), last
 
 
-def _next_token(page: _Json, token: str | None) -> str | None:
+def _next_token(page: _Json, token: str) -> str | None:
     """The token of the page behind `page`, which `token` led to; None if it is the last."""
     following: str | None = page.get("next_token") or None
-    if following is not None and following == token:
+    if following == token:
         raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
     return following
 
 
 def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
     """The files of all pages."""
-    token: str | None = None
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = list_page(page_size, token)
         yield from page["files"]
         token = _next_token(page, token)
-        if token is None:
-            return
 
 
-# What serializers, templates and tests ask any object for, to learn what it is. Each would be a call.
+def _session_id(given: Any) -> str:
+    """The id of a session, a new one if none is given. Raises if no request can carry it."""
+    # Also a UUID.
+    session_id = str(given or os.urandom(16).hex())
+    _encode({"session_id": session_id})
+    return session_id
+
+
+# What serializers, templates and tests ask any object for, to learn what it is.
 _PROTOCOL_NAMES = frozenset(
     (
         "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
@@ -3304,11 +3343,11 @@ _PROTOCOL_NAMES = frozenset(
 class Prefab:
     """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`.
 
-    Names that begin with an underscore, or that protocols ask any object for (`keys`, `to_dict`,
-    `model_dump` ...), are no methods: `call("keys")` reaches such a function.
+    Only `call` reaches one whose name begins with an underscore, or is one that protocols ask any
+    object for (`keys`, `to_dict`, `model_dump` ...).
     """
 
-    _client: Any = field(repr=False)
+    _client: GatewayClient = field(repr=False)
     prefab_id: str
     version: str
 
@@ -3316,29 +3355,22 @@ class Prefab:
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> PrefabResult:
         """Runs a function: see `GatewayClient.run`."""
-        result: PrefabResult = self._client.run(
-            self.prefab_id, self.version, function_name, parameters, files
-        )
-        return result
+        return self._client.run(self.prefab_id, self.version, function_name, parameters, files)
 
     def stream(
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> EventStream:
         """Runs a function and gives its events: see `GatewayClient.run`."""
-        events: EventStream = self._client.run(
-            self.prefab_id, self.version, function_name, parameters, files, stream=True
-        )
-        return events
+        run = self._client.run
+        return run(self.prefab_id, self.version, function_name, parameters, files, stream=True)
 
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
         if name.startswith("_") or name in _PROTOCOL_NAMES:
-            raise AttributeError(f"{name} is no method of a Prefab; call({name!r}) runs a function.")
+            raise AttributeError(f"{name} is no method of a Prefab: call({name!r}) runs it.")
 
         def function(*values: Any, **parameters: Any) -> PrefabResult:
             if values:
-                raise ValidationError(
-                    f"{name}() takes its parameters by name, as in {name}(text=...)."
-                )
+                raise ValidationError(f"{name}() takes parameters by name, as {name}(text=...).")
             return self.call(name, **parameters)
 
         return function
@@ -3347,61 +3379,60 @@ class Prefab:
 def _check_credential(name: str, value: _Secret) -> None:
     """Raises if a value cannot be a credential. The error does not show it."""
     _check_header_value(name, value)
-    if re.match("https?://", value.reveal(), re.IGNORECASE):
+    if re.match(" *https?://", value.reveal(), re.IGNORECASE):
         raise ValidationError(
-            f"{name} is a URL: the address of the gateway goes into base_url=,"
-            " which is the first argument."
+            f"{name} is a URL: the address of the gateway goes into base_url=, the first argument,"
+            " and a token into internal_token=."
         )
 
 
 def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
     """The one credential among these, by their headers; None if all are None."""
-    names = [name for name, value in given.items() if value.reveal() is not None]
-    if len(names) > 1:
-        raise ValidationError(f"Give one credential, not {' and '.join(names)}: who is the client?")
-    for name in names:
-        _check_credential(f"The credential ({name})", given[name])
-        if name == "Authorization":
-            bearer = re.compile("^bearer +", re.IGNORECASE)
-            return _Credential(name, f"Bearer {bearer.sub('', given[name].reveal().strip())}")
-        return _Credential(name, given[name].reveal())
+    headers = [header for header, value in given.items() if value.reveal() is not None]
+    if len(headers) > 1:
+        names = " and ".join(headers)
+        raise ValidationError(f"Give one credential, not {names}: who is the client?")
+    for header in headers:
+        value = given[header]
+        _check_credential(f"The credential ({header})", value)
+        if header == "Authorization":
+            token = _Secret(re.sub("(?i)^bearer +", "", value.reveal().strip()))
+            value = _Secret(f"Bearer {token.reveal()}")
+        return _Credential(header, value.reveal())
     return None
 
 
 def _gateway_address(base_url: _Secret) -> tuple[str, str]:
-    """Origin and path prefix of the gateway. The error does not show a value that may be a token."""
+    """Origin and path prefix of the gateway. The error shows no value, as that may be a token."""
     if base_url.reveal() is None:
         base_url = _Secret(os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL)
     # Blanks come from copy and paste.
     base_url = _Secret(str(base_url.reveal()).strip())
-    problem = ""
     try:
-        origin, target = _split_url(base_url.reveal())
+        if re.search(r"[?#\s\0-\x1f]", base_url.reveal()):
+            raise ValueError("must not have a query, a fragment or blanks in it")
+        origin, path = _split_url(base_url.reveal())
+        return origin, path.rstrip("/")
     except ValueError as error:
-        problem = str(error)
-    if not problem and re.search(r"[?#\s\0-\x1f]", base_url.reveal()):
-        problem = "must not have a query, a fragment or blanks in it"
-    if problem:
-        raise ValidationError._create(
-            f"The address of the gateway {problem}.",
-            {},
-            _Advice(
-                "It comes from base_url, or else from GATEWAY_BASE_URL. A token goes into"
-                " internal_token=.",
-                "It comes from --base-url, or else from GATEWAY_BASE_URL. A token goes into"
-                " X_INTERNAL_TOKEN.",
-            ),
-        )
-    return origin, target.rstrip("/")
+        problem = f"The address of the gateway {error}."
+    # Not in the `except`: the other error's frames show the value.
+    text = "It comes from {}, or else from GATEWAY_BASE_URL. A token goes into {}."
+    advice = _Advice(
+        text.format("base_url", "internal_token="), text.format("--base-url", "X_INTERNAL_TOKEN")
+    )
+    raise ValidationError._create(problem, {}, advice)
 
 
-def _environment_credential() -> str | None:
-    """The name of the one variable that has a credential, or None."""
+def _from_env(client_class: Any, options: _Json) -> Any:
+    """What a class of clients, or its `from_api_key`, gives for the environment's credential."""
     names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
     given = [name for name in names if os.environ.get(name)]
     if len(given) > 1:
         raise ValidationError(f"Set one credential, not {' and '.join(given)}: who is the client?")
-    return given[0] if given else None
+    if given == ["AGENT_BUILDER_API_KEY"]:
+        return client_class.from_api_key(os.environ[given[0]], **options)
+    token, jwt = (_Secret(os.environ.get(name) or None) for name in (names[0], names[2]))
+    return client_class(internal_token=token.reveal(), jwt_token=jwt.reveal(), **options)
 
 
 class GatewayClient:
@@ -3411,23 +3442,19 @@ class GatewayClient:
         base_url: http(s), path prefix included; None: `GATEWAY_BASE_URL`, else `DEFAULT_BASE_URL`.
         api_key: Sent as such; `from_api_key` exchanges one.
         jwt_token: With or without `Bearer `.
-        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. A call's own
-            counts instead, unless it is None.
-        internal_token: What the gateway gave to an agent or a prefab. Without any credential, it must
-            have this machine's address on its allow-list.
+        timeout: Seconds for connecting and for each wait for bytes; None waits for ever.
+        internal_token: What the gateway gave to an agent or a prefab. Without any credential, this
+            machine's address must be on the gateway's allow-list.
         max_retries: How often a request is sent again, if that can do no harm.
         ssl_context: For https; None trusts what the system does, or `SSL_CERT_FILE`.
-        headers: Further headers of each request to the gateway, such as `traceparent`; or a function
-            that gives them, called once for each request, in the thread that asked for it.
+        headers: Further headers of each request to the gateway, such as `traceparent`; or a
+            function that gives them, called once for each request, in the thread that asked for it.
 
-    `on_progress` is called with the bytes done and the bytes in all (None: unknown), from 0 on; an
-    upload that is sent again starts over.
-
-    Raises (every method that sends):
-        ValidationError, OSError: an argument or a file cannot be used; nothing was sent.
+    `on_progress` gets the bytes done and in all (None: unknown), from 0 on, and again from 0 when
+    an upload is sent again. Every method that sends raises a `GatewayError`, of these classes:
+        ValidationError: an argument cannot be used; nothing was sent. For files, also `OSError`.
         AuthenticationError, ServiceUnavailableError (no answer, or a 5xx), GatewayTimeoutError.
-        AgentContextRequiredError: a file operation but `upload_input_file`, without an agent's token.
-        GatewayError: any other unexpected answer.
+        AgentContextRequiredError: only `upload_input_file` needs no agent's token.
     """
 
     def __init__(
@@ -3435,24 +3462,24 @@ class GatewayClient:
         timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
     ) -> None:
-        # From here on, no local variable shows a secret.
         given = {
             "X-Internal-Token": _Secret(internal_token),
             "X-API-Key": _Secret(api_key),
             "Authorization": _Secret(jwt_token),
         }
         address = _Secret(base_url)
+        # From here on, no local variable shows a secret.
         del internal_token, api_key, jwt_token, base_url
         credential = _choose_credential(given)
+        header = credential.header if credential else None
         self._origin, self._prefix = _gateway_address(address)
         _check_timeout(timeout)
         _check_number("max_retries", max_retries, above=-1)
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError("ssl_context must be an SSLContext.")
-        header = credential.header if credential else None
-        # A function is asked, and checked, for each request.
-        if headers is not None and not callable(headers):
-            headers = dict(_check_caller_headers(headers, header))
+        # A function is asked for each request.
+        if not callable(headers):
+            headers = dict(_check_caller_headers({} if headers is None else headers, header))
         self._headers = headers
         is_users = header in ("X-API-Key", "Authorization")
         self._run_path = "/v1/run" if is_users else "/v1/internal/run"
@@ -3484,9 +3511,11 @@ class GatewayClient:
         """Has the transport use the token for an API key. Closes the client if there is none."""
         try:
             _check_credential("api_key", key)
+            if not callable(self._headers):
+                _check_caller_headers(self._headers, "X-Internal-Token")
             token_request = self._request(
-                "POST", "/v1/auth/convert_to_internal_token",
-                credential=_Credential("Authorization", f"Bearer {key.reveal()}"), idempotent=True,
+                "POST", "/v1/auth/convert_to_internal_token", idempotent=True,
+                credential=_Credential("Authorization", f"Bearer {key.reveal()}"),
             )
             self._transport.exchange(token_request, self._scopes)
         except BaseException:
@@ -3496,19 +3525,12 @@ class GatewayClient:
 
     @classmethod
     def from_env(cls: type[_Client], **options: Any) -> _Client:
-        """A client with the environment's credential: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
-        (which is exchanged), `GATEWAY_JWT_TOKEN`, or none; two are an error.
+        """A client with the one credential of the environment, if there is one, and these options.
 
-        `options` are `base_url`, `timeout`, `max_retries`, `ssl_context` and `headers`.
+        `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY` (which is exchanged) or `GATEWAY_JWT_TOKEN`.
         """
-        name = _environment_credential()
-        if name == "AGENT_BUILDER_API_KEY":
-            return cls.from_api_key(os.environ[name], **options)
-        if name == "X_INTERNAL_TOKEN":
-            return cls(internal_token=os.environ[name], **options)
-        if name == "GATEWAY_JWT_TOKEN":
-            return cls(jwt_token=os.environ[name], **options)
-        return cls(**options)
+        client: _Client = _from_env(cls, options)
+        return client
 
     @property
     def base_url(self) -> str:
@@ -3519,23 +3541,25 @@ class GatewayClient:
     def internal_token(self) -> str | None:
         """The internal token in use, or None. It can't be changed: that would be another client."""
         credential = self._transport.credential
-        is_token = credential is not None and credential.header == "X-Internal-Token"
-        return credential.value if credential and is_token else None
+        if credential is None or credential.header != "X-Internal-Token":
+            return None
+        return credential.value
 
-    @internal_token.setter
-    def internal_token(self, value: str) -> NoReturn:
-        del value
-        raise AttributeError(
-            "internal_token cannot be set: who else is to be the client needs another one,"
-            " GatewayClient(base_url, internal_token=...)."
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("internal_token", "api_key", "jwt_token"):
+            del value
+            raise AttributeError(
+                f"{name} cannot be set: who else is to be the client needs another one,"
+                f" GatewayClient(base_url, {name}=...)."
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        # Of a client whose constructor failed, a crash reporter asks this, too.
-        if "_transport" not in vars(self):
-            return f"{type(self).__name__}(not initialized)"
-        credential = self._transport.credential
-        mode = credential.header if credential else "allow-list"
+        # A crash reporter asks also a client whose constructor failed.
+        transport = vars(self).get("_transport")
+        if transport is None:
+            return f"{type(self).__name__}()"
+        mode = transport.credential.header if transport.credential else "allow-list"
         return f"{type(self).__name__}({self.base_url!r}, {mode})"
 
     def __enter__(self: _Client) -> _Client:
@@ -3547,9 +3571,8 @@ class GatewayClient:
     def close(self, *, cancel: bool = False) -> None:
         """Closes the idle connections. May be called twice, by any thread and by a signal handler.
 
-        Args:
-            cancel: Also ends all requests and streams in flight, whatever they wait for: whoever waits
-                gets a `GatewayError`. Nothing is sent any more.
+        With `cancel`, all requests and streams in flight end, too, whatever they wait for, with a
+        `GatewayError`; and nothing is sent any more.
         """
         self._transport.pool.close()
         if cancel:
@@ -3578,12 +3601,6 @@ class GatewayClient:
 
     @overload
     def run(
-        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
-        files: _Files | None, stream: Literal[True], *, timeout: float | None = None,
-    ) -> EventStream: ...
-
-    @overload
-    def run(
         self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
         files: _Files | None = None, stream: bool = False, *, timeout: float | None = None,
     ) -> PrefabResult | EventStream: ...
@@ -3597,17 +3614,20 @@ class GatewayClient:
         Args:
             files: An input's name to a list of `s3://` URLs.
             stream: Gives the events as they come, and not the result at the end.
+            timeout: Counts instead of the client's, unless it is None.
 
         Returns:
             The result, also of a function that failed: see `is_success()`; or the events.
 
         Raises:
             PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
-            ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
+            ServiceUnavailableError: it was sent once at most; has it run? See `may_have_run`.
         """
-        call = PrefabCall(prefab_id, version, function_name, parameters, files)
-        _check_call(call)
-        request = self._run_request([call], timeout)
+        # A URL may have been given that is a secret.
+        call = _Secret(PrefabCall(prefab_id, version, function_name, parameters, files))
+        del parameters, files
+        _check_call(call.reveal())
+        request = self._run_request([call.reveal()], timeout)
         if stream:
             return _send_call(self._transport, request, _read_stream, self._scopes)
         return _send_call(self._transport, request, _read_results, self._scopes)[0]
@@ -3617,20 +3637,20 @@ class GatewayClient:
         on_result: Callable[[int, PrefabResult], object] | None = None,
         executor: Executor | None = None, single_request: bool = False,
     ) -> BatchResult:
-        """Runs calls side by side, each a request like that of `run`, so that none costs another's.
+        """Runs calls side by side, each a request of its own, so that none costs another's result.
 
         Args:
             calls: Read and checked whole before anything is sent.
             max_workers: Calls at a time, in threads. They see the caller's context variables.
-            on_result: Called in this thread with index and result, as each comes. If it raises, nothing
-                more is sent. Whatever else ends the batch, what has arrived is handed over first.
+            on_result: Called in this thread with index and result, as each comes. If it raises,
+                nothing more is sent. Whatever else ends the batch, what has arrived is handed over.
             executor: Runs the calls instead of threads: a process pool, a cluster.
-            single_request: Sends one POST instead, whose calls the gateway runs one after another, and
-                fails as a whole with the first bad one.
+            single_request: Sends one POST instead: the gateway runs its calls one after another,
+                and fails them all with the first bad one.
 
         Returns:
-            The results in the order of the calls; one that raised is FAILED and has `exception`. Only
-            a 401 is raised, if no call has a result; nothing is sent after it.
+            The results in the order of the calls; one that raised is FAILED and has `exception`.
+            A 401 is raised if no call has a result; nothing is sent after it.
         """
         calls, report = list(calls), on_result or _ignore
         _check_number("max_workers", max_workers)
@@ -3649,9 +3669,7 @@ class GatewayClient:
             for index, result in enumerate(results):
                 report(index, result)
             return BatchResult._from_results(results, results[0].job_id)
-        requests = (
-            self._run_request([call], timeout, index) for index, call in enumerate(calls)
-        )
+        requests = (self._run_request([call], timeout, index) for index, call in enumerate(calls))
         batch = _Batch(self._transport, requests, executor, self._scopes)
         return BatchResult._from_results(batch.run(max_workers, report), None)
 
@@ -3659,32 +3677,27 @@ class GatewayClient:
         self, calls: Sequence[PrefabCall], timeout: float | None, place: int | None = None
     ) -> _Request:
         """The request with these calls; `place`: of the first of them in a batch."""
+        bodies = []
+        for index, call in enumerate(calls, place or 0):
+            where = "" if place is None else f"calls[{index}]"
+            bodies.append(_encode(call.to_dict(), where))
         prefab = {}
         if len(calls) == 1:
             prefab = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
-        try:
-            return self._request(
-                "POST", self._run_path, content={"calls": [call.to_dict() for call in calls]},
-                timeout=timeout, calls=len(calls), not_found=PrefabNotFoundError, prefab=prefab,
-            )
-        except ValidationError:
-            # The path that this error gives begins with what the user knows.
-            for index, call in enumerate(calls, place or 0):
-                if place is None:
-                    _encode(call.parameters)
-                else:
-                    _encode(call.to_dict()["inputs"], f"calls[{index}].inputs")
-            raise
+        return self._request(
+            "POST", self._run_path, headers={"Content-Type": "application/json"},
+            body=b'{"calls":[%b]}' % b",".join(bodies), timeout=timeout, calls=len(calls),
+            not_found=PrefabNotFoundError, prefab=prefab,
+        )
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
         """A prefab whose functions are called like methods. Nothing is sent."""
         return Prefab(self, prefab_id, version)
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
-        """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
-        request = self._request(
-            "GET", "/v1/prefabs", {"status": status}, not_found=PrefabNotFoundError
-        )
+        """The directory, newest first; all, or only `"deployed"`, `"failed"`. `GET /v1/prefabs`"""
+        query = {"status": status}
+        request = self._request("GET", "/v1/prefabs", query, not_found=PrefabNotFoundError)
         return self._transport.send(request, _read_prefabs, self._scopes)
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
@@ -3701,14 +3714,13 @@ class GatewayClient:
                     f"The gateway's directory has no prefab {_shown(prefab_id)}.", missing,
                     PrefabNotFoundError._advice_for(missing),
                 )
-            newest = max(
-                found, key=lambda info: (info.status != "failed", _version_key(info.version))
-            )
+            newest = max(found, key=lambda one: (one.status != "failed", _version_key(one.version)))
             version = newest.version
-        return self._fetch(
+        request = self._request(
             "GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", not_found=PrefabNotFoundError,
             prefab={"prefab_id": prefab_id, "version": version},
         )
+        return self._fetch(request)
 
     # Secrets
 
@@ -3723,23 +3735,20 @@ class GatewayClient:
             raise ValidationError("secret_value has characters that UTF-8 does not have.")
         names = {"prefab_id": prefab_id, "secret_name": secret_name}
         content = _Secret({**names, "secret_value": secret.reveal()})
-        request = self._request("POST", "/v1/secrets", content=content, secrets=(secret,))
-        self._transport.send(request, _Response.read_all, self._scopes)
+        self._send(self._request("POST", "/v1/secrets", content=content, secrets=(secret,)))
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
         """Deletes a secret of yours. `DELETE /v1/secrets/{prefab_id}/{secret_name}`"""
-        request = self._request("DELETE", f"/v1/secrets/{_segments(prefab_id, secret_name)}")
-        self._transport.send(request, _Response.read_all, self._scopes)
+        path = f"/v1/secrets/{_segments(prefab_id, secret_name)}"
+        self._send(self._request("DELETE", path))
 
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
-            return list(self._fetch("GET", "/v1/secrets", expect={"secrets": list})["secrets"])
-        path = f"/v1/secrets/{_segments(prefab_id)}"
-        answer = self._fetch("GET", path, expect={"secret_names": list})
-        return [
-            {"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]
-        ]
+            return list(self._fetch(self._request("GET", "/v1/secrets"), secrets=list)["secrets"])
+        request = self._request("GET", f"/v1/secrets/{_segments(prefab_id)}")
+        names = self._fetch(request, secret_names=list)["secret_names"]
+        return [{"prefab_id": prefab_id, "secret_name": name} for name in names]
 
     # Files
 
@@ -3749,25 +3758,21 @@ class GatewayClient:
     ) -> str:
         """Uploads an input of a call, of a type such as `"video/mp4"`, and gives its `s3://` URL.
 
-        `POST /internal/files/generate_upload_url`, then a presigned PUT straight to the storage.
+        `POST /internal/files/generate_upload_url`, then a presigned PUT to the storage.
         """
-        headers = {}
-        # It is part of the signature, and so is its absence.
-        if content_type is not None:
-            _check_header_value("content_type", _Secret(content_type))
-            headers["Content-Type"] = content_type
+        # The type is part of the signature, and so is its absence.
+        headers = {} if content_type is None else {"Content-Type": content_type}
+        for value in headers.values():
+            _check_header_value("content_type", _Secret(value))
         with _open_file(file_path) as file:
-            answer = _Secret(
-                self._fetch(
-                    "POST", "/internal/files/generate_upload_url",
-                    content={"filename": _file_name(file_path), "content_type": content_type},
-                    idempotent=True, expect={"upload_url": str, "s3_url": str},
-                )
+            content = {"filename": _file_name(file_path), "content_type": content_type}
+            request = self._request(
+                "POST", "/internal/files/generate_upload_url", content=content, idempotent=True
             )
-            body = _FileBody(b"", file, b"", on_progress)
+            answer = _Secret(self._fetch(request, upload_url=str, s3_url=str))
             url = _Secret(answer.reveal()["upload_url"])
-            request = self._presigned("PUT", url, headers, body)
-            self._transport.send(request, _Response.read_all, self._scopes)
+            body = _FileBody(b"", file, b"", on_progress)
+            self._send(self._presigned("PUT", url, headers=headers, body=body))
         return str(answer.reveal()["s3_url"])
 
     def upload_file(self, file_path: _Path, *, on_progress: _Progress | None = None) -> _Json:
@@ -3775,7 +3780,7 @@ class GatewayClient:
 
         `POST /internal/files/upload`
         """
-        return self._upload("/internal/files/upload", {}, file_path, on_progress)
+        return self._upload("upload", {}, file_path, on_progress)
 
     def upload_temp_file(
         self, file_path: _Path, ttl: int = 86400, session_id: str | None = None, *,
@@ -3789,17 +3794,18 @@ class GatewayClient:
         form = {"ttl": str(ttl)}
         if session_id:
             form["session_id"] = str(session_id)
-        return self._upload("/internal/files/upload_temp", form, file_path, on_progress)
+        return self._upload("upload_temp", form, file_path, on_progress)
 
     def _upload(
-        self, path: str, form: Mapping[str, str], file_path: _Path, on_progress: _Progress | None,
+        self, name: str, form: Mapping[str, str], path: _Path, on_progress: _Progress | None
     ) -> _Json:
-        with _open_file(file_path) as file:
-            content_type, head, tail = _multipart(form, file_path)
-            return self._fetch(
-                "POST", path, headers={"Content-Type": content_type},
-                body=_FileBody(head, file, tail, on_progress), expect={"s3_url": str},
+        with _open_file(path) as file:
+            content_type, head, tail = _multipart(form, path)
+            request = self._request(
+                "POST", f"/internal/files/{name}", headers={"Content-Type": content_type},
+                body=_FileBody(head, file, tail, on_progress),
             )
+            return self._fetch(request, s3_url=str)
 
     def download_file(
         self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
@@ -3836,26 +3842,26 @@ class GatewayClient:
                 request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
-        """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
-        _check_s3_url("s3_url", s3_url, "a result's get_file_urls(), or list_files(),")
+        """A URL to download from for `expires_in` seconds. `GET /internal/files/download`"""
+        # Another URL, given by mistake, may be a secret.
+        url = _Secret(s3_url)
+        del s3_url
+        _check_s3_url("s3_url", url.reveal(), "a result's get_file_urls(), or list_files(),")
         _check_number("expires_in", expires_in)
-        query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        answer = self._fetch(
-            "GET", "/internal/files/download", query, expect={"presigned_url": str}
-        )
-        return str(answer["presigned_url"])
+        query = {"s3_url": url.reveal(), "mode": "presigned", "expires_in": expires_in}
+        request = self._request("GET", "/internal/files/download", query)
+        return str(self._fetch(request, presigned_url=str)["presigned_url"])
 
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
         """A page of the permanent files. `GET /internal/files/list`
 
-        It is `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; the last page has
-        no `next_token`, which is the `continuation_token` of the next one.
+        It is `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; `next_token`
+        is the `continuation_token` of the next page, if there is one.
         """
         return self._list("list", limit, continuation_token)
 
     def list_temp_files(
-        self, session_id: str | None = None, limit: int = 100,
-        continuation_token: str | None = None,
+        self, session_id: str | None = None, limit: int = 100, continuation_token: str | None = None
     ) -> _Json:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
         return self._list("list_temp", limit, continuation_token, session_id)
@@ -3864,12 +3870,8 @@ class GatewayClient:
         self, name: str, limit: int, token: str | None, session_id: str | None = None
     ) -> _Json:
         _check_number("limit", limit)
-        query = {
-            "limit": limit,
-            "session_id": session_id or None,
-            "continuation_token": token or None,
-        }
-        return self._fetch("GET", f"/internal/files/{name}", query, expect={"files": list})
+        query = {"limit": limit, "session_id": session_id, "continuation_token": token}
+        return self._fetch(self._request("GET", f"/internal/files/{name}", query), files=list)
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
@@ -3882,19 +3884,16 @@ class GatewayClient:
         return _pages(partial(self.list_temp_files, session_id), page_size)
 
     def cleanup_temp_files(self, session_id: str) -> int:
-        """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
+        """Deletes and counts a session's files. `DELETE /internal/files/cleanup_temp`"""
         _check_text(session_id=session_id)
         query = {"session_id": session_id}
-        answer = self._fetch(
-            "DELETE", "/internal/files/cleanup_temp", query, expect={"deleted_count": int}
-        )
-        return int(answer["deleted_count"])
+        request = self._request("DELETE", "/internal/files/cleanup_temp", query)
+        return int(self._fetch(request, deleted_count=int)["deleted_count"])
 
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
         """A session id for temporary files, which are deleted on the way out, error or not."""
-        # Also a UUID.
-        session_id = str(session_id or os.urandom(16).hex())
+        session_id = _session_id(session_id)
         try:
             yield session_id
         except BaseException:
@@ -3907,75 +3906,53 @@ class GatewayClient:
     # What the endpoints are made of
 
     def _request(
-        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-        content: Any = None, body: bytes | _FileBody = b"",
-        headers: Mapping[str, str] | None = None, timeout: float | None = None,
-        idempotent: bool | None = None, calls: int = 0,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
-        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
+        self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
+        timeout: float | None = None, credential: _Credential | None = None, **more: Any,
     ) -> _Request:
-        """A request to the gateway.
+        """A request to the gateway, with `more` fields. What is empty in `query` is not sent.
 
-        Args:
-            content: To be sent as JSON, in place of `body`.
-            idempotent: Whether it may be repeated; None: unless it is a POST.
+        `content` is to be sent as JSON; it may be in a `_Secret`.
         """
-        asked = {name: value for name, value in (query or {}).items() if value is not None}
-        # Refuses what UTF-8 does not have, with the same error as in a body.
+        asked = {name: value for name, value in query.items() if value not in (None, "")}
+        # Refuses what UTF-8 does not have.
         _encode(asked)
-        encoded = urlencode(asked, quote_via=quote)
+        target = f"{self._prefix}{path}"
+        if asked:
+            target += f"?{urlencode(asked, quote_via=quote)}"
         timeout = self.timeout if timeout is None else timeout
         _check_timeout(timeout)
+        given = self._headers() if callable(self._headers) else self._headers
+        in_use = credential or self._transport.credential
+        caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
-            headers = {"Content-Type": "application/json"}
+            more["headers"] = {"Content-Type": "application/json"}
+            more["body"] = _encode(_revealed(content))
+        more.setdefault("idempotent", method != "POST")
         return _Request(
-            method, self._origin,
-            f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}", timeout,
-            headers=headers or {}, caller_headers=self._caller_headers(),
-            body=body if content is None else _encode(_revealed(content)),
-            idempotent=method != "POST" if idempotent is None else idempotent, calls=calls,
-            not_found=not_found, prefab=prefab or {}, credential=credential, secrets=secrets,
+            method, self._origin, target, timeout, caller_headers=caller_headers,
+            credential=credential, **more,
         )
 
-    def _caller_headers(self) -> Mapping[str, str]:
-        """What `headers=` gives for the request that is being made."""
-        if not callable(self._headers):
-            return self._headers or {}
-        credential = self._transport.credential
-        return _check_caller_headers(self._headers(), credential.header if credential else None)
-
-    def _presigned(
-        self, method: str, url: _Secret, headers: Mapping[str, str] | None = None,
-        body: bytes | _FileBody = b"",
-    ) -> _Request:
+    def _presigned(self, method: str, url: _Secret, **more: Any) -> _Request:
         """A request to the storage, which must not see the credential."""
         try:
             origin, target = _split_url(url.reveal())
+            return _Request(
+                method, origin, target, self.timeout, idempotent=True, to_gateway=False,
+                secrets=_query_secrets(target), **more,
+            )
         except ValueError as error:
             problem = f"The URL that the gateway gave for a {method} {error}."
-            raise GatewayError(problem) from None
-        return _Request(
-            method, origin, target, self.timeout, headers=headers or {}, body=body, idempotent=True,
-            to_gateway=False, secrets=_query_secrets(target),
-        )
+        # Not in the `except`: the other error's frames show the URL.
+        raise GatewayError(problem)
 
-    def _fetch(
-        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-        content: Any = None, body: bytes | _FileBody = b"",
-        headers: Mapping[str, str] | None = None, idempotent: bool | None = None,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
-        expect: Mapping[str, type] = {},
-    ) -> _Json:
-        """The JSON object that such a `_request` is answered with.
+    def _send(self, request: _Request) -> bytes:
+        """The body of the answer to a request."""
+        return self._transport.send(request, _Response.read_all, self._scopes)
 
-        Args:
-            expect: Fields that must be in it, and their types.
-        """
-        request = self._request(
-            method, path, query, content=content, body=body, headers=headers, idempotent=idempotent,
-            not_found=not_found, prefab=prefab,
-        )
-        read = partial(_read_json, kind=dict, expect=expect)
+    def _fetch(self, request: _Request, **expected: type) -> _Json:
+        """The JSON object that a request is answered with, which has these fields."""
+        read = partial(_read_json, kind=dict, expect=expected)
         answer: _Json = self._transport.send(request, read, self._scopes)
         return answer
 
@@ -3983,8 +3960,6 @@ class GatewayClient:
 # --- Async client ---------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Coroutine
-
     from typing_extensions import Concatenate, ParamSpec
 
     _P = ParamSpec("_P")
@@ -3997,255 +3972,122 @@ class _Workers:
     """
 
     def __init__(self, limit: int | None) -> None:
-        import queue
-
         self._limit = limit
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._threads = 0
-        # Threads that wait for a job, less the jobs that wait for a thread.
-        self._free = 0
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._threads = self._idle = 0
+        self._idle_seconds = _IDLE_SECONDS
 
-    def submit(self, job: Callable[[], object]) -> None:
+    def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
-        with self._lock:
-            may_start = self._limit is None or self._threads < self._limit
-            starts = self._free <= 0 and may_start
-            self._free -= 1
-            if starts:
-                self._free += 1
-                self._threads += 1
-        if starts:
-            try:
-                threading.Thread(target=self._work, daemon=True).start()
-            except RuntimeError:
-                # No more threads can be started: another one does it, if there is one.
-                with self._lock:
-                    self._free -= 1
-                    self._threads -= 1
-                if not self._threads:
-                    raise
-        self._jobs.put(job)
+        with self._changed:
+            self._jobs.append(job)
+            is_full = self._limit is not None and self._threads >= self._limit
+            if is_full or len(self._jobs) <= self._idle:
+                return self._changed.notify()
+            self._threads += 1
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:
+            # No more threads can be started: another one does it, if there is one.
+            self._threads -= 1
+            if not self._threads:
+                self._jobs.clear()
+                raise
 
     def _work(self) -> None:
-        import queue
-
         while True:
-            try:
-                job = self._jobs.get(timeout=_IDLE_SECONDS)
-            except queue.Empty:
-                job = None
-            if job is None:
-                with self._lock:
-                    # A job may be on its way.
-                    if self._free > 0:
-                        self._free -= 1
-                        self._threads -= 1
-                        return
-                continue
+            with self._changed:
+                if not self._jobs:
+                    self._idle += 1
+                    self._changed.wait(self._idle_seconds)
+                    self._idle -= 1
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
             job()
             # A thread that waits must not keep its last job alive.
             del job
-            with self._lock:
-                self._free += 1
+
+    async def do(self, work: _Secret, give_up: Callable[[], object]) -> Any:
+        """What the function in `work` gives in a thread. A cancelled task has `give_up` end it."""
+        import asyncio
+        import contextvars
+
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        context = contextvars.copy_context()
+        results: list[Any] = []
+        errors: list[BaseException] = []
+
+        def job() -> None:
+            try:
+                results.append(context.run(work.reveal()))
+            except BaseException as error:  # noqa: BLE001
+                errors.append(error)
+            # The loop may have ended without waiting.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(done.set)
+
+        self._submit(job)
+        try:
+            await done.wait()
+        except BaseException:
+            give_up()
+            raise
+        if errors:
+            raise errors.pop()
+        return results.pop()
 
     def close(self) -> None:
-        """Ends the threads that have nothing to do."""
-        for _ in range(self._threads):
-            self._jobs.put(None)
-
-
-class _Work:
-    """A function with its arguments, which its `repr` does not show: there are secrets among them."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
-        self._function = function
-        self._args = args
-        self._options = options
-
-    def __call__(self) -> Any:
-        return self._function(*self._args, **self._options)
-
-
-async def _in_thread(workers: _Workers, work: Callable[[], Any], scope: _Scope) -> Any:
-    """What `work` gives, which a thread does. When the caller gives up, `scope` ends it."""
-    import asyncio
-    import contextvars
-
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)
-
-    def job() -> None:
-        result = error = None
-        try:
-            result = context.run(work)
-        except BaseException as raised:  # noqa: BLE001
-            error = raised
-        # The loop may have ended without waiting.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, result, error)
-        # Its traceback has this frame in it: a circle, which would keep both alive.
-        del error
-
-    workers.submit(job)
-    try:
-        return await done
-    finally:
-        if not done.done() or done.cancelled():
-            scope.cancel()
-
-
-class _Inbox:
-    """The events that a thread has read ahead of their reader, who waits in a loop.
-
-    The thread holds this, and not the `AsyncEventStream`: so that one can be dropped, and closes.
-    """
-
-    def __init__(self, stream: EventStream) -> None:
-        self.stream = stream
-        self.events: deque[StreamEvent] = deque()
-        self.error: BaseException | None = None
-        self.ended = False
-        # Whether a thread reads, or is about to.
-        self.reading = False
-        # Tells the reader that something has come.
-        self.wake: Callable[[], object] = _ignore
-
-    def read(self) -> None:
-        """Reads until enough is there: a reader who is slow holds the sender back."""
-        try:
-            while len(self.events) < _MAX_EVENTS_AHEAD:
-                self.events.append(next(self.stream))
-                self.wake()
-        except StopIteration:
-            self.ended = True
-        except BaseException as error:  # noqa: BLE001
-            self.error = error
-        finally:
-            self.reading = False
-            self.wake()
-
-    def has_news(self) -> bool:
-        return bool(self.events or self.ended or self.error)
+        """Ends the threads when they have nothing to do."""
+        with self._changed:
+            self._idle_seconds = 0.0
+            self._changed.notify_all()
 
 
 class AsyncEventStream:
-    """The events of one call, for `async for`: what `EventStream` is for a loop that blocks.
+    """The events of one call, for `async for`: what `EventStream` is for `for`.
 
-    The end of an `async with`, `await close()`, a reader that is cancelled, and garbage collection end
-    the stream and free its connection.
-
-    Args:
-        events: For tests of your own, any iterable of events.
+    It is closed by `await close()`, the end of an `async with`, a reader that is cancelled, and
+    garbage collection. For tests of your own, `events` can be any iterable of events.
     """
 
     def __init__(self, events: Iterable[StreamEvent], _workers: _Workers | None = None) -> None:
-        stream = events if isinstance(events, EventStream) else EventStream(events)
-        self._inbox = _Inbox(stream)
+        self._stream = events if isinstance(events, EventStream) else EventStream(events)
         self._workers = _workers or _Workers(None)
-        self._is_read = False
+        # What has arrived. No more is read before it is taken: a slow reader holds the sender back.
+        self._arrived: deque[StreamEvent] = deque()
 
     def __aiter__(self) -> AsyncEventStream:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        if self._is_read:
-            raise GatewayError("This stream is being read already: one task reads it.")
-        inbox = self._inbox
-        self._is_read = True
-        try:
-            while not inbox.events:
-                if inbox.error is not None:
-                    raise inbox.error
-                # An event may have come between the two looks.
-                if inbox.ended and not inbox.events:
-                    raise StopAsyncIteration
-                await self._wait()
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self._close()
-            raise
-        finally:
-            self._is_read = False
-        event = inbox.events.popleft()
-        self._read_ahead()
-        return event
-
-    async def _wait(self) -> None:
-        """Waits until something has come."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Future[None] = loop.create_future()
-
-        def settle() -> None:
-            if not arrived.done():
-                arrived.set_result(None)
-
-        def wake() -> None:
-            # The loop may have ended.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(settle)
-
-        self._inbox.wake = wake
-        try:
-            self._read_ahead()
-            if not self._inbox.has_news():
-                await arrived
-        finally:
-            self._inbox.wake = _ignore
-
-    def _read_ahead(self) -> None:
-        """Has a thread read on, if little is left."""
-        inbox = self._inbox
-        is_over = inbox.ended or inbox.error is not None
-        if not inbox.reading and not is_over and len(inbox.events) <= _MAX_EVENTS_AHEAD // 2:
-            inbox.reading = True
-            self._workers.submit(inbox.read)
+        if not self._arrived:
+            read = _Secret(self._stream._read_some)
+            self._arrived.extend(await self._workers.do(read, self._stream.close))
+        if not self._arrived:
+            raise StopAsyncIteration
+        return self._arrived.popleft()
 
     async def __aenter__(self) -> AsyncEventStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._close()
+        await self.close()
 
     async def close(self) -> None:
         """Ends the stream, also for a task that waits for an event. May be called twice."""
-        self._close()
-
-    def _close(self) -> None:
-        self._inbox.stream.close()
-        self._inbox.events.clear()
-
-    def __del__(self) -> None:
-        # A constructor may have failed.
-        inbox = vars(self).get("_inbox")
-        if inbox:
-            inbox.stream.close()
+        self._stream.close()
+        self._arrived.clear()
 
 
 if TYPE_CHECKING:
 
-    class _Awaited(Generic[_P, _T]):
-        """A method of `GatewayClient`, awaited."""
-
-        def __get__(
-            self, instance: Any, owner: Any = None, /
-        ) -> Callable[_P, Coroutine[Any, Any, _T]]: ...
-
     class _AsyncPrefab:
         """What `Prefab` is for a client whose methods are awaited."""
 
-        def __init__(self, client: Any, prefab_id: str, version: str) -> None: ...
+        def __init__(self, client: AsyncGatewayClient, prefab_id: str, version: str) -> None: ...
 
         async def call(
             self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
@@ -4262,46 +4104,43 @@ else:
     _AsyncPrefab = Prefab
 
 
-def _awaited(method: Callable[Concatenate[GatewayClient, _P], _T]) -> _Awaited[_P, _T]:
+def _awaited(
+    method: Callable[Concatenate[GatewayClient, _P], _T],
+) -> Callable[Concatenate[AsyncGatewayClient, _P], Coroutine[Any, Any, _T]]:
     """The same method for `AsyncGatewayClient`."""
 
     @functools.wraps(method)
-    async def call(self: AsyncGatewayClient, *args: Any, **options: Any) -> Any:
+    async def call(self: AsyncGatewayClient, /, *args: Any, **options: Any) -> Any:
         scope = _Scope()
-        work = _Work(method, self._client._scoped(scope), *args, **options)
-        # There may be a secret among them.
+        # There may be a secret among the arguments.
+        work = _Secret(partial(method, self._client._scoped(scope), *args, **options))
         del args, options
-        result = await _in_thread(self._workers, work, scope)
+        result = await self._workers.do(work, scope.cancel)
         if isinstance(result, EventStream):
             return AsyncEventStream(result, self._workers)
         return result
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 async def _async_pages(
     list_page: Callable[[int, Any], Awaitable[_Json]], page_size: int
 ) -> AsyncIterator[_Json]:
     """The files of all pages."""
-    token: str | None = None
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = await list_page(page_size, token)
         for file in page["files"]:
             yield file
         token = _next_token(page, token)
-        if token is None:
-            return
 
 
 class AsyncGatewayClient:
     """`GatewayClient` for programs that await: the same arguments, methods, results and errors.
 
-    The same transport on threads of its own. A call that is cancelled (`task.cancel()`,
-    `asyncio.timeout`) closes its connection at once and gives its thread back; whether it has run by
-    then is not known. `on_result` is called in the loop's thread, `on_progress` in another.
-
-    Args:
-        max_workers: Threads, and so calls and waiting streams, at a time; None: as many as needed.
+    The same transport, on threads of its own: `max_workers`, or as many as are needed. A call that
+    is cancelled (`task.cancel()`, `asyncio.timeout`) closes its connection; it may have run.
+    `on_result` is called in the loop's thread, `on_progress` in another.
     """
 
     def __init__(
@@ -4310,14 +4149,15 @@ class AsyncGatewayClient:
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
         max_workers: int | None = None,
     ) -> None:
-        make = _Work(
+        make = partial(
             GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
             max_retries=max_retries, ssl_context=ssl_context, headers=headers,
         )
-        del base_url, api_key, jwt_token, internal_token
+        hidden = _Secret(make)
+        del base_url, api_key, jwt_token, internal_token, make
         if max_workers is not None:
             _check_number("max_workers", max_workers)
-        self._client: GatewayClient = make()
+        self._client: GatewayClient = hidden.reveal()()
         self._workers = _Workers(max_workers)
 
     @classmethod
@@ -4333,24 +4173,18 @@ class AsyncGatewayClient:
             base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
             headers=headers, max_workers=max_workers,
         )
-        scope = _Scope()
-        # The copy has the same transport.
-        await _in_thread(
-            client._workers, _Work(client._client._scoped(scope)._exchange, key), scope
-        )
+        await client._exchange(key)
         return client
+
+    # A copy of the client, with which this is called, has the same transport.
+    _exchange = _awaited(GatewayClient._exchange)
 
     @classmethod
     async def from_env(cls: type[_AsyncClient], **options: Any) -> _AsyncClient:
         """See `GatewayClient.from_env`."""
-        name = _environment_credential()
-        if name == "AGENT_BUILDER_API_KEY":
-            return await cls.from_api_key(os.environ[name], **options)
-        if name == "X_INTERNAL_TOKEN":
-            return cls(internal_token=os.environ[name], **options)
-        if name == "GATEWAY_JWT_TOKEN":
-            return cls(jwt_token=os.environ[name], **options)
-        return cls(**options)
+        made = _from_env(cls, options)
+        client: _AsyncClient = made if isinstance(made, cls) else await made
+        return client
 
     @property
     def base_url(self) -> str:
@@ -4364,12 +4198,8 @@ class AsyncGatewayClient:
 
     @property
     def timeout(self) -> float | None:
-        """The client's timeout in seconds. It can be set."""
+        """Seconds for connecting and for each wait for bytes."""
         return self._client.timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float | None) -> None:
-        self._client.timeout = seconds
 
     def __repr__(self) -> str:
         return f"Async{self._client!r}" if "_client" in vars(self) else f"{type(self).__name__}()"
@@ -4421,35 +4251,30 @@ class AsyncGatewayClient:
         """See `GatewayClient.run_batch`. `on_result` is called in the loop's thread."""
         import asyncio
 
-        loop = asyncio.get_running_loop()
-        scope = _Scope()
+        loop, scope = asyncio.get_running_loop(), _Scope()
         raised: list[BaseException] = []
 
         def hand_over(index: int, result: PrefabResult) -> None:
-            if raised or on_result is None:
-                return
             try:
-                on_result(index, result)
+                if on_result and not raised:
+                    on_result(index, result)
             except BaseException as error:  # noqa: BLE001
                 # It is raised below. Nothing more is sent.
                 raised.append(error)
                 scope.cancel()
 
         def report(index: int, result: PrefabResult) -> None:
-            # What was given up has no result; what arrived before that is handed over.
-            if scope.cancelled and result.exception:
-                return
+            # What was given up has no result. The loop may have ended without waiting.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(hand_over, index, result)
+                if not scope.cancelled or result.exception is None:
+                    loop.call_soon_threadsafe(hand_over, index, result)
 
-        if on_result is not None and not callable(on_result):
-            raise ValidationError("on_result must be a function.")
-        work = _Work(
-            GatewayClient.run_batch, self._client._scoped(scope), list(calls),
-            max_workers=max_workers, timeout=timeout, on_result=report if on_result else None,
+        work = partial(
+            self._client._scoped(scope).run_batch, list(calls), max_workers=max_workers,
+            timeout=timeout, on_result=report if callable(on_result) else on_result,
             executor=executor, single_request=single_request,
         )
-        batch: BatchResult = await _in_thread(self._workers, work, scope)
+        batch: BatchResult = await self._workers.do(_Secret(work), scope.cancel)
         if raised:
             raise raised[0]
         return batch
@@ -4478,22 +4303,20 @@ class AsyncGatewayClient:
     list_temp_files = _awaited(GatewayClient.list_temp_files)
     cleanup_temp_files = _awaited(GatewayClient.cleanup_temp_files)
 
-    async def iter_files(self, page_size: int = 100) -> AsyncIterator[_Json]:
-        """The permanent files of all pages: see `list_files`."""
-        async for file in _async_pages(self.list_files, page_size):
-            yield file
+    def iter_files(self, page_size: int = 100) -> AsyncIterator[_Json]:
+        """See `GatewayClient.iter_files`."""
+        return _async_pages(self.list_files, page_size)
 
-    async def iter_temp_files(
+    def iter_temp_files(
         self, session_id: str | None = None, page_size: int = 100
     ) -> AsyncIterator[_Json]:
-        """The temporary files of all pages: see `list_files`."""
-        async for file in _async_pages(partial(self.list_temp_files, session_id), page_size):
-            yield file
+        """See `GatewayClient.iter_temp_files`."""
+        return _async_pages(partial(self.list_temp_files, session_id), page_size)
 
     @asynccontextmanager
     async def temp_session(self, session_id: str | None = None) -> AsyncIterator[str]:
         """See `GatewayClient.temp_session`."""
-        session_id = str(session_id or os.urandom(16).hex())
+        session_id = _session_id(session_id)
         try:
             yield session_id
         except BaseException:
