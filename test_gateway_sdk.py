@@ -12179,6 +12179,7 @@ def test_the_command_line_uses_few_privates_of_the_module() -> None:
 # --- README and repository ------------------------------------------------------------------------
 
 READMES = ("README.md", "README.zh-CN.md")
+EXAMPLES_READMES = ("examples/README.md", "examples/README.zh-CN.md")
 TREE = ast.parse(SDK.read_text(encoding="utf-8"))
 PUBLIC = {
     "AsyncEventStream", "AsyncGatewayClient",
@@ -12201,36 +12202,149 @@ def blocks_of(name: str) -> list[tuple[str, str, int]]:
     return [block for block in blocks if block[0] != "text"]
 
 
-def test_every_block_of_the_readme_works(cli: Any, shell: Any, capsys: Any, caplog: Any) -> None:
-    # Which is undone at the end, whatever a block sets.
-    caplog.set_level(logging.NOTSET, "gateway_sdk")
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for language, code, line in blocks_of("README.md"):
-        if language == "python":
-            exec(compile("\n" * line + code, "README.md", "exec"), namespace)
-            continue
-        ended = shell(code, ROOT) if re.search("python3? examples/", code) else shell(code)
-        assert (ended.status, ended.out != "") == (0, True), f"line {line}: {ended.err}"
-    namespace["client"].close()
+def prose_of(name: str) -> list[str]:
+    """The lines of a README; those of its blocks, and what stands in backquotes, are left empty."""
+    def emptied(block: re.Match[str]) -> str:
+        return "```" + "\n" * block[0].count("\n")
+
+    text = (ROOT / name).read_text(encoding="utf-8")
+    text = re.sub("^```.*?^```$", emptied, text, flags=re.M | re.S)
+    return re.sub("`[^`\n]+`", "``", text).split("\n")
+
+
+# A block that begins so is a file, not a piece of a session.
+is_file = re.compile(r"# (\w+\.py)\n").match
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def opentelemetry_within_a_span() -> Any:
+    """As much of the package as the README uses: it need not be installed."""
+    tracer = types.SimpleNamespace(start_as_current_span=contextlib.nullcontext)
+    return types.SimpleNamespace(
+        propagate=types.SimpleNamespace(inject=lambda headers: headers.update(traceparent=TRACE)),
+        trace=types.SimpleNamespace(get_tracer=lambda name: tracer),
+    )
+
+
+def test_every_block_of_the_readme_works(
+    cli: Any, shell: Any, monkeypatch: Any, capsys: Any, caplog: Any
+) -> None:
+    caplog.set_level(logging.NOTSET, "gateway_sdk")  # undone at the end, whatever a block sets
+    monkeypatch.setitem(sys.modules, "opentelemetry", opentelemetry_within_a_span())
+    for copied in (SDK, ROOT / "examples/local_gateway.py"):
+        shutil.copy(str(copied), copied.name)
+    session: dict[str, Any] = {"__name__": "__main__"}
+    with LocalGateway() as gateway:  # of its own, since it gets one more prefab
+        monkeypatch.setenv("GATEWAY_BASE_URL", gateway.base_url)
+        monkeypatch.setenv("X_INTERNAL_TOKEN", gateway.internal_token)
+        settings = f"export GATEWAY_BASE_URL={gateway.base_url}"
+        settings += f" X_INTERNAL_TOKEN={gateway.internal_token}\n"
+        for language, code, line in blocks_of("README.md"):
+            file = is_file(code)
+            if language == "python" and not file:
+                exec(compile("\n" * line + code, "README.md", "exec"), session)
+                continue
+            if file:
+                Path(file[1]).write_text(code, encoding="utf-8")
+                code = f"python -m pytest -q -p no:cacheprovider {file[1]}"
+            ended = shell(settings + code)
+            told = f"line {line}: {ended.out}{ended.err}"
+            assert (ended.status, ended.out != "") == (0, True), told
+            if "mkdir -p my-prefab" in code:
+                assert gateway.add_folder("my-prefab").error is None
+        session["client"].close()
+    assert TRACE in [request.headers.get("traceparent") for request in gateway.requests]
     out, err = capsys.readouterr()
     assert "'words': 2" in out
     assert not re.search("fail", out + err, re.I)
-    assert (namespace["batch"].all_success(), namespace["result"].is_success()) == (True, True)
-    # Those are the fixtures'.
-    left = {path.name for path in Path().iterdir()} - {"a.txt", "b.txt", "programs"}
-    assert left <= {
-        line.strip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
-    }
+    assert (session["batch"].all_success(), session["given_up"].may_have_run) == (True, True)
+    saved = [path.read_text() for path in Path("results").glob("report*.txt")]
+    assert saved == ["A FILE TO WORK ON\n."]
+    ours = {"a.txt", "b.txt", "programs", SDK.name, "local_gateway.py", "test_greeting.py"}
+    left = {path.name for path in Path().iterdir()} - ours
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert left <= {line.strip("/") for line in ignored}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_python_of_the_readme_can_be_pasted_into_any_python(name: str) -> None:
+    sessions = [code for language, code, _ in blocks_of(name)
+                if language == "python" and not is_file(code)]
+    assert len(sessions) > 5
+    for code in sessions:
+        lines = re.sub('""".*?"""', "...", code, flags=re.S).rstrip().splitlines()
+        assert not lines[-1].startswith(" "), f"It waits for another Enter: {lines[-1]}"
+        for before, after in zip(lines, lines[1:]):
+            # Up to Python 3.12, a blank line ends what is indented, and nothing else does.
+            assert before or not after.startswith(" "), after
+            goes_on = not after or after.startswith((" ", "except", "else", "finally"))
+            assert not before.startswith(" ") or goes_on, after
 
 
 def test_the_readmes_have_the_same_code_apart_from_comments() -> None:
     def without_comments(language: str, code: str, _: int) -> str:
-        return (
-            ast.dump(ast.parse(code)) if language == "python" else re.sub(r"(?<!\S)#.*", "", code)
-        )
+        if language == "python":
+            return ast.dump(ast.parse(code))
+        return re.sub(r"(?<!\S)#.*", "", code)
 
     english, chinese = ([without_comments(*block) for block in blocks_of(name)] for name in READMES)
     assert english == chinese
+
+
+@pytest.mark.parametrize(("english", "chinese"), [READMES, EXAMPLES_READMES])
+def test_the_readmes_have_the_same_lines(english: str, chinese: str) -> None:
+    def kind(line: str) -> str:
+        return (re.match("#+ |- |```|", line) or [""])[0] + "|" * line.count("|")
+
+    def names_in_tables(name: str) -> list[list[str]]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return [sorted(re.findall("`[^`]+`", line)) for line in lines if line.startswith("|")]
+
+    assert list(map(kind, prose_of(english))) == list(map(kind, prose_of(chinese)))
+    assert names_in_tables(english) == names_in_tables(chinese)
+
+
+@pytest.mark.parametrize("name", [*READMES, *EXAMPLES_READMES])
+def test_a_readme_shows_no_asterisks_and_no_blanks_of_wrapped_lines(name: str) -> None:
+    for line in prose_of(name):
+        for place, mark in enumerate(re.finditer(r"\*+", line)):
+            outer, inner = line[:mark.start()][-1:], line[mark.end():][:1]
+            if place % 2:
+                outer, inner = inner, outer
+            # By CommonMark, with punctuation inside and a letter outside it is no emphasis.
+            assert inner.isalnum() or not outer.isalnum(), line
+        assert not re.search("[\u3000-\u303f\uff00-\uffef] [^|]", line), line
+
+
+@pytest.mark.parametrize("name", [*READMES, *EXAMPLES_READMES])
+def test_every_link_of_a_readme_leads_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^):]+)\)", "\n".join(prose_of(name)))
+    assert links
+    for link in links:
+        path, _, place = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        titles = re.findall("^#+ (.+)", target.read_text(encoding="utf-8"), re.M)
+        # As GitHub makes them of headings.
+        places = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert not place or place in places, link
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_readme_has_every_method_with_its_arguments_and_every_type(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for method, function in inspect.getmembers(GatewayClient, inspect.isroutine):
+        if not method.startswith("_"):
+            parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter
+                          in inspect.signature(function).parameters.values()]
+            own = [parameter for parameter in parameters if parameter.name != "self"]
+            owner = "GatewayClient." if inspect.ismethod(function) else ""
+            assert f"`{owner}{method}{inspect.Signature(own)}`".replace("'", '"') in text
+    wanted = PUBLIC - {"DEFAULT_BASE_URL", "__version__", "CallStatus"}
+    assert [each for each in sorted(wanted) if f"`{each}" not in text] == []
+    for record in (PrefabResult, BatchResult, PrefabInfo, StreamEvent, Prefab, EventStream):
+        names = {*getattr(record, "__dataclass_fields__", ()), *vars(record)} - {"from_dict"}
+        public = [each for each in names if not each.startswith("_")]
+        assert [each for each in public if not re.search(rf"`(\w+\.)?{each}[`(]", text)] == []
 
 
 def test_the_newest_version_of_the_changelog_is_this_one() -> None:

@@ -12,7 +12,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 # A link that leads to a file or a folder beside the README.
-RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\([\w./-]+(?:\.md|\.py|/)\)")
+RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\([\w./-]+(?:\.md|\.py|/)(?:#[^)]*)?\)")
 
 
 class TypeStubs(BuildHookInterface[Any]):

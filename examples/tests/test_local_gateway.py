@@ -540,17 +540,6 @@ def test_an_input_file_of_a_flat_gateway_is_a_path_for_the_function(
 # --- Prefab folders -------------------------------------------------------------------------------
 
 
-def test_the_manifest_of_the_readme_serves_a_function(tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    manifest = re.search(r'```text\n(\{"id": "my-prefab".*?)```', text, re.DOTALL)
-    assert manifest
-    folder = make_folder(tmp_path, "def greet(name):\n    return 'Hello, ' + name\n")
-    (folder / "prefab-manifest.json").write_text(manifest[1])
-    with LocalGateway(folder) as gateway, client_of(gateway) as client:
-        greet = client.prefab("my-prefab", "1.0.0").greet
-        assert greet(name="you").get_function_result() == "Hello, you"
-
-
 @pytest.mark.parametrize("files", [
     {"src/main.py": "from .utils.x import f", "src/utils/x.py": "def f(): return 1"},
     {"src/main.py": "from src.utils.x import f", "src/utils/x.py": "def f(): return 1"},
