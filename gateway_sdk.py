@@ -2235,21 +2235,16 @@ def _read_all(path: str) -> bytes:
 def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
     """The document as JSON, which has neither NaN nor infinities: null stands for them."""
     encode = partial(json.dumps, ensure_ascii=ensure_ascii)
-    # Python prints no integer that is longer than this. Its older releases know no limit.
-    limit: int | None = getattr(sys, "get_int_max_str_digits", lambda: None)()
-    set_limit: Any = getattr(sys, "set_int_max_str_digits", None)
     try:
         return encode(document, indent=indent, allow_nan=False)
     except RecursionError:  # to indent takes more of Python's stack
         return encode(document)
     except ValueError:
-        if limit is not None:
-            set_limit(0)
+        system: Any = sys
+        if hasattr(sys, "set_int_max_str_digits"):  # it prints no integer that is longer, unasked
+            system.set_int_max_str_digits(0)
         plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
         return encode(plain, indent=indent)
-    finally:
-        if limit is not None:
-            set_limit(limit)
 
 
 def _clip(text: str, cells: int) -> str:
@@ -2387,13 +2382,6 @@ class _Terminal:
             _write_all(sys.stderr, text)
 
 
-def _clock(seconds: float) -> str:
-    """A time as a clock shows it: 0:07, or 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
 class _ProgressBar:
     """A line on a terminal: what is done, the rate, and the time that has passed and is left."""
 
@@ -2415,8 +2403,8 @@ class _ProgressBar:
         if total:
             amount += f" of {total / size:,.{digits}f}"
             percent = f", {100 * done // total} %"
-            left = f", {_clock((total - done) * passed / max(done, 1))} left"
-        rate = f"{done / size / passed:,.1f} {self._unit}/s, {_clock(passed)} passed"
+            left = f", {(total - done) * passed / max(done, 1):,.0f} s left"
+        rate = f"{done / size / passed:,.1f} {self._unit}/s, {passed:,.0f} s passed"
         text = f"{amount} {self._unit}{percent}, {rate}{left}: {self._label}"
         self._terminal.draw(text, last=done == total)
 

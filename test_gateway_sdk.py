@@ -4347,7 +4347,7 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else_unless_it_is_not_wante
     ended, shown = on_terminal(lambda: cli(*arguments), "stderr")
     assert ended.json
     unit = "calls" if line.startswith("batch") else "MiB"
-    parts = (f"of .* {unit}", "100 ?%", f"[0-9] {unit}/s", "0:0[0-9] passed", "0:00 left", r"\n$")
+    parts = (f"of .* {unit}", "100 ?%", f"[0-9] {unit}/s", "[0-9] s passed", "0 s left", r"\n$")
     assert [part for part in parts if not re.search(part, shown)] == []
     assert on_terminal(lambda: cli("-q", *arguments), "stderr")[1] == ""
 
@@ -4476,14 +4476,8 @@ def test_what_json_does_not_have_is_null(cli: Any, line: str) -> None:
 
 
 def test_an_integer_of_any_length_is_printed_whole() -> None:
-    code = """import gateway_sdk, json, sys
-terminal = gateway_sdk._Terminal()
-terminal.print_json({"long": 10**5000})
-try:  # and the limit of Python, if it has one, is what it was
-    json.dumps(10**5000)
-except ValueError:
-    sys.exit()
-sys.exit(hasattr(sys, "set_int_max_str_digits"))"""
+    code = """import gateway_sdk
+gateway_sdk._Terminal().print_json({"long": 10**5000})"""
     assert ended_python("-c", code, cwd=str(ROOT)) == (0, '{"long": 1' + "0" * 5000 + "}\n", "")
 
 
@@ -5031,13 +5025,14 @@ def test_an_odd_answer_is_one_line_and_no_wrong_usage(cli: Any, reply: bytes, to
 
 
 @posix
-@pytest.mark.parametrize("name", ENDINGS)
-@pytest.mark.parametrize(("line", "replies", "kept", "told"), [
-    ("batch calls.jsonl --workers 1", [ran("first"), Pause()], b"first", "calls that have no line on stdout may have run"),
-    ("run a 1 f --stream", [Pause(chunked(event("content", "first"), end=False))], b"first\n", "the call may have run"),
-    ("run a 1 f", [Pause()], b"", "the call may have run"),
-    ("run a 1 f -f x=calls.jsonl", [LINK, Pause()], b"", "no call was made"),
-    ("list", [Pause()], b"", "no call was made"),
+@pytest.mark.parametrize(("name", "line", "replies", "kept", "told"), [
+    ("SIGINT", "batch calls.jsonl --workers 1", [ran("first"), Pause()], b"first",
+     "calls that have no line on stdout may have run"),
+    ("SIGHUP", "run a 1 f --stream", [Pause(chunked(event("content", "first"), end=False))], b"first\n",
+     "the call may have run"),
+    ("SIGTERM", "run a 1 f", [Pause()], b"", "the call may have run"),
+    ("SIGINT", "run a 1 f -f x=calls.jsonl", [LINK, Pause()], b"", "no call was made"),
+    ("SIGTERM", "list", [Pause()], b"", "no call was made"),
 ], ids=["batch", "stream", "run", "upload", "list"])
 def test_a_signal_ends_any_command_with_one_line_and_nothing_more_is_sent(
         lone: Path, name: str, line: str, replies: list[Answer], kept: bytes, told: str) -> None:
@@ -5173,7 +5168,7 @@ def test_pipes_that_make_nobody_wait_lose_nothing(lone: Path) -> None:
         os.close(writer)
         os.write(sink, b'{"value":')
         with pytest.raises(subprocess.TimeoutExpired):  # it waits for the rest
-            process.wait(0.3)
+            process.wait(0.2)
         os.write(sink, b" 1}")
         os.close(sink)
         server.wait_until(lambda: server.received)
