@@ -2237,8 +2237,6 @@ def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
     encode = partial(json.dumps, ensure_ascii=ensure_ascii)
     try:
         return encode(document, indent=indent, allow_nan=False)
-    except RecursionError:  # to indent takes more of Python's stack
-        return encode(document)
     except ValueError:
         system: Any = sys
         if hasattr(sys, "set_int_max_str_digits"):  # it prints no integer that is longer, unasked
