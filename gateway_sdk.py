@@ -2344,9 +2344,9 @@ class _Terminal:
         self.print_text(_to_json(document, indent, ensure_ascii) + "\n")
 
     def print_value(self, value: Any) -> None:
-        """Prints a text as it is, and anything else as JSON."""
+        """Prints a text as it is, but with an end of its last line, and anything else as JSON."""
         if isinstance(value, str):
-            self.print_text(value + "\n")
+            self.print_text(value if value.endswith("\n") else f"{value}\n")
         else:
             self.print_json(value)
 

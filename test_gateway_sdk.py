@@ -4636,7 +4636,7 @@ def test_output_files_are_saved_by_name_and_numbered_and_cost_no_result(cli: Any
 
 def test_the_value_of_a_function_is_printed_alone(cli: Any) -> None:
     line = ("run", "a", "1", "f", "--result")
-    for value, printed in (("a\tb", "a\tb\n"), ({"a": None}, '{"a": null}\n'), (3, "3\n"), (None, "{}\n")):
+    for value, printed in (("a\tb", "a\tb\n"), ("a\r\n\n", "a\r\n\n"), ("", "\n"), ({"a": None}, '{"a": null}\n'), (3, "3\n"), (None, "{}\n")):
         assert cli(*line, replies=[ran(value)]) == (0, printed, "")
     assert "out of luck" in cli(*line, replies=[FAILED_CALL]).error(1)
     partial = chunked(event("content", "so far"), event("error", "out of luck"))
