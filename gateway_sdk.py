@@ -13,91 +13,339 @@ One module, standard library only, CPython 3.9+ or PyPy: copy it, `pip install` 
 
 A gateway runs prefabs: deployed components with an id, a version and named functions. A call may
 cost money and minutes, so one that may have run is never sent twice, and a result that arrived is
-never lost. `GatewayClient` is what can be called; every failure is a `GatewayError`.
+never lost. `GatewayClient` is what can be called, `AsyncGatewayClient` the same for programs that
+await; every failure is a `GatewayError`.
 
-Top to bottom, each section uses those above it: errors, data, arguments, requests, connections,
-responses, transport, event stream, files, batches, client, command line.
+Top to bottom, each section uses those above it: secrets, errors, data, arguments, requests,
+connections, responses, transport, event stream, files, batches, client, async client, command line.
 """
 
 from __future__ import annotations
 
 import copy
-import email.utils
 import enum
-import http.client
-import io
+import errno
+import functools
+import itertools
 import json
 import os
-import queue
-import random
 import re
 import socket
 import sys
 import threading
 import time
+import weakref
 from base64 import b64encode, urlsafe_b64decode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional, TypeVar, Union, cast, overload
-from urllib.parse import SplitResult, quote, unquote, urlencode, urljoin, urlsplit
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    TypeVar,
+    Union,
+    overload,
+)
+from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
     from ssl import SSLContext
-else:  # `typing.get_type_hints` needs these names at run time; importing the modules would slow the start
+else:
+    # `typing.get_type_hints` needs these names; importing the modules would slow the start.
     Executor = Future = SSLContext = Any
 
-# An older Python compiles this file, and then fails at a line that says nothing to a user. As a script
-# it ends in a sentence; an import raises what importers handle.
-if sys.version_info < (3, 9):  # noqa: UP036 - who copied the file has no installer that checks it
-    _problem = "gateway_sdk needs Python 3.9 or newer, and this is Python " + sys.version.split()[0] + "."
+# An older Python compiles this file, and then fails at a line that says nothing to a user. As a
+# script it ends in a sentence; an import raises what importers handle.
+if sys.version_info < (3, 9):  # noqa: UP036
+    _problem = f"gateway_sdk needs Python 3.9 or newer, and this is Python {sys.version.split()[0]}."
     raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
 
 __version__ = "1.0.0"
 
 __all__ = [
-    "DEFAULT_BASE_URL", "AgentContextRequiredError", "AuthenticationError", "BatchResult", "CallStatus",
-    "EventStream", "GatewayClient", "GatewayError", "GatewayTimeoutError", "MissingSecretError", "Prefab",
-    "PrefabCall", "PrefabInfo", "PrefabNotFoundError", "PrefabResult", "QuotaExceededError",
-    "ServiceUnavailableError", "StreamEvent", "StreamEventType", "ValidationError", "__version__",
+    "DEFAULT_BASE_URL",
+    "AgentContextRequiredError",
+    "AsyncEventStream",
+    "AsyncGatewayClient",
+    "AuthenticationError",
+    "BatchResult",
+    "CallStatus",
+    "EventStream",
+    "GatewayClient",
+    "GatewayError",
+    "GatewayTimeoutError",
+    "MissingSecretError",
+    "Prefab",
+    "PrefabCall",
+    "PrefabInfo",
+    "PrefabNotFoundError",
+    "PrefabResult",
+    "QuotaExceededError",
+    "ServiceUnavailableError",
+    "StreamEvent",
+    "StreamEventType",
+    "ValidationError",
+    "__version__",
 ]
 
 DEFAULT_BASE_URL = "http://nodeport.sensedeal.vip:30566"
 
 _BACKOFF_BASE_SECONDS = 0.5
-_CONNECT_BACKOFF_BASE_SECONDS = 1.0  # a gateway that restarts is away for about three seconds
+# A gateway that restarts is away for about three seconds.
+_CONNECT_BACKOFF_BASE_SECONDS = 1.0
 _BACKOFF_CAP_SECONDS = 8.0
-_RETRY_AFTER_CAP_SECONDS = 60.0  # a longer wait is the caller's decision
-_IDLE_SECONDS = 4.0  # the gateway's server hangs up after 5, unannounced
-_KEEP_ALIVE_SECONDS = 60  # a call may take minutes without a byte, and NATs forget silent connections
-_AFTER_DONE_SECONDS = 5.0  # how long a stream may linger when it has said that it is done
+# A longer wait is the caller's decision.
+_RETRY_AFTER_CAP_SECONDS = 60.0
+# Connecting does not wait for ever, even where `timeout` is None.
+_CONNECT_CAP_SECONDS = 60.0
+# What an address that does not answer may cost, if the host has another one.
+_ADDRESS_SECONDS = 2.0
+# The gateway's server hangs up after 5 idle seconds, unannounced.
+_IDLE_SECONDS = 4.0
+# A call may take minutes without a byte, and NATs forget silent connections.
+_KEEP_ALIVE_SECONDS = 60
+# How long a stream that said that it is done may stay open, where `timeout` is None.
+_AFTER_DONE_SECONDS = 60.0
 _MAX_REDIRECTS = 5
-_MAX_IDLE_CONNECTIONS = 100  # per origin
+# Per origin.
+_MAX_IDLE_CONNECTIONS = 100
 _MAX_INTERIM_RESPONSES = 100
-_MAX_WORKER_TRANSPORTS = 8
+_MAX_HEAD_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
-_BLOCK_BYTES = 256 * 1024  # fits the processor's cache: larger blocks cost more
+_MAX_WORKER_TRANSPORTS = 8
+# How many events an `AsyncEventStream` reads ahead: a slow reader must hold the sender back.
+_MAX_EVENTS_AHEAD = 16
+# Fits the processor's cache: larger blocks cost more.
+_BLOCK_BYTES = 256 * 1024
 _MAX_SHOWN_CHARACTERS = 500
 
 _T = TypeVar("_T")
 _Client = TypeVar("_Client", bound="GatewayClient")
+_AsyncClient = TypeVar("_AsyncClient", bound="AsyncGatewayClient")
 _Json = dict[str, Any]
 _Path = Union[str, "os.PathLike[str]"]
-_Files = Mapping[str, Sequence[str]]  # name to s3:// URLs
-_Progress = Callable[[int, Optional[int]], object]  # bytes done, bytes in all (None: unknown)
+# An input's name to the s3:// URLs of its files.
+_Files = Mapping[str, Sequence[str]]
+# Called with the bytes done, and the bytes in all (None: unknown).
+_Progress = Callable[[int, Optional[int]], object]
+# The headers of `GatewayClient(headers=)`, or a function that gives them.
+_CallerHeaders = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
+
+# Tells this import of the module from one in another process, also where both have the same number:
+# containers count alike, and one process may hold several interpreters.
+_MODULE_ID = os.urandom(8)
+
+
+def _process_id() -> tuple[bytes, int]:
+    """Where this code runs: another value after a fork, and in another interpreter."""
+    return _MODULE_ID, os.getpid()
 
 
 def _log(message: str, *args: object) -> None:
-    """Logs as `gateway_sdk`, if the program has imported `logging`: nobody else should wait for that import."""
-    if logging := sys.modules.get("logging"):
+    """Logs as `gateway_sdk`, if the program has imported `logging`. It must never cost the call."""
+    logging = sys.modules.get("logging")
+    if logging is None:
+        return
+    # Another thread may be in the middle of importing it, and a handler may raise.
+    with suppress(Exception):
         logging.getLogger("gateway_sdk").debug(message, *args)
 
 
 def _ignore(*_: object) -> None:
     """Does nothing: stands in for a callback that was not given."""
+
+
+# --- Secrets --------------------------------------------------------------------------------------
+
+# A secret with fewer ASCII letters and digits than this is looked for with all its characters.
+_MIN_LETTERS = 8
+_LETTERS = frozenset(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+_HEX_DIGITS = frozenset(b"0123456789ABCDEFabcdef")
+# A backslash and one of these begins an escape of so many hexadecimal digits.
+_HEX_ESCAPES = {b"x": 2, b"u": 4, b"U": 8}
+_CONTROL_ESCAPES = {b"\\n": b"\n", b"\\r": b"\r", b"\\t": b"\t", b"\\b": b"\b", b"\\f": b"\f"}
+_MAX_ENTITY_BYTES = 32
+
+
+class _Secret:
+    """A value that must not be shown. Crash reporters print local variables: they see `***`."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def reveal(self) -> Any:
+        """The value itself, for an expression: never to be kept in a variable."""
+        return self._value
+
+
+def _revealed(value: Any) -> Any:
+    """A value, which may be kept in a `_Secret`."""
+    return value.reveal() if isinstance(value, _Secret) else value
+
+
+def _ending_escape(content: bytearray) -> tuple[int, bytes]:
+    """The length of the escape that ends `content`, and what it stands for; 0 if there is none."""
+    last = content[-1]
+    if last == ord(";"):
+        begin = content.rfind(b"&", -_MAX_ENTITY_BYTES)
+        if begin >= 0:
+            import html
+
+            entity = content[begin:].decode("latin-1")
+            character = html.unescape(entity)
+            if character != entity:
+                return len(entity), character.encode("utf-8", "replace")
+    if last in _HEX_DIGITS:
+        if content[-3:-2] == b"%" and content[-2] in _HEX_DIGITS:
+            return 3, bytes([int(content[-2:], 16)])
+        for letter, digits in _HEX_ESCAPES.items():
+            if content[-digits - 2 : -digits] == b"\\" + letter:
+                with suppress(ValueError, OverflowError):
+                    character = chr(int(content[-digits:], 16))
+                    return digits + 2, character.encode("utf-8", "surrogatepass")
+    if content[-2:-1] == b"\\" and bytes([last]) not in _HEX_ESCAPES:
+        escape = bytes(content[-2:])
+        return 2, _CONTROL_ESCAPES.get(escape, escape[1:])
+    return 0, b""
+
+
+def _unescape(content: bytes) -> tuple[bytes, Sequence[int]]:
+    r"""`content` without the escapes of JSON, `repr`, URLs and HTML, however deep they are nested.
+
+    Each byte is taken up once, and each escape is replaced as soon as it is whole; what it stands for
+    may be the end of another one. So the time is linear in `content`.
+
+    Returns:
+        The bytes that are left, and where in `content` each of them began.
+    """
+    if not re.search(rb"[\\%&]", content):
+        return content.replace(b"+", b" "), range(len(content))
+    plain = bytearray()
+    begins: list[int] = []
+    for position, byte in enumerate(content):
+        plain.append(byte)
+        begins.append(position)
+        length, replacement = _ending_escape(plain)
+        while length:
+            begin = begins[-length]
+            del plain[-length:], begins[-length:]
+            plain += replacement
+            begins += [begin] * len(replacement)
+            length, replacement = _ending_escape(plain)
+    # In a form, a "+" is a blank.
+    return bytes(plain).replace(b"+", b" "), begins
+
+
+def _letters_of(content: bytes) -> tuple[bytes, list[int]]:
+    """The ASCII letters and digits of `content`, which no escape changes, and where they stand."""
+    positions = [position for position, byte in enumerate(content) if byte in _LETTERS]
+    return bytes([content[position] for position in positions]), positions
+
+
+def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
+    begin = content.find(wanted)
+    while begin >= 0:
+        yield begin
+        begin = content.find(wanted, begin + len(wanted))
+
+
+def _stands_alone(content: bytes, begin: int, end: int) -> bool:
+    """Whether a word is no part of a larger one, such as `test` is of `test-tools` or `a.test`."""
+    before, after = content[max(0, begin - 2) : begin], content[end : end + 2]
+    return not re.search(rb"[\w\x80-\xff][-./]?\Z", before) and not re.match(
+        rb"[-./]?[\w\x80-\xff]", after
+    )
+
+
+class _Redactor:
+    """Masks secrets in texts, however they are escaped there, in time linear in the text.
+
+    A text and a secret are compared without their escapes, and by their ASCII letters and digits
+    alone: blanks, quotes, line ends and whatever else an encoding may add or drop do not count. A
+    secret of few letters and digits is compared with all its characters.
+    """
+
+    def __init__(self, secrets: Iterable[_Secret]) -> None:
+        self._by_letters: list[tuple[bytes, bytes]] = []
+        self._by_characters: list[bytes] = []
+        for secret in {secret.reveal() for secret in secrets}:
+            # It may be shown without the blanks or quotes that it was given with.
+            stripped = secret.strip(" \t\r\n\"'")
+            plain, _ = _unescape(stripped.encode("utf-8", "surrogatepass"))
+            letters, _ = _letters_of(plain)
+            if len(letters) >= _MIN_LETTERS:
+                self._by_letters.append((letters, plain))
+            elif plain:
+                self._by_characters.append(plain)
+
+    def __call__(self, text: str, *, short_ones: bool = True) -> str:
+        """`text` with `***` for each secret. A short one counts only as a word of its own.
+
+        Args:
+            short_ones: False for data that code reads: there, a short word is more likely a value
+                that happens to be the same.
+        """
+        content = text.encode("utf-8", "surrogatepass")
+        plain, begins = _unescape(content)
+        spans = [*self._spans_by_letters(plain), *self._spans_by_characters(plain, short_ones)]
+        masked, done = b"", 0
+        for first, behind in sorted(spans):
+            begin = begins[first]
+            end = begins[behind] if behind < len(plain) else len(content)
+            if begin >= done:
+                masked += content[done:begin] + b"***"
+            done = max(done, end)
+        return (masked + content[done:]).decode("utf-8", "surrogatepass")
+
+    def _spans_by_letters(self, plain: bytes) -> Iterator[tuple[int, int]]:
+        letters, positions = _letters_of(plain) if self._by_letters else (b"", [])
+        for wanted, secret in self._by_letters:
+            # The signs around its letters are a part of the secret, too.
+            signs_before = secret[: secret.index(wanted[:1])]
+            signs_behind = secret[secret.rindex(wanted[-1:]) + 1 :]
+            for found in _find_all(letters, wanted):
+                first, behind = positions[found], positions[found + len(wanted) - 1] + 1
+                for _ in signs_before:
+                    first -= first > 0 and plain[first - 1] in signs_before
+                for _ in signs_behind:
+                    behind += behind < len(plain) and plain[behind] in signs_behind
+                yield first, behind
+
+    def _spans_by_characters(self, plain: bytes, short_ones: bool) -> Iterator[tuple[int, int]]:
+        for wanted in self._by_characters:
+            is_short = len(wanted) < _MIN_LETTERS
+            if is_short and not short_ones:
+                continue
+            for first in _find_all(plain, wanted):
+                behind = first + len(wanted)
+                if not is_short or _stands_alone(plain, first, behind):
+                    yield first, behind
+
+
+def _mask_query(word: re.Match[str]) -> str:
+    """A word without the query of the URL in it, which may be presigned."""
+    before, http, url = word[0].partition("http")
+    address, _, query = url.partition("?")
+    return f"{before}{http}{address}?***" if query else word[0]
+
+
+def _mask_queries(text: str) -> str:
+    """`text` without the queries of the URLs in it."""
+    return re.sub(r"[^\s\"'<>]+", _mask_query, text)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -112,27 +360,28 @@ def _ignore(*_: object) -> None:
 # └─ ServiceUnavailableError
 #    └─ GatewayTimeoutError          also a TimeoutError
 
-_BODY_FIELDS = ("error_code", "prefab_id", "version", "limit", "used", "quota_type", "secret_name", "instructions")
+
+class _Advice(NamedTuple):
+    """What the user can do about an error, in both languages. An error's fields stand in braces."""
+
+    python: str
+    shell: str
+
+
+# Also for readers of a message who know nothing of `may_have_run`: a shell user, an agent.
+_MAY_HAVE_RUN = "It may have run all the same, so it was not sent again."
 
 
 def _text_of(value: Any) -> str:
-    """`str` of a JSON value. To print one that is nested deeply may exceed Python's limit of recursion."""
-    with suppress(RecursionError):
+    """`str` of a JSON value. To print one that is nested deeply may exceed Python's limits."""
+    with suppress(RecursionError, ValueError):
         return str(value)
-    return "(nested too deeply to be shown)"
+    return "(too large or too deep to be shown)"
 
 
-# TEMPORARY: what the library's messages say in Python, and how the command line says it.
-_COMMAND_HINTS: Mapping[str, str] = {
-    r"client\.list_prefabs\(\)": "gateway-sdk list",
-    r"client\.get_prefab_spec\(prefab_id, version\)": "gateway-sdk spec PREFAB",
-    r"client\.set_secret\('([\w.-]+)', '([\w.-]+)', value\)": r"gateway-sdk secret set \1 \2",
-    r"(client\.)?upload_input_file\(\w*\)": "gateway-sdk upload --input",
-    r"a result's get_file_urls\(\), or list_files\(\), gives": "a result's files, or gateway-sdk ls, give",
-    r"larger timeout=": "larger --timeout",
-    r"(^|Is )base_url\b": r"\1--base-url",
-    r"\binternal_token=": "X_INTERNAL_TOKEN",
-}
+def _joined(lines: Iterable[str]) -> str:
+    """Lines of a message, without the empty ones."""
+    return "\n".join(filter(None, (line.strip() for line in lines)))
 
 
 class GatewayError(Exception):
@@ -143,42 +392,77 @@ class GatewayError(Exception):
         details: The fields of the error's body, with secrets taken out.
         status_code: HTTP status; None if there was no answer.
         error_code: The gateway's own code, such as `"MISSING_SECRET"`, or None.
+        request_id: The gateway's id of the request (`X-Request-ID`), or None.
         retry_after: Seconds that the answer asks to wait (`Retry-After`), or None.
         may_have_run: Whether the gateway may have run the call although no usable answer came.
     """
 
-    _remedy: ClassVar[str] = ""  # what the user can do; the error's own fields stand in braces
+    # What a class reads from `details`, and its value where nothing is there.
+    _fields: ClassVar[Mapping[str, Any]] = {}
+    _class_advice: ClassVar[_Advice | None] = None
+
     status_code: int | None = None
     error_code: str | None = None
+    request_id: str | None = None
     retry_after: float | None = None
     may_have_run: bool = False
-    _backoff_seconds: float | None = None  # the longest first wait before a retry; None: there must be no retry
+    # What may be over by the next attempt: see `_retry_delay`.
+    _fault: Literal["unreachable", "lost"] | None = None
+    # The message as it is printed by the command line, if that differs.
+    _shell_message: str | None = None
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.details = dict(details or {})
-        for name in _BODY_FIELDS:
-            if self.details.get(name):
-                setattr(self, name, self.details[name])
+        self.error_code = self.details.get("error_code") or None
+        for name, default in self._fields.items():
+            setattr(self, name, self.details.get(name) or default)
 
     @classmethod
-    def _create(cls, message: str, details: Mapping[str, Any], **attributes: Any) -> GatewayError:
-        """An error with these attributes, whatever the constructor of its class takes."""
+    def _restore(
+        cls, message: str, details: Mapping[str, Any], attributes: Mapping[str, Any]
+    ) -> GatewayError:
+        """An error with these attributes. The constructors, as users know them, take too few."""
         error = cls.__new__(cls)
         GatewayError.__init__(error, message, details)
         error.__dict__.update(attributes)
         return error
 
-    def _in_shell(self) -> str:
-        """TEMPORARY: the message with the SDK's own advice as a command says it."""
-        message = self.message
-        for in_python, command in _COMMAND_HINTS.items():
-            message = re.sub(in_python, command, message)
-        return message
+    @classmethod
+    def _create(
+        cls, problem: str, details: Mapping[str, Any] | None = None, *advice: _Advice | None,
+        may_have_run: bool = False, **attributes: Any,
+    ) -> GatewayError:
+        """An error whose message is the problem, what can be done about it, and if it may have run."""
+        ending = _MAY_HAVE_RUN if may_have_run else ""
+        told = [one for one in advice if one]
+        error = cls._restore(
+            _joined([problem, *(one.python for one in told), ending]), details or {}, attributes
+        )
+        error.may_have_run = may_have_run
+        error._shell_message = _joined([problem, *(one.shell for one in told), ending])
+        return error
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the default would call the class with the message alone
-        return self._create, (self.message, self.details), self.__dict__
+    @classmethod
+    def _advice_for(cls, details: Mapping[str, Any]) -> _Advice | None:
+        """The advice of the class, with the fields of this error in it."""
+        if cls._class_advice is None:
+            return None
+        import shlex
+
+        values = {name: details.get(name) or default for name, default in cls._fields.items()}
+        words = {name: shlex.quote(_text_of(value)) for name, value in values.items()}
+        python, shell = cls._class_advice
+        return _Advice(python.format_map(values), shell.format_map(words))
+
+    def _in_shell(self) -> str:
+        """The message as the command line prints it: with commands and options where it advises."""
+        return self._shell_message or self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the class with the message alone.
+        return self._restore, (self.message, self.details, self.__dict__)
 
 
 class AuthenticationError(GatewayError):
@@ -188,12 +472,15 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _remedy = (
-        "See client.list_prefabs() for the prefabs, and client.get_prefab_spec(prefab_id, version) "
-        "for the functions of one."
+    _fields = {"prefab_id": "unknown", "version": "unknown"}
+    _class_advice = _Advice(
+        python="See client.list_prefabs() for the prefabs, and"
+        " client.get_prefab_spec(prefab_id, version) for the functions of one.",
+        shell="See `gateway-sdk list` for the prefabs, and `gateway-sdk spec PREFAB VERSION`"
+        " for the functions of one.",
     )
-    prefab_id: str = "unknown"
-    version: str = "unknown"
+    prefab_id: str
+    version: str
 
     def __init__(self, prefab_id: str, version: str, message: str | None = None) -> None:
         body = {"prefab_id": prefab_id, "version": version}
@@ -207,10 +494,14 @@ class ValidationError(GatewayError, ValueError):
 class QuotaExceededError(GatewayError):
     """A quota is used up (429)."""
 
-    _remedy = "Wait, or have the quota raised: the SDK does not repeat such a call."
-    limit: int = 0
-    used: int = 0
-    quota_type: str = "unknown"
+    _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    _class_advice = _Advice(
+        python="Wait, or have the quota raised: the SDK does not repeat such a call.",
+        shell="Wait, or have the quota raised: such a call is not repeated.",
+    )
+    limit: int
+    used: int
+    quota_type: str
 
     def __init__(self, message: str, limit: int, used: int, quota_type: str) -> None:
         super().__init__(message, {"limit": limit, "used": used, "quota_type": quota_type})
@@ -219,26 +510,41 @@ class QuotaExceededError(GatewayError):
 class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours; `instructions` say how to get it."""
 
-    _remedy = "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value)."
-    prefab_id: str = "unknown"
-    secret_name: str = "unknown"  # noqa: S105
-    instructions: str | None = None
+    _fields = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
+    _class_advice = _Advice(
+        python="Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
+        shell="Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
+    )
+    prefab_id: str
+    secret_name: str
+    instructions: str | None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
-        message = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'\n{self._remedy.format(**body)}"
-        if instructions:
-            message += f"\n{instructions}"
-        super().__init__(message, {**body, "error_code": "MISSING_SECRET"})
+        body = {
+            "prefab_id": prefab_id,
+            "secret_name": secret_name,
+            "instructions": instructions,
+            "error_code": "MISSING_SECRET",
+        }
+        problem = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
+        advice = self._advice_for(body)
+        super().__init__(_joined([problem, advice.python if advice else "", instructions or ""]), body)
 
 
 class AgentContextRequiredError(GatewayError):
     """The credential is not an agent's, which this file operation needs."""
 
-    _remedy = "This needs an agent's token (internal_token=). upload_input_file() uploads a call's inputs without one."
+    _class_advice = _Advice(
+        python="This needs an agent's token (internal_token=)."
+        " upload_input_file() uploads a call's inputs without one.",
+        shell="This needs an agent's token (X_INTERNAL_TOKEN)."
+        " `gateway-sdk upload --input` uploads a call's inputs without one.",
+    )
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or self._remedy, {"error_code": "MISSING_AGENT_CONTEXT"})
+        advice = self._advice_for({})
+        text = message or (advice.python if advice else "")
+        super().__init__(text, {"error_code": "MISSING_AGENT_CONTEXT"})
 
 
 class ServiceUnavailableError(GatewayError):
@@ -253,12 +559,14 @@ class _NotPicklableError(GatewayError, TypeError):
     """Raised where a client cannot be pickled, and so cannot go to another process."""
 
 
-_ERRORS: Mapping[int | str, type[GatewayError]] = {  # by status, or the error_code of a 400
+_STATUS_ERRORS: Mapping[int, type[GatewayError]] = {
     401: AuthenticationError,
     403: AuthenticationError,
-    404: PrefabNotFoundError,
     422: ValidationError,
     429: QuotaExceededError,
+}
+# By the `error_code` of a 400.
+_CODE_ERRORS: Mapping[str, type[GatewayError]] = {
     "MISSING_SECRET": MissingSecretError,
     "MISSING_AGENT_CONTEXT": AgentContextRequiredError,
 }
@@ -273,7 +581,8 @@ class CallStatus(str, enum.Enum):
     SUCCESS = "SUCCESS"
     FAILED = "FAILED"
 
-    __str__ = str.__str__  # prints as its value on every Python
+    # Prints as its value on every Python.
+    __str__ = str.__str__
 
 
 class StreamEventType(str, enum.Enum):
@@ -299,27 +608,64 @@ class PrefabCall:
     prefab_id: str
     version: str
     function_name: str
-    parameters: _Json | None = None
-    files: _Files | None = None
+    parameters: Optional[_Json] = None
+    files: Optional[_Files] = None
 
     def to_dict(self) -> _Json:
         """The call as the gateway reads it; `files` is left out when there are none."""
         inputs: _Json = {"parameters": self.parameters or {}}
         if self.files:
             inputs["files"] = self.files
-        names = {"prefab_id": self.prefab_id, "version": self.version, "function_name": self.function_name}
-        return {**names, "inputs": inputs}
+        return {
+            "prefab_id": self.prefab_id,
+            "version": self.version,
+            "function_name": self.function_name,
+            "inputs": inputs,
+        }
+
+
+@dataclass
+class StreamEvent:
+    """One event of a stream; `raw` is the whole decoded object, with its further fields."""
+
+    type: StreamEventType
+    data: Any
+    raw: _Json = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, data: _Json) -> StreamEvent:
+        """The event of a decoded object; one of an unknown `type` is `content`."""
+        name: Any = data.get("type")
+        event_type = _EVENT_TYPES.get(name) if isinstance(name, str) else None
+        return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
+
+
+def _is_heartbeat(event: StreamEvent) -> bool:
+    """Whether an event only shows that the stream is alive: of an unknown type, without data."""
+    name = event.raw.get("type", "content")
+    return event.data is None and not (isinstance(name, str) and name in _EVENT_TYPES)
 
 
 def _event_error(event: StreamEvent) -> _Json:
-    """An error event's data as a result's `error`, with the `error_code` that may stand beside it."""
+    """An error event's data as a result's `error`, with what may stand beside the data."""
     error: _Json = {"message": "The function reported an error."}
-    error.update({key: event.raw[key] for key in ("message", "error_code") if key in event.raw})
+    error.update({key: event.raw[key] for key in ("message", "error_code") if event.raw.get(key)})
     if isinstance(event.data, dict):
         error.update(event.data)
     elif event.data:
         error["message"] = _text_of(event.data)
     return error
+
+
+def _without_tracebacks(error: BaseException | None) -> None:
+    """Frees what an error and its causes keep alive by their tracebacks: frames, and so bodies."""
+    waiting, seen = [error], set()
+    while waiting:
+        found = waiting.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            found.__traceback__ = None
+            waiting += [found.__cause__, found.__context__]
 
 
 @dataclass
@@ -328,71 +674,104 @@ class PrefabResult:
 
     Attributes:
         status: A `CallStatus`, or the gateway's own word if that is another.
-        output: The envelope `{"status", "output", "files"}`, or the function's value itself: gateways differ.
+        output: The envelope `{"status", "output", "files"}`, or the function's value itself: gateways
+            differ, and `get_function_result` knows both.
         error: `{"message", "type", ...}` of a failed call.
         job_id: The gateway's id of the request.
-        exception: What `run` would have raised, of a failed call of a batch.
-        raw: The result's whole entry in the answer.
+        raw: The result's whole entry in the answer, or `{"events": [...]}` of a stream.
+        exception: What `run` would have raised, of a failed call of a batch; else None.
     """
 
-    status: CallStatus | str
+    status: Union[CallStatus, str]
     output: Any = None
-    error: _Json | None = None
-    job_id: str | None = None
-    exception: GatewayError | None = field(default=None, repr=False, compare=False)
-    raw: _Json = field(default_factory=dict, repr=False, compare=False)
+    error: Optional[_Json] = None
+    job_id: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        # Not fields: `dataclasses.asdict`, pydantic and FastAPI would try to make JSON of them.
+        self.raw: _Json = {}
+        self.exception: GatewayError | None = None
 
     @classmethod
     def _from_dict(cls, entry: _Json, job_id: str | None) -> PrefabResult:
         status, error = _text_of(entry.get("status")), entry.get("error")
         if not isinstance(error, (dict, type(None))):
             error = {"message": _text_of(error)}
-        return cls(CallStatus.__members__.get(status, status), entry.get("output"), error, job_id, raw=entry)
+        known_status = CallStatus.__members__.get(status, status)
+        result = cls(known_status, entry.get("output"), error, job_id)
+        result.raw = entry
+        return result
 
     @classmethod
     def _from_exception(cls, exception: BaseException) -> PrefabResult:
+        """The FAILED result that stands for a call whose request raised."""
         if not isinstance(exception, GatewayError):
-            lost = ServiceUnavailableError(f"The call was lost: {type(exception).__name__}: {exception}")
-            lost.__cause__, lost.may_have_run = exception, True
+            problem = f"The call was lost: {type(exception).__name__}: {exception}"
+            lost = ServiceUnavailableError._create(problem, may_have_run=True)
+            lost.__cause__ = exception
             exception = lost
-        code = {"error_code": exception.error_code} if exception.error_code else {}
-        error = {"message": exception.message, "type": type(exception).__name__, **code}
-        return cls(CallStatus.FAILED, error=error, exception=exception)
-
-    def to_dict(self) -> _Json:
-        """TEMPORARY: the four fields as JSON values."""
-        error = self.error
-        if self.exception is not None:
-            error = {**(error or {}), "may_have_run": self.exception.may_have_run}
-        return {"status": str(self.status), "output": self.output, "error": error, "job_id": self.job_id}
+        _without_tracebacks(exception)
+        error: _Json = {"message": exception.message, "type": type(exception).__name__}
+        if exception.error_code:
+            error["error_code"] = exception.error_code
+        error["may_have_run"] = exception.may_have_run
+        result = cls(CallStatus.FAILED, error=error)
+        result.exception = exception
+        return result
 
     @classmethod
     def from_events(cls, events: Iterable[StreamEvent]) -> PrefabResult:
-        """TEMPORARY: the result of a stream."""
+        """The result of a stream: what `run` gives without `stream=True`.
+
+        The function's value is its contents, joined if they are all text. If there are none, it is the
+        data of the `done` events: merged if they are dicts, without the `files` and the `job_id` that
+        the gateway adds; else the last that is not empty. An `error` event makes it FAILED. All
+        events, as decoded objects, are in `raw["events"]`.
+
+        Args:
+            events: What was read, or an `EventStream`, which is read to its end.
+        """
         contents: list[Any] = []
+        merged: _Json = {}
+        last_done: Any = None
+        files: _Json = {}
         error: _Json | None = None
-        done: Any = None
-        files: dict[str, Any] = {}
+        seen: list[_Json] = []
         for event in events:
-            if event.type is StreamEventType.ERROR:
+            seen.append(event.raw or {"type": str(event.type), "data": event.data})
+            if event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
+                contents.append(event.data)
+            elif event.type == StreamEventType.ERROR:
                 error = _event_error(event)
-            elif event.type is StreamEventType.CONTENT:
-                if event.data is not None or event.raw.get("type") == "content":
-                    contents.append(event.data)
-            elif event.type is StreamEventType.DONE and isinstance(event.data, dict):
-                fields = dict(event.data)
-                files.update(fields.pop("files", None) or {})
-                fields.pop("job_id", None)
-                done = {**done, **fields} if isinstance(done, dict) else (fields or done)
-            elif event.type is StreamEventType.DONE and event.data not in (None, "", "[DONE]"):
-                done = event.data
+            elif event.type == StreamEventType.DONE and isinstance(event.data, dict):
+                merged.update(event.data)
+                if isinstance(event.data.get("files"), dict):
+                    files.update(event.data["files"])
+            elif event.type == StreamEventType.DONE and event.data not in (None, "", "[DONE]"):
+                last_done = event.data
+        merged.pop("files", None)
+        job_id = merged.pop("job_id", None)
         value: Any = contents
-        if not contents and done:
-            value = done
+        if not contents and (merged or last_done is not None):
+            value = merged or last_done
         elif all(isinstance(content, str) for content in contents):
             value = "".join(contents)
+        if not seen:
+            error = {"message": "The stream had no events."}
         status = CallStatus.FAILED if error else CallStatus.SUCCESS
-        return cls(status, {"status": str(status), "output": value, "files": files}, error)
+        output = {"status": str(status), "output": value, "files": files or None}
+        result = cls(status, output, error, job_id if isinstance(job_id, str) else None)
+        result.raw = {"events": seen}
+        return result
+
+    def to_dict(self) -> _Json:
+        """`status`, `output`, `error` and `job_id` as JSON has them."""
+        return {
+            "status": str(self.status),
+            "output": self.output,
+            "error": self.error,
+            "job_id": self.job_id,
+        }
 
     def is_success(self) -> bool:
         """Whether the call ran; its function may still report a failure of its own."""
@@ -409,8 +788,8 @@ class PrefabResult:
     def get_function_result(self) -> Any:
         """What the function returned; `{}` where that is null or missing.
 
-        It is `output["output"]` if `output` is an envelope: a dict with `output` in it, or one that has
-        `status` and no keys but an envelope's. Any other `output` is the value itself.
+        It is `output["output"]` if `output` is an envelope: a dict with `output` in it, or one that
+        has `status` and no keys but an envelope's. Any other `output` is the value itself.
         """
         value = self.output
         if isinstance(value, dict):
@@ -465,7 +844,7 @@ class BatchResult:
     is None unless the batch was a single request: each result has its own.
     """
 
-    job_id: str | None
+    job_id: Optional[str]
     status: str
     results: list[PrefabResult]
 
@@ -487,122 +866,145 @@ class BatchResult:
 
 
 @dataclass
-class StreamEvent:
-    """One event of a stream; `raw` is the whole decoded object, with its further fields."""
-
-    type: StreamEventType
-    data: Any
-    raw: _Json = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def from_dict(cls, data: _Json) -> StreamEvent:
-        """The event of a decoded object; one of an unknown `type` is `content`."""
-        name: Any = data.get("type")
-        event_type = _EVENT_TYPES.get(name) if isinstance(name, str) else None
-        return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
-
-
-@dataclass
 class PrefabInfo:
-    """One version of a prefab in the directory; `status` is its deployment's, `raw` the whole entry."""
+    """One version of a prefab in the directory; `status` is its deployment's, `raw` all of it."""
 
     prefab_id: str
     version: str
     name: str = ""
     description: str = ""
     tags: list[str] = field(default_factory=list)
-    status: str | None = None
+    status: Optional[str] = None
     functions: list[Any] = field(default_factory=list)
     requires_secrets: bool = False
     secrets: list[_Json] = field(default_factory=list)
     is_official: bool = False
-    author: str | None = None
+    author: Optional[str] = None
     raw: _Json = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def _from_dict(cls, entry: _Json) -> PrefabInfo:
-        values = {**entry, "prefab_id": entry["id"], "status": entry.get("deployment_status"), "raw": entry}
-        names = {known.name for known in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names and value is not None})
+        known = {
+            **entry,
+            "prefab_id": entry["id"],
+            "status": entry.get("deployment_status"),
+            "raw": entry,
+        }
+        names = [known_field.name for known_field in fields(cls)]
+        return cls(**{name: known[name] for name in names if known.get(name) is not None})
 
 
 # --- Arguments ------------------------------------------------------------------------------------
 
 
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise ValidationError(message)
-
-
 def _shown(value: Any) -> str:
-    """A value as a message shows it, also if it is huge."""
-    if value is None or isinstance(value, (str, float)) or (isinstance(value, int) and abs(value) < 1e15):
+    """A value as a message shows it: short, also if it is huge, and without the query of a URL."""
+    if isinstance(value, str):
+        return f"{_mask_queries(value[:1000])!r:.80}"
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e15):
         return f"{value!r:.80}"
     return f"a {type(value).__name__}"
 
 
-def _require_text(**values: Any) -> None:
+def _check_text(**values: Any) -> None:
     for name, value in values.items():
-        _require(isinstance(value, str) and value, f"{name} must be a string that is not empty, not {_shown(value)}.")
+        if not isinstance(value, str) or not value:
+            raise ValidationError(
+                f"{name} must be a string that is not empty, not {_shown(value)}."
+            )
 
 
 _is_header_value = re.compile(r" *[\x21-\x7e\xa1-\xff][\x20-\x7e\xa0-\xff]*").fullmatch
 
 
-def _require_header_value(name: str, value: Any) -> None:
-    """Raises if no header can carry the value. Never shows it, as the error of `http.client` would."""
-    needed = "a string that is not empty, and have only printable ASCII or Latin-1 characters"
-    _require(isinstance(value, str) and _is_header_value(value), f"{name} must be {needed}.")
+def _check_header_value(name: str, value: _Secret) -> None:
+    """Raises if no header can carry the value. The error does not show it."""
+    if not isinstance(value.reveal(), str) or not _is_header_value(value.reveal()):
+        raise ValidationError(
+            f"{name} must be a string that is not empty,"
+            " and have only printable ASCII or Latin-1 characters."
+        )
 
 
-def _require_number(name: str, value: Any, above: int = 0) -> None:
-    number = isinstance(value, int) and not isinstance(value, bool) and above < value < 10**9
-    _require(number, f"{name} must be a whole number above {above} and below {10**9}, not {_shown(value)}.")
+def _check_number(name: str, value: Any, above: int = 0) -> None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not is_number or not above < value < 10**9:
+        raise ValidationError(
+            f"{name} must be a whole number above {above} and below {10**9}, not {_shown(value)}."
+        )
 
 
-def _require_timeout(seconds: Any) -> None:
-    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    usable = seconds is None or (number and 0 < seconds < 2**31 // 1000)  # poll() counts milliseconds in 31 bits
-    _require(usable, f"timeout must be None or seconds above 0 and below {2**31 // 1000}, not {_shown(seconds)}.")
+# poll() counts milliseconds in 31 bits.
+_TIMEOUT_LIMIT_SECONDS = 2**31 // 1000
 
 
-def _require_s3_url(name: str, url: Any, source: str) -> None:
-    is_url = isinstance(url, str) and re.match("s3://.", url)
-    _require(is_url, f"{name} must be an s3:// URL, not {_shown(url)}: {source} gives one.")
+def _check_timeout(seconds: Any) -> None:
+    if seconds is None:
+        return
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds < _TIMEOUT_LIMIT_SECONDS:
+        raise ValidationError(
+            f"timeout must be None or seconds above 0 and below {_TIMEOUT_LIMIT_SECONDS},"
+            f" not {_shown(seconds)}."
+        )
 
 
-def _require_call(call: Any) -> None:
-    is_call = isinstance(call, PrefabCall)
-    _require(is_call, f"A call must be a PrefabCall, not {_shown(call)}: PrefabCall(**call) takes a dict.")
-    _require_text(prefab_id=call.prefab_id, version=call.version, function_name=call.function_name)
-    for name, value in (("parameters", call.parameters), ("files", call.files)):
-        _require(value is None or isinstance(value, dict), f"{name} must be a dict, not {_shown(value)}.")
-    for name, urls in (call.files or {}).items():
-        _require(isinstance(urls, (list, tuple)), f"files[{name!r}] must be a list, as [upload_input_file(path)] is.")
-        for url in urls:
-            _require_s3_url(f"Each of files[{name!r}]", url, "client.upload_input_file(path)")
+def _check_s3_url(name: str, url: Any, source: str) -> None:
+    if not isinstance(url, str) or not re.match("s3://.", url):
+        raise ValidationError(f"{name} must be an s3:// URL, not {_shown(url)}: {source} gives one.")
+
+
+def _check_call(call: Any, where: str = "") -> None:
+    """Raises if a call cannot be sent. `where` is its place in a batch, such as `calls[3]: `."""
+    if not isinstance(call, PrefabCall):
+        raise ValidationError(
+            f"{where}a call must be a PrefabCall, not {_shown(call)}: PrefabCall(**call) takes a dict."
+        )
+    try:
+        _check_text(
+            prefab_id=call.prefab_id, version=call.version, function_name=call.function_name
+        )
+        for name, value in (("parameters", call.parameters), ("files", call.files)):
+            if value is not None and not isinstance(value, dict):
+                raise ValidationError(f"{name} must be a dict, not {_shown(value)}.")
+        for name, urls in (call.files or {}).items():
+            if not isinstance(urls, (list, tuple)):
+                raise ValidationError(
+                    f"files[{name!r}] must be a list, as [client.upload_input_file(path)] is."
+                )
+            for url in urls:
+                _check_s3_url(f"each of files[{name!r}]", url, "client.upload_input_file(path)")
+    except ValidationError as error:
+        raise ValidationError(f"{where}{error.message}") from None
 
 
 def _segments(*names: Any) -> str:
     """A path of one segment for each name, with the slashes in them encoded."""
     for name in names:
-        is_name = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable()
-        _require(is_name, f"{_shown(name)} cannot be the name of a prefab, a version or a secret.")
+        is_text = isinstance(name, str) and name.isprintable()
+        if not is_text or name in ("", ".", ".."):
+            raise ValidationError(
+                f"{_shown(name)} cannot be the name of a prefab, a version or a secret."
+            )
     return "/".join(quote(name, safe="") for name in names)
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_JSON_CONVERSIONS = {  # an attribute of a value that JSON cannot carry, and what to pass instead
-    "isoformat": "its .isoformat()", "model_dump": "its .model_dump()", "tolist": "its .tolist()",
+# An attribute of a value that JSON cannot carry, and what to pass instead.
+_JSON_CONVERSIONS = {
+    "isoformat": "its .isoformat()",
+    "model_dump": "its .model_dump()",
+    "tolist": "its .tolist()",
     "__iter__": "list(...) of it",
 }
 
 
 def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
-    """JSON in UTF-8. The error for what it cannot carry names the path to it and the usual way out."""
+    """JSON in UTF-8. The error for what it cannot carry names the path to it and the way out."""
     try:
         return _encode_json(content).encode()
-    except (TypeError, ValueError, RecursionError) as error:  # not as a cause: it may show a text that is a secret
+    except (TypeError, ValueError, RecursionError) as error:
+        # Not kept as a cause: it may show a text that is a secret.
         problem = f"a {type(content).__name__}: {error}"
     if depth > 100:
         path, problem = f"{path:.80}...", "nested too deeply, or contains itself"
@@ -614,17 +1016,31 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
             _encode(item, f"{path}[{index}]", depth + 1)
     elif isinstance(content, float):
         problem = f"{content}, which JSON does not have"
-    elif not isinstance(content, (str, bytes)):
-        ways_out = [text for attribute, text in _JSON_CONVERSIONS.items() if hasattr(content, attribute)]
-        problem = f"a {type(content).__name__}: pass {ways_out[0]}" if ways_out else problem
+    elif not isinstance(content, (str, bytes, int)):
+        ways_out = [way for name, way in _JSON_CONVERSIONS.items() if hasattr(content, name)]
+        if ways_out:
+            problem = f"a {type(content).__name__}: pass {ways_out[0]}"
     raise ValidationError(f"The request cannot be sent as JSON: {path or 'it'} is {problem}.")
 
 
 # --- Requests -------------------------------------------------------------------------------------
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"  # beside letters, digits and -._
-_CREDENTIAL_KINDS = {"X-Internal-Token": "an internal token", "X-API-Key": "an API key", "Authorization": "a JWT"}
+# Beside letters, digits and -._
+_URL_CHARACTERS = "!#$%&'()*+,/:;=?@[]~"
+_CREDENTIAL_KINDS = {
+    "X-Internal-Token": "an internal token",
+    "X-API-Key": "an API key",
+    "Authorization": "a JWT",
+}
+# What only the SDK can say of a message that it frames itself, and to whom it says it.
+_OWN_HEADERS = frozenset(
+    (
+        "accept-encoding connection content-encoding content-length content-type expect host if-range"
+        " keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding upgrade"
+    ).split()
+)
+_is_token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 
 
 def _split_url(url: str) -> tuple[str, str]:
@@ -634,7 +1050,9 @@ def _split_url(url: str) -> tuple[str, str]:
     """
     try:
         parts = urlsplit(url)
-        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+        host, port = parts.hostname or "", parts.port
+        if ":" not in host:
+            host = host.encode("idna").decode()
     except (ValueError, AttributeError, TypeError):
         raise ValueError("is not a URL") from None
     if parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", host):
@@ -651,261 +1069,676 @@ def _split_url(url: str) -> tuple[str, str]:
     return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS)
 
 
-def _pattern_of(part: re.Match[str]) -> str:
-    """A pattern for a character of a secret, or its backslashes: as it is, or as a URL, JSON or HTML writes it."""
-    character = part[0]
-    if character.isascii() and (character.isalnum() or character in "-._~"):
-        return re.escape(character)
-    if character.startswith("\\"):  # any number of them: with one pattern for each, a search could take for ever
-        return r"(?i:\\|%5c|&#92;|&#x5c;)+"
-    # Any HTML entity counts, and "+", which means a space: to hide a little too much does no harm.
-    spellings = {character, quote(character, safe=""), json.dumps(character)[1:-1], f"\\{character}", "+"}
-    return f"(?i:{'|'.join(map(re.escape, spellings))}|&#?[a-z0-9]+;)"
+def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, str]:
+    """The headers that a caller gives, if a request to the gateway can carry them.
+
+    Args:
+        credential: The header of the credential in use, which they must not replace.
+    """
+    given = dict(headers) if isinstance(headers, Mapping) else None
+    if given is None:
+        raise ValidationError(
+            f"headers must be a mapping, or a function that gives one, not {_shown(headers)}."
+        )
+    for name, value in given.items():
+        if not isinstance(name, str) or not _is_token(name):
+            raise ValidationError(f"headers: {_shown(name)} cannot be the name of a header.")
+        if name.lower() in _OWN_HEADERS or name.lower() == (credential or "").lower():
+            raise ValidationError(f"headers: {name} is set by the SDK.")
+        _check_header_value(f"headers[{name!r}]", _Secret(value))
+    return given
 
 
-def _mask_query(word: re.Match[str]) -> str:
-    """A word without the query of the URL in it, which may be presigned."""
-    before, http, url = word[0].partition("http")
-    address, _, query = url.partition("?")
-    return f"{before}{http}{address}?***" if query else word[0]
+class _FileBody:
+    """A body with a file in it. Its length is known beforehand, and it can be sent again."""
+
+    def __init__(self, head: bytes, file: Any, tail: bytes, on_progress: _Progress | None) -> None:
+        self._head = head
+        self._file = file
+        self._tail = tail
+        self._size = os.fstat(file.fileno()).st_size
+        self._on_progress = on_progress or _ignore
+
+    def __len__(self) -> int:
+        return len(self._head) + self._size + len(self._tail)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The body in blocks. If the file is not as long as was promised, raises before its end.
+
+        `sendfile` was measured: it waits for room in the socket in between, and takes a fifth more
+        time.
+        """
+        if self._head:
+            yield self._head
+        self._file.seek(0)
+        sent = 0
+        self._on_progress(sent, self._size)
+        # Asks for one byte more than was promised: if it comes, the file has grown.
+        while block := self._file.read(min(self._size - sent + 1, _BLOCK_BYTES)):
+            sent += len(block)
+            if sent > self._size:
+                raise GatewayError(f"{self._file.name} became longer while it was being sent.")
+            yield block
+            self._on_progress(sent, self._size)
+        if sent < self._size:
+            raise GatewayError(f"{self._file.name} became shorter while it was being sent.")
+        if self._tail:
+            yield self._tail
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Credential:
+    """The header that says who the client is. Its value is not shown."""
+
+    header: str
+    value: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class _Request:
-    """All that is sent, and how it may be treated. As text it shows no query and no header."""
+    """All that is sent, and how it may be treated. As text it shows no query and no header.
+
+    It never changes. What one attempt adds to it, `_Transport._for_attempt` adds to a copy.
+    """
 
     method: str
     origin: str
     target: str
     timeout: float | None
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    file: io.BufferedReader | None = None  # comes after `body`, from its start on each attempt
-    tail: bytes = b""  # comes after `file`
-    on_progress: _Progress | None = None  # of `file`
-    idempotent: bool = False  # sending it twice does no more than sending it once
-    to_gateway: bool = True  # False: to a storage, which must not see the credential
-    subject: dict[str, str] | None = None  # the prefab that a 404 is about, if known; None: it is about no prefab
-    secrets: tuple[str, ...] = ()  # texts that no message may show
-    answers_secret: bool = False  # the body of the answer must not be shown either
-    object_size: int | None = None  # of a download: what an answer said
-
-    def __post_init__(self) -> None:
-        if not self.to_gateway:  # the query of a presigned URL, and its values that are too long to be a date or a name
-            query = self.target.partition("?")[2]
-            values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
-            self.secrets += (query, *(value for value in values if len(value) > 9))
+    headers: Mapping[str, str] = field(default_factory=dict)
+    # Of `GatewayClient(headers=)`. They win over the SDK's own.
+    caller_headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | _FileBody = b""
+    # Sending it twice does no more than sending it once.
+    idempotent: bool = False
+    # False: to a storage, which must not see the credential.
+    to_gateway: bool = True
+    # Calls of functions in it.
+    calls: int = 0
+    # What a 404 is, and which prefab was asked for.
+    not_found: type[GatewayError] = GatewayError
+    prefab: Mapping[str, str] = field(default_factory=dict)
+    # Texts that no message may show.
+    secrets: tuple[_Secret, ...] = ()
+    # Its own, in place of the client's: an API key that is exchanged. The answer is a secret, too.
+    credential: _Credential | None = None
+    # Of the proxy that an attempt goes through, for messages.
+    proxy: str = ""
 
     def __repr__(self) -> str:
-        return f"{self.method} {'' if self.to_gateway else self.origin}{self.target.partition('?')[0]}"
+        path = self.target.partition("?")[0]
+        return f"{self.method} {path if self.to_gateway else self.origin + path}"
 
     def redact(self, text: str) -> str:
         """`text` without the credential, secrets and the queries of URLs."""
-        text = re.sub(r"[^\s\"'<>]+", _mask_query, text)
-        credentials = {self.headers.get(name, "").rpartition("Bearer ")[2] for name in _CREDENTIAL_KINDS}
-        for word in sorted(credentials.union(self.secrets) - {""}, key=len, reverse=True):
-            # A short one counts only where it stands alone: "id" is no secret inside of "invalid".
-            edge = r"\b" if len(word) < 8 and word.isalnum() else ""
-            pattern = re.sub(r"\\+|.", _pattern_of, word, flags=re.DOTALL)
-            text = re.sub(f"{edge}{pattern}{edge}", "***", text)
-        return text
+        return _Redactor(self.secrets)(_mask_queries(text))
+
+
+def _query_secrets(target: str) -> tuple[_Secret, ...]:
+    """The query of a presigned URL, and those of its values that are too long for a date or a name."""
+    query = target.partition("?")[2]
+    values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
+    return tuple(_Secret(text) for text in [query, *(text for text in values if len(text) > 9)])
 
 
 # --- Connections ----------------------------------------------------------------------------------
 
-_WIRE_FAULTS = (OSError, http.client.HTTPException)
+
+class _Fault(Exception):  # noqa: N818
+    """The network, or what a server sent, made an exchange fail.
+
+    It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken for
+    one of the network. It has no text, as a server's may quote a secret: `_wire_error` shows `reason`.
+    """
+
+    def __init__(self, reason: str, error: Any = None) -> None:
+        super().__init__()
+        self.reason = reason
+        self.error = error
+
+    @property
+    def timed_out(self) -> bool:
+        # Before Python 3.10, a `socket.timeout` is no `TimeoutError`.
+        return isinstance(self.error, (socket.timeout, TimeoutError))
 
 
-def _tls_advice(error: BaseException) -> str:
-    """What to do about a refused TLS handshake, as a retry would fail in the same way; nothing for other errors."""
-    ssl = sys.modules.get("ssl")
-    if not ssl or not isinstance(error, ssl.SSLError) or isinstance(error, ssl.SSLEOFError):
-        return ""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
-    return "Does the server speak TLS there? If not, the URL must begin with http://, not https://."
+_sleep = time.sleep
+# No descriptors or no memory are left.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_TIMEOUT_ADVICE = _Advice("A larger timeout= waits longer.", "A larger --timeout waits longer.")
 
 
-def _wire_error(request: _Request, error: BaseException, doing: str, *, connected: bool = True) -> GatewayError:
-    """The error for an answer that did not come, or not whole. If `connected`, the request may have arrived."""
-    error_class, reason = ServiceUnavailableError, str(error) or type(error).__name__
-    backoff_seconds: float | None = _BACKOFF_BASE_SECONDS if connected else _CONNECT_BACKOFF_BASE_SECONDS
-    may_have_run = connected and not request.idempotent
-    timed_out = isinstance(error, (socket.timeout, TimeoutError))
-    tls_advice = "" if connected else _tls_advice(error)
-    advice = tls_advice
-    if may_have_run:
-        advice = "It may have run all the same, so it was not sent again."
-    elif not connected and not tls_advice and request.to_gateway:
-        advice = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
-    if timed_out:
-        error_class, reason = GatewayTimeoutError, f"nothing for {request.timeout} s"
-        advice += "\nA larger timeout= waits longer."
-    if may_have_run or timed_out or tls_advice:
-        backoff_seconds = None
-    message = request.redact(f"{request}: {doing}: {reason}\n{advice}".strip())
-    wire_error = error_class._create(message, {}, may_have_run=may_have_run, _backoff_seconds=backoff_seconds)
-    # `http.client` quotes a bad status line or chunk size; if a secret is in it, the cause must not be shown.
-    wire_error.__cause__ = error if request.redact(str(error)) == str(error) else None
-    error.__context__ = None  # an error before it may quote the same
+def _fault_advice(request: _Request, fault: _Fault, connected: bool) -> tuple[_Advice | None, bool]:
+    """What to do about a fault, and whether it is final: nothing ran, and a retry would fail alike."""
+    error, ssl = fault.error, sys.modules.get("ssl")
+    python = shell = ""
+    is_final = True
+    alert = str(getattr(error, "reason", ""))
+    if sys.platform == "emscripten":
+        python = shell = "This Python has no sockets: it runs in a browser or another sandbox."
+    elif re.search("ALERT.*(CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE)", alert):
+        # With TLS 1.3 that comes when the answer is waited for.
+        shell = "The server refused this client's certificate, or that it has none."
+        python = f"{shell} ssl_context= can carry one."
+    elif connected:
+        is_final = False
+    elif ssl and isinstance(error, ssl.SSLCertVerificationError):
+        shell = "Trust its certificate by a file that SSL_CERT_FILE names."
+        python = "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
+    elif (
+        ssl
+        and isinstance(error, ssl.SSLError)
+        # The second by Python 3.9: both are a lost connection.
+        and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+    ):
+        python = shell = "If the server does not speak TLS there, the URL must begin with http://."
+    elif isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        is_final = False
+        shell = "Too much is open: close what is not needed, or raise the limit (ulimit -n)."
+        python = f"{shell} Streams and clients have close() and with."
+    elif request.to_gateway:
+        is_final = False
+        python = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
+        shell = "Is --base-url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
+    else:
+        is_final = False
+    return (_Advice(python, shell) if python else None), is_final
+
+
+def _proxy_advice(request: _Request) -> _Advice | None:
+    if not request.proxy:
+        return None
+    text = f"It went through {request.proxy}; NO_PROXY names hosts to be reached without it."
+    return _Advice(text, text)
+
+
+def _wire_error(
+    request: _Request, fault: _Fault, doing: str, *, connected: bool = True
+) -> GatewayError:
+    """The error for an answer that did not come, or not whole.
+
+    Args:
+        connected: Whether the request may have arrived.
+    """
+    error_class: type[GatewayError] = ServiceUnavailableError
+    reason = request.redact(fault.reason)[:_MAX_SHOWN_CHARACTERS].rstrip(". \n")
+    advice, is_final = _fault_advice(request, fault, connected)
+    may_have_run = connected and not request.idempotent and not is_final
+    kind = None if is_final else "lost" if connected else "unreachable"
+    timeout_advice = None
+    if fault.timed_out:
+        error_class, kind, timeout_advice = GatewayTimeoutError, None, _TIMEOUT_ADVICE
+        reason = f"nothing for {request.timeout or _CONNECT_CAP_SECONDS:g} s"
+    problem = f"{request.redact(repr(request))}: {doing}: {reason}."
+    wire_error = error_class._create(
+        problem, {}, advice, timeout_advice, _proxy_advice(request),
+        may_have_run=may_have_run, _fault=kind,
+    )
+    wire_error.__cause__ = fault.error
     return wire_error
 
 
-def _head(start_line: str, headers: Mapping[str, str]) -> bytes:
+@dataclass(frozen=True)
+class _Proxy:
+    """The http proxy that the environment names for an origin."""
+
+    variable: str
+    host: str
+    port: int
+    # The value of `Proxy-Authorization`, and what no message may show.
+    authorization: str = field(default="", repr=False)
+    secrets: tuple[_Secret, ...] = ()
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"the proxy {host}:{self.port} ({self.variable})"
+
+    def headers(self) -> dict[str, str]:
+        return {"Proxy-Authorization": self.authorization} if self.authorization else {}
+
+
+def _parse_proxy(variable: str, url: str) -> _Proxy | None:
+    """The proxy of a URL; None if it cannot be used. An error raised here could show its login."""
+    with suppress(ValueError):
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme == "http" and re.fullmatch(r"(.*@)?([^@:]+|\[.+\])(:\d*)?", parts.netloc):
+            host, port = parts.hostname or "", parts.port or 80
+            if parts.username is None:
+                return _Proxy(variable, host, port)
+            user, password = unquote(parts.username), unquote(parts.password or "")
+            login = b64encode(f"{user}:{password}".encode()).decode()
+            secrets = _Secret(login), _Secret(password)
+            return _Proxy(variable, host, port, f"Basic {login}", secrets)
+    return None
+
+
+def _goes_round_proxy(host: str, port: int, no_proxy: str) -> bool:
+    """Whether `NO_PROXY` names a host: by its name, a suffix, an address or a network, or by `*`."""
+    import ipaddress
+
+    name, address = host.lower().rstrip("."), None
+    with suppress(ValueError):
+        address = ipaddress.ip_address(name)
+    for entry in re.split(r"[,\s]+", no_proxy.lower()):
+        # With a port, or with the brackets of an IPv6 address.
+        found = re.fullmatch(r"\[(.*)\](?::(\d+))?|([^:]*):(\d+)", entry)
+        wanted = (found[1] or found[3] or "") if found else entry
+        wanted_port = (found[2] or found[4]) if found else None
+        if wanted_port and int(wanted_port) != port:
+            continue
+        if wanted == "*":
+            return True
+        if address is not None:
+            with suppress(ValueError):
+                if address in ipaddress.ip_network(wanted, strict=False):
+                    return True
+        else:
+            suffix = wanted.lstrip("*").strip(".")
+            if suffix and (name == suffix or name.endswith(f".{suffix}")):
+                return True
+    return False
+
+
+def _proxy_for(origin: str) -> _Proxy | None:
+    """The proxy that the environment, or the system's settings, name for an origin.
+
+    Raises:
+        GatewayError: it cannot be used. To go round a proxy in silence would be worse.
+    """
+    has_settings = sys.platform in ("win32", "darwin")
+    # The import takes as long as twenty calls.
+    if not has_settings and not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None
+    from urllib.request import getproxies, proxy_bypass
+
+    server = urlsplit(origin)
+    host, port = unquote(server.hostname or ""), server.port or _DEFAULT_PORTS[server.scheme]
+    # There may be logins in them.
+    proxies = _Secret(getproxies())
+    scheme = server.scheme if proxies.reveal().get(server.scheme) else "all"
+    if not proxies.reveal().get(scheme):
+        return None
+    if _goes_round_proxy(host, port, proxies.reveal().get("no", "")):
+        return None
+    if has_settings and proxy_bypass(host):
+        return None
+    names = (f"{scheme}_proxy", f"{scheme}_proxy".upper())
+    variable = next((name for name in names if os.environ.get(name)), names[1])
+    proxy = _parse_proxy(variable, proxies.reveal()[scheme])
+    if proxy is None:
+        raise GatewayError(
+            f"{variable} must be an http:// URL, in which a login is percent-encoded;"
+            " SOCKS and https proxies are not supported."
+        )
+    return proxy
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Start line and fields of an answer, and how its body is framed (RFC 9112 §4 to §6)."""
+
+    status: int
+    reason: str
+    # By their names in lower case, each with the values of all its lines.
+    fields: Mapping[str, Sequence[str]] = field(repr=False)
+    # Bytes of the body; None: chunks, or whatever comes until the connection ends.
+    length: int | None = None
+    chunked: bool = False
+    # Codings of the transfer beside chunks.
+    coding: str = ""
+    # Whether the connection can be used again after the body.
+    keep_alive: bool = False
+
+    @property
+    def framed(self) -> bool:
+        """Whether the body says where it ends; if not, a break looks like the end."""
+        return self.chunked or self.length is not None
+
+    def get(self, name: str) -> str:
+        """The first value of a field, whatever the case of its name; empty if there is none."""
+        return next(iter(self.fields.get(name.lower(), ())), "")
+
+    def media_type(self) -> str:
+        return re.split("[;,]", self.get("Content-Type"))[0].strip().lower()
+
+    def content_encoding(self) -> str:
+        """How the body is encoded; empty if it is not. Some servers name a charset there."""
+        codings = [self.coding, *_list_of(self.fields, "content-encoding")]
+        none = ("", "identity", "none", "utf-8", "utf8")
+        return ", ".join(coding[:80] for coding in codings if coding not in none)
+
+
+def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
+    items = ",".join(fields.get(name, ())).lower().split(",")
+    return [item.strip() for item in items if item.strip()]
+
+
+def _read_line(reader: Any) -> bytes:
+    """A line, with its end. Raises if the connection ends before that."""
+    line: bytes = reader.readline(_MAX_HEAD_BYTES + 1)
+    if not line.endswith(b"\n"):
+        if len(line) > _MAX_HEAD_BYTES:
+            raise _Fault(f"a line of more than {_MAX_HEAD_BYTES} bytes")
+        raise _Fault("the connection was closed before the end")
+    return line
+
+
+def _read_fields(reader: Any) -> dict[str, list[str]]:
+    """The lines up to the next empty one, as fields.
+
+    Blanks around names and values do not count, and a line that is no field is passed over by itself:
+    `http.client` takes it for the end of the head, and the rest of the head for the body.
+    """
+    fields: dict[str, list[str]] = {}
+    values: list[str] = []
+    size = 0
+    while size <= _MAX_HEAD_BYTES:
+        line = _read_line(reader)
+        size += len(line)
+        text = line.decode("latin-1").rstrip("\r\n")
+        name, colon, value = text.partition(":")
+        name = name.strip().lower()
+        if not text:
+            return fields
+        if text[0] in " \t":
+            # The line before goes on; if it was no field, this is lost with it.
+            values[-1:] = [f"{last} {text.strip()}" for last in values[-1:]]
+        elif colon and _is_token(name):
+            values = fields.setdefault(name, [])
+            values.append(value.strip())
+        else:
+            values = []
+    raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
+
+
+def _read_head(reader: Any) -> _Head:
+    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
+    for _ in range(_MAX_INTERIM_RESPONSES):
+        line = _read_line(reader).decode("latin-1").rstrip()
+        found = re.fullmatch(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?", line)
+        if not found:
+            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line!r}")
+        status, fields = int(found[2]), _read_fields(reader)
+        # After 101 the server speaks another protocol.
+        if status >= 200 or status == 101:
+            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
+            return _frame(_Head(status, reason, fields), is_old=found[1] == "0")
+    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
+
+
+def _frame(head: _Head, *, is_old: bool) -> _Head:
+    """A head with how its body is framed. Where that is doubtful, the connection is not kept.
+
+    Args:
+        is_old: The answer is in HTTP/1.0, where a connection ends unless the server says otherwise.
+    """
+    options = _list_of(head.fields, "connection")
+    keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
+    lengths = set(_list_of(head.fields, "content-length"))
+    codings = _list_of(head.fields, "transfer-encoding")
+    if head.status < 200 or head.status in (204, 304):
+        return replace(head, length=0, keep_alive=keep_alive and not codings and lengths <= {"0"})
+    if codings:
+        chunked = codings[-1] == "chunked"
+        return replace(
+            head, chunked=chunked, coding=", ".join(codings[:-1] if chunked else codings),
+            keep_alive=keep_alive and codings == ["chunked"] and not lengths,
+        )
+    if len(lengths) != 1 or not re.fullmatch("[0-9]+", min(lengths)):
+        # None, or two of which either may be right: until the connection ends.
+        return head
+    # Python itself refuses to read very long numbers.
+    return replace(head, length=int(min(lengths)[-18:]), keep_alive=keep_alive)
+
+
+def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
     lines = [start_line, *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
     return "\r\n".join(lines).encode("latin-1")
 
 
-def _proxy_headers(proxy: SplitResult | None) -> dict[str, str]:
-    if proxy is None or proxy.username is None:
-        return {}
-    login = unquote(f"{proxy.username}:{proxy.password or ''}")
-    return {"Proxy-Authorization": f"Basic {b64encode(login.encode()).decode()}"}
+def _request_head(request: _Request, proxy: _Proxy | None) -> bytes:
+    """Request line and headers. `proxy`: the one that is asked to send it on."""
+    # The zone of an IPv6 address means something to this machine alone (RFC 6874 §3).
+    netloc = re.sub(r"%[^\]]*", "", request.origin.partition("://")[2])
+    headers = {
+        "Host": netloc,
+        "User-Agent": f"agent-builder-gateway-sdk/{__version__}",
+        "Accept": "*/*",
+        "Accept-Encoding": "identity",
+    }
+    if request.caller_headers:
+        given = {name.lower() for name in request.caller_headers}
+        headers = {name: headers[name] for name in headers if name.lower() not in given}
+    headers.update(request.headers)
+    headers.update(request.caller_headers)
+    if request.method in ("POST", "PUT"):
+        headers["Content-Length"] = str(len(request.body))
+    target = request.target
+    if proxy:
+        headers.update(proxy.headers())
+        # A proxy needs the whole URL (RFC 9112 §3.2.2).
+        target = f"{request.origin}{target}"
+    return _head_bytes(f"{request.method} {target} HTTP/1.1", headers)
 
 
-def _proxy_for(origin: str) -> SplitResult | None:
-    """The URL of the proxy that the environment sets for an origin."""
-    if sys.platform not in ("win32", "darwin") and not any(name.lower().endswith("_proxy") for name in os.environ):
-        return None  # before an import that takes as long as twenty calls
-    from urllib.request import getproxies, proxy_bypass
-
-    server = urlsplit(origin)
-    address = getproxies().get(server.scheme)
-    if not address or proxy_bypass(f"{server.hostname}:{server.port or _DEFAULT_PORTS[server.scheme]}"):
-        return None
-    proxy = urlsplit(address if "://" in address else f"http://{address}")
-    if proxy.scheme != "http" or not re.fullmatch(r"(.*@)?([^@:]+|\[.+\])(:\d*)?", proxy.netloc):
-        raise GatewayError(f"The environment's {server.scheme}_proxy must be an http:// URL, a login percent-encoded.")
-    return proxy
-
-
-def _open_tunnel(sock: socket.socket, authority: str, proxy: SplitResult) -> None:
-    """Has a proxy connect to an https server (RFC 9110 §9.3.6). `http.client` forgets the brackets of IPv6."""
-    sock.sendall(_head(f"CONNECT {authority} HTTP/1.1", {"Host": authority, **_proxy_headers(proxy)}))
-    with http.client.HTTPResponse(sock, method="CONNECT") as response:
-        response.begin()
-        if not 200 <= response.status < 300:
-            raise OSError(f"the proxy answered {response.status} {response.reason}")
-
-
-class _Reader(io.BufferedReader):
-    """What `http.client` reads answers from: one for the whole life of a connection.
-
-    What comes behind an answer stays in it, so that it can be noticed.
-    """
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        """Raises if the connection ends inside a head; `http.client` would take that for the head's end."""
-        line = super().readline(size)
-        if not line.endswith(b"\n") and len(line) != size:
-            raise http.client.RemoteDisconnected("the connection was closed before the end")
-        return line
-
-    def close(self) -> None:
-        """Does nothing: `http.client` closes its file after each answer, but it is needed for the next."""
+def _serialize(request: _Request, proxy: _Proxy | None) -> Iterator[bytes]:
+    """A request in blocks. No variable holds its head, as that has the credential in it."""
+    if isinstance(request.body, bytes):
+        # One block: a body by itself would be a packet by itself.
+        yield _request_head(request, proxy) + request.body
+    else:
+        yield _request_head(request, proxy)
+        yield from request.body
 
 
 class _Connection:
-    """An open socket to an origin, straight or through a proxy."""
+    """A connection to an origin, straight or through a proxy, from before it is open to its end.
 
-    def __init__(self, origin: str, timeout: float | None, tls: SSLContext | None, proxy: SplitResult | None) -> None:
-        self.key = os.getpid(), origin
+    One thread uses it at a time; any other may close it, in every phase, and so may a signal handler.
+    """
+
+    def __init__(self, origin: str, proxy: _Proxy | None) -> None:
+        self.origin = origin
+        self.proxy = proxy
+        self.process_id = _process_id()
         self.idle_since = 0.0
-        self.reading = threading.Lock()  # held while bytes are read, when nobody else may close the descriptor
-        self._proxy = None if tls else proxy  # through a tunnel, the server itself is asked
-        server = urlsplit(origin)
-        peer = proxy or server
-        sock = socket.create_connection((peer.hostname or "", peer.port or _DEFAULT_PORTS[peer.scheme]), timeout)
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option in ("TCP_KEEPIDLE", "TCP_KEEPALIVE"):  # Linux and Windows; macOS
-                if hasattr(socket, option):
-                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), _KEEP_ALIVE_SECONDS)
-            if tls and proxy:
-                _open_tunnel(sock, server.netloc if server.port else f"{server.netloc}:443", proxy)
-            self.sock = tls.wrap_socket(sock, server_hostname=server.hostname) if tls else sock
-        except BaseException:
-            sock.close()
-            raise
-        self._reader = _Reader(self.sock.makefile("rb", buffering=0))
+        self.reader: Any = None
+        self._sock: Any = None
+        self._is_tls = False
+        # Held during an operation on the socket: nobody else may free its descriptor meanwhile, as a
+        # stranger's socket could get the same number.
+        self._busy = threading.Lock()
+        # Taken once, by whoever closes it.
+        self._closing = threading.Lock()
+        self._shut = False
 
-    def makefile(self, _mode: str) -> _Reader:
-        """What `http.client` calls on a socket."""
-        return self._reader
+    def open(self, timeout: float | None, tls: SSLContext | None, answered: dict[Any, Any]) -> None:
+        """Connects.
+
+        Args:
+            timeout: Seconds for all addresses of the host, and then for each wait of a handshake.
+            answered: By host and port, the address that answered last time. It is tried first.
+        """
+        server = urlsplit(self.origin)
+        host, port = unquote(server.hostname or ""), server.port or _DEFAULT_PORTS[server.scheme]
+        peer = (self.proxy.host, self.proxy.port) if self.proxy else (host, port)
+        self._connect(peer, timeout, answered)
+        self._set_options()
+        self.set_timeout(timeout)
+        if tls:
+            if self.proxy:
+                self._open_tunnel(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+            # A certificate's name has neither a zone nor a dot at its end.
+            name = host.partition("%")[0].rstrip(".")
+            wrap = partial(tls.wrap_socket, server_hostname=name, do_handshake_on_connect=False)
+            self._sock, self._is_tls = self.guarded(wrap, self._sock), True
+            self.guarded(self._sock.do_handshake)
+        self.reader = self._sock.makefile("rb")
+
+    def _connect(
+        self, peer: tuple[str, int], timeout: float | None, answered: dict[Any, Any]
+    ) -> None:
+        """Connects to the first address that answers (RFC 8305 without its racing)."""
+        deadline = time.monotonic() + (timeout or _CONNECT_CAP_SECONDS)
+        addresses = self.guarded(socket.getaddrinfo, *peer, 0, socket.SOCK_STREAM)
+        addresses.sort(key=lambda entry: entry[4] != answered.get(peer))
+        fault = _Fault("timed out", socket.timeout())
+        for place, (family, kind, protocol, _, address) in enumerate(addresses, 1):
+            seconds = deadline - time.monotonic()
+            if place < len(addresses):
+                seconds = min(seconds, _ADDRESS_SECONDS)
+            if seconds <= 0:
+                break
+            try:
+                self._sock = self.guarded(socket.socket, family, kind, protocol)
+                self.set_timeout(seconds)
+                self.guarded(self._sock.connect, address)
+            except _Fault as refused:
+                fault = refused
+                if self._sock is not None:
+                    self._sock.close()
+            else:
+                answered[peer] = address
+                return
+        raise fault
+
+    def _set_options(self) -> None:
+        """Sets what makes calls faster and long ones safer, as far as a sandbox lets it."""
+        for level, name, value in (
+            (socket.IPPROTO_TCP, "TCP_NODELAY", 1),
+            (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+            # Linux and Windows; macOS.
+            (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _KEEP_ALIVE_SECONDS),
+            (socket.IPPROTO_TCP, "TCP_KEEPALIVE", _KEEP_ALIVE_SECONDS),
+        ):
+            with suppress(OSError, AttributeError):
+                self._sock.setsockopt(level, getattr(socket, name), value)
+
+    def _open_tunnel(self, authority: str) -> None:
+        """Has the proxy connect to an https server (RFC 9110 §9.3.6)."""
+        login = self.proxy.headers() if self.proxy else {}
+        head = _head_bytes(f"CONNECT {authority} HTTP/1.1", {"Host": authority, **login})
+        del login
+        self._send_all(iter([memoryview(head)]))
+        del head
+        with self._sock.makefile("rb") as reader:
+            answer = self.guarded(_read_head, reader)
+        if not 200 <= answer.status < 300:
+            raise _Fault(f"the proxy answered {answer.status} {answer.reason}")
+
+    def guarded(self, operation: Callable[..., _T], *arguments: Any) -> _T:
+        """What an operation on the socket gives. Whoever closes it meanwhile only wakes it up.
+
+        Raises:
+            _Fault: the socket failed, or is closed. What a signal handler raised comes out as it is.
+        """
+        try:
+            with self._busy:
+                if self._shut:
+                    raise _Fault("it was closed here")
+                return operation(*arguments)
+        except OSError as error:
+            if not self._is_own(error):
+                raise
+            raise _Fault(str(error) or type(error).__name__, error)
+        finally:
+            if self._shut:
+                self._free()
+
+    def _is_own(self, error: OSError) -> bool:
+        """Whether an error is the socket's: all code that it came through is of its kind of sockets."""
+        own = {__name__, "socket", "ssl", type(self._sock).__module__.partition(".")[0]}
+        traceback = error.__traceback__
+        while traceback:
+            module = str(traceback.tb_frame.f_globals.get("__name__"))
+            if module not in own and module.partition(".")[0] not in own:
+                return isinstance(error, socket.gaierror)
+            traceback = traceback.tb_next
+        return True
 
     def close(self) -> None:
-        """Closes the socket, also while another thread waits for bytes from it, and from a signal handler."""
-        if self.key[0] == os.getpid():  # after a fork the parent may still use the connection: only close our copy
+        """Closes it, also while another thread waits in an operation on it, which then ends."""
+        if self._closing.acquire(blocking=False):
+            # When Python ends, the names of this module may be gone already.
+            if _process_id is not None:
+                self._wake()
+            self._shut = True
+            self._free()
+
+    def _wake(self) -> None:
+        """Ends an operation that waits. After a fork, the parent may still use the connection."""
+        if self._sock is not None and self.process_id == _process_id():
             with suppress(OSError):
-                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # wakes the reader; a TLS socket's own would not
-        self.sock.close()  # frees the descriptor when the reader's file is closed as well
-        if self.reading.acquire(blocking=False):  # if not, the reader closes it
-            self._reader.raw.close()
-            self.reading.release()
+                self._bare().shutdown(socket.SHUT_RDWR)
+
+    def _free(self) -> None:
+        """Frees the descriptor, unless somebody uses it, who will do so afterwards."""
+        if self._busy.acquire(blocking=False):
+            try:
+                for opened in (self.reader, self._sock):
+                    if opened is not None:
+                        opened.close()
+            finally:
+                self._busy.release()
+
+    def _bare(self) -> Any:
+        """The methods of the socket itself: those of TLS would not wake a reader, nor see all bytes."""
+        ssl: Any = sys.modules.get("ssl")
+        return super(ssl.SSLSocket, self._sock) if self._is_tls else self._sock
 
     def is_stale(self) -> bool:
         """Whether it was idle for so long that the server may be about to hang up."""
         return time.monotonic() - self.idle_since > _IDLE_SECONDS
 
     def is_alive(self) -> bool:
-        """Whether it can be used again: not stale, not hung up, and nothing left in it of earlier answers."""
+        """Whether it can be used again: neither stale nor hung up, and nothing is left in it."""
         if self.is_stale():
             return False
-        self.sock.setblocking(False)
         try:
-            return self._reader.read(1) is None  # a byte would be left over from an answer, b"" would be the end
+            self._sock.settimeout(0)
+            # A byte is left over from an answer, or is half a record of TLS; none is the end.
+            self._bare().recv(1, socket.MSG_PEEK)
+            return False
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError):
+            return False
+        try:
+            return not self.reader.peek(1)
         except OSError as error:
-            return type(error).__name__ == "SSLWantReadError"  # so TLS reports that nothing can be read
+            # So TLS reports that nothing can be read.
+            return type(error).__name__ == "SSLWantReadError"
 
-    def send(self, request: _Request) -> OSError | None:
-        """Sends a request. Returns the error if sending broke off; what the server said by then can be read."""
-        self.sock.settimeout(request.timeout)
-        for block in self._serialize(request):
-            left = memoryview(block)
+    def set_timeout(self, seconds: float | None) -> None:
+        """Seconds for each wait from now on; 0 reads only what has already arrived."""
+        self.guarded(self._sock.settimeout, seconds)
+
+    def send(self, request: _Request) -> _Fault | None:
+        """Sends a request. Returns what broke sending off: what the server said by then can be read."""
+        self.set_timeout(request.timeout)
+        # Through a tunnel, the server itself is asked.
+        proxy = None if self._is_tls else self.proxy
+        return self._send_all(map(memoryview, _serialize(request, proxy)))
+
+    def _send_all(self, blocks: Iterator[memoryview]) -> _Fault | None:
+        for left in blocks:
             try:
-                while left:  # not sendall: its timeout would be for the whole of it
-                    left = left[self.sock.send(left) :]
-            except OSError as error:
-                self.sock.settimeout(0)  # from now on, only read what has already arrived
-                return error
+                # Not sendall: its timeout would be for the whole of it.
+                while left:
+                    left = left[self.guarded(self._sock.send, left) :]
+            except _Fault as fault:
+                with suppress(_Fault):
+                    self.set_timeout(0)
+                return fault
         return None
 
-    def _serialize(self, request: _Request) -> Iterator[bytes]:
-        """A request in blocks. If its file is not as long as was promised, raises before the last one is sent.
 
-        `sendfile` was measured: it waits for room in the socket in between, and takes a fifth more time.
-        """
-        size = os.fstat(request.file.fileno()).st_size if request.file else 0
-        headers = {
-            "Host": request.origin.partition("://")[2],
-            "User-Agent": f"agent-builder-gateway-sdk/{__version__}",
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
-            **request.headers,
-            **_proxy_headers(self._proxy),
-        }
-        if request.method in ("POST", "PUT"):
-            headers["Content-Length"] = str(len(request.body) + size + len(request.tail))
-        target = f"{request.origin}{request.target}" if self._proxy else request.target  # RFC 9112 §3.2.2
-        # One block for both: a body by itself would be a packet by itself.
-        yield _head(f"{request.method} {target} HTTP/1.1", headers) + request.body
-        if not request.file:
-            return
-        on_progress = request.on_progress or _ignore
-        request.file.seek(0)
-        sent = 0
-        on_progress(sent, size)
-        # Asks for one byte more than was promised: if it comes, the file has grown.
-        while block := request.file.read(min(size - sent + 1, _BLOCK_BYTES)):
-            sent += len(block)
-            if sent > size:
-                raise GatewayError(f"{request}: the file became longer while it was being sent.")
-            yield block
-            on_progress(sent, size)
-        if sent < size:
-            raise GatewayError(f"{request}: the file became shorter while it was being sent.")
-        yield request.tail
+def _close_all(connections: Mapping[Any, list[_Connection]]) -> None:
+    for idle in list(connections.values()):
+        with suppress(IndexError):
+            while True:
+                idle.pop().close()
 
 
 class _Pool:
@@ -915,14 +1748,22 @@ class _Pool:
     """
 
     def __init__(self) -> None:
-        self._idle: dict[tuple[int, str], list[_Connection]] = {}
+        self._idle: dict[Any, list[_Connection]] = {}
         self._limit = _MAX_IDLE_CONNECTIONS
+        # See `_Connection.open`.
+        self.answered: dict[Any, Any] = {}
+        # Not `__del__`: when Python ends, that would run when the module's names are gone already.
+        weakref.finalize(self, _close_all, self._idle)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has no connections yet.
+        return _Pool, ()
 
     def acquire(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
-        idle = self._idle.get((os.getpid(), origin), [])
-        while idle:
-            with suppress(IndexError):  # another thread took the last one
+        idle = self._idle.get((_process_id(), origin), [])
+        with suppress(IndexError):
+            while True:
                 connection = idle.pop()
                 if connection.is_alive():
                     return connection
@@ -932,62 +1773,126 @@ class _Pool:
     def release(self, connection: _Connection) -> None:
         """Keeps a connection for its next use, and drops those that were idle for too long."""
         connection.idle_since = time.monotonic()
-        self._idle.setdefault(connection.key, []).append(connection)
-        self._evict()
+        self._idle.setdefault((connection.process_id, connection.origin), []).append(connection)
+        for idle in list(self._idle.values()):
+            with suppress(IndexError):
+                while len(idle) > self._limit or idle[0].is_stale():
+                    idle.pop(0).close()
 
     def close(self) -> None:
         """Closes the idle connections now, and those in use when they come back."""
         self._limit = 0
-        self._evict()
+        _close_all(self._idle)
 
+
+class _Flight:
+    """One request on its way, with the connection that it uses at the moment, if any.
+
+    The connection belongs to it until `take` or `close`. To cancel it is safe in every phase, from
+    any thread and from a signal handler.
+    """
+
+    def __init__(self, scopes: Iterable[_Scope]) -> None:
+        self.cancelled = False
+        self._held: list[_Connection] = []
+        # Released by `cancel`, so that a wait between two attempts ends.
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        for scope in scopes:
+            scope.add(self)
+
+    def hold(self, connection: _Connection) -> None:
+        """From now on, the connection ends with this request."""
+        self._held.append(connection)
+        if self.cancelled:
+            self.close()
+
+    def take(self) -> _Connection | None:
+        """The connection, which is the caller's now. One atomic step: only one caller gets it."""
+        try:
+            return self._held.pop()
+        except IndexError:
+            return None
+
+    def close(self) -> None:
+        """Closes the connection, unless somebody took it."""
+        connection = self.take()
+        if connection:
+            connection.close()
+
+    # Of a stream that was dropped.
     __del__ = close
 
-    def _evict(self) -> None:
-        for idle in list(self._idle.values()):
-            # Another thread may take the last one at any moment: hence not idle[0].
-            while len(idle) > self._limit or any(oldest.is_stale() for oldest in idle[:1]):
-                with suppress(IndexError):
-                    idle.pop(0).close()
+    def cancel(self) -> None:
+        """Ends the request: whoever waits for it gets an error, and it is not sent again."""
+        self.cancelled = True
+        self.close()
+        with suppress(RuntimeError):
+            self._gate.release()
+
+    def wait(self, seconds: float) -> None:
+        """Waits, but no longer than until it is cancelled."""
+        # Whoever replaced it, as tests do, wants it to be called.
+        if time.sleep is not _sleep:
+            time.sleep(seconds)
+            return
+        deadline = time.monotonic() + seconds
+        while not self.cancelled and (left := deadline - time.monotonic()) > 0:
+            # On Windows only the gaps between waits notice Ctrl-C.
+            if self._gate.acquire(timeout=min(left, 0.2)):
+                self._gate.release()
+
+
+class _Scope:
+    """Requests in flight that can be ended together, from any thread: of a client, of one call."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        # Weak: a request leaves it by being forgotten.
+        self._flights: set[weakref.ref[_Flight]] = set()
+
+    def add(self, flight: _Flight) -> None:
+        self._flights.add(weakref.ref(flight, self._flights.discard))
+        if self.cancelled:
+            flight.cancel()
+
+    def cancel(self) -> None:
+        """Ends its requests at once, and those that are still to come."""
+        self.cancelled = True
+        for reference in list(self._flights):
+            flight = reference()
+            if flight is not None:
+                flight.cancel()
 
 
 # --- Responses ------------------------------------------------------------------------------------
 
 
-class _Response(http.client.HTTPResponse):
-    """An answer. It owns its connection until its body was read to the end; then the pool has it back.
+class _Response:
+    """An answer, whose head is read. Its body can be read once, piece by piece (RFC 9112 §6, §7).
 
-    Relies on these inner ways of `http.client`, the same in CPython 3.9 to 3.15: it reads from what the
-    socket's `makefile` gives; `begin` reads a head only while `headers` is None; `length` is what the
-    head says, or None; `will_close` is true where the connection ends with the answer.
+    Attributes:
+        broken: What broke off sending the request, if it did.
+        body: What `read_all` read.
     """
 
-    def __init__(self, request: _Request, connection: _Connection, pool: _Pool) -> None:
-        super().__init__(cast(Any, connection), method=request.method)
+    def __init__(
+        self, request: _Request, flight: _Flight, connection: _Connection, pool: _Pool, head: _Head
+    ) -> None:
         self.request = request
-        self.connection = connection
-        self.framed = False  # whether the body says where it ends; if not, a break looks like the end
-        self.body = b""  # as far as `read_all` read it
-        self._owned = {"connection": connection}
+        self.head = head
+        self.status = head.status
+        self.broken: _Fault | None = None
+        self.body = b""
+        self._flight = flight
+        self._connection = connection
         self._pool = pool
-
-    def begin(self, broken: OSError | None = None) -> None:
-        """Reads the head, past all interim answers (RFC 9110 §15.2); `http.client` skips 100 only.
-
-        `broken`: what broke sending off. The answer may be there all the same: 413, then a hang-up.
-        """
-        try:
-            for _ in range(_MAX_INTERIM_RESPONSES):
-                super().begin()
-                if self.status >= 200:
-                    break
-                vars(self)["headers"] = None  # or `begin` would not read the next head
-            self.framed = self.chunked or self.length is not None
-            if self.status < 200 or (not self.framed and "Content-Length" in self.headers):
-                raise http.client.HTTPException("an answer without an end")
-        except _WIRE_FAULTS as error:
-            raise _wire_error(self.request, broken or error, "sending broke off" if broken else "no answer")
-        if broken:
-            self.will_close = True
+        self._deadline: float | None = None
+        # Bytes that are still to come, of the chunk or of the body; None: until the connection ends.
+        self._missing = 0 if head.chunked else head.length
+        self._line_end_is_due = False
+        # After a 5xx the server may hang up without having said so: uvicorn does.
+        self._may_keep = head.keep_alive and head.status < 500
 
     def chunks(self) -> Iterator[bytes]:
         """The body as it arrives. At its end the connection goes back to the pool.
@@ -995,75 +1900,167 @@ class _Response(http.client.HTTPResponse):
         Raises:
             ServiceUnavailableError: the connection broke, or `close` was called meanwhile.
         """
-        released = False
-        missing = self.length
+        # No `except` here: when Python ends with an open stream, its name would be gone already.
         try:
-            while missing != 0:
-                size = _BLOCK_BYTES if missing is None else min(missing, _BLOCK_BYTES)
-                with self.connection.reading:
-                    chunk = self.read1(size) if self._owned else b""
-                if not chunk or not self._owned:  # another thread closed it: it is freed here
-                    break
-                if missing is not None:
-                    missing -= len(chunk)
-                yield chunk
-            if not self._disown():
-                raise ConnectionAbortedError("it was closed here")
-            if missing:  # `http.client` does not raise for that
-                raise http.client.IncompleteRead(b"", missing)
-            # After a 5xx the server may hang up without having said so: uvicorn does.
-            if not self.will_close and self.status < 500:
-                released = True
-                self._pool.release(self.connection)
-        except _WIRE_FAULTS as error:
-            raise _wire_error(self.request, error, f"the answer ({self.status}) was cut short")
+            while piece := self._next_piece():
+                yield piece
         finally:
-            if not released:
-                self._disown()
-                self.connection.close()
+            self.close()
+
+    def _next_piece(self) -> bytes:
+        """The next bytes; none at the end of the body, when the connection is given back."""
+        try:
+            if self._deadline is not None:
+                self._connection.set_timeout(max(self._deadline - time.monotonic(), 1e-3))
+            piece = self._connection.guarded(self._read_some)
+            if not piece:
+                if self._flight.take() is None:
+                    raise _Fault("")
+                if self._may_keep and not self.broken:
+                    self._pool.release(self._connection)
+                else:
+                    self._connection.close()
+            return piece
+        except _Fault as fault:
+            if self._flight.take() is None:
+                fault = _Fault("it was closed here")
+            self._connection.close()
+            doing = f"the answer ({self.status}) was cut short"
+            raise _wire_error(self.request, fault, doing)
+
+    def _read_some(self) -> bytes:
+        """The next bytes; none at the end of the body. One operation on the connection."""
+        reader = self._connection.reader
+        if self.head.chunked and self._missing == 0:
+            self._missing = self._begin_chunk(reader)
+        if self._missing == 0:
+            return b""
+        size = _BLOCK_BYTES if self._missing is None else min(self._missing, _BLOCK_BYTES)
+        piece: bytes = reader.read1(size)
+        if self._missing is not None:
+            if not piece:
+                raise _Fault(f"{self._missing} more bytes were expected")
+            self._missing -= len(piece)
+            # It is read with the next chunk: the data must not wait for it.
+            self._line_end_is_due = True
+        return piece
+
+    def _begin_chunk(self, reader: Any) -> int:
+        """The size of the next chunk; 0 for the last one, behind which there may be fields.
+
+        As lenient as Python's own client, which shows by the content if it was right. But where anything
+        is not exactly as it should be, an answer to a later request must not follow.
+        """
+        line = _read_line(reader)
+        if self._line_end_is_due and not line.strip():
+            self._may_keep = self._may_keep and line == b"\r\n"
+            line = _read_line(reader)
+        elif self._line_end_is_due:
+            self._may_keep = False
+        if not re.fullmatch(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n", line):
+            self._may_keep = False
+        try:
+            size = int(line.partition(b";")[0], 16)
+        except ValueError:
+            size = -1
+        if size < 0:
+            raise _Fault(f"a chunk's size is {line[:80]!r}")
+        if size == 0:
+            try:
+                _read_fields(reader)
+            except _Fault:
+                # The body is whole all the same.
+                self._may_keep = False
+        return size
 
     def read_all(self) -> bytes:
         """The whole body, which `body` keeps."""
         self.body = b"".join(self.chunks())
         return self.body
 
-    def wait_at_most(self, seconds: float) -> None:
-        """From now on, waits no longer for bytes than so many seconds."""
-        if self._owned:
-            with suppress(OSError):  # it is being closed
-                self.connection.sock.settimeout(seconds)
+    def wait_at_most(self, seconds: float | None) -> None:
+        """From now on, waits for all that is to come no longer than this; None: for each piece."""
+        if seconds is not None or self._deadline is not None:
+            self._deadline = None if seconds is None else time.monotonic() + seconds
+            with suppress(_Fault):
+                self._connection.set_timeout(seconds or self.request.timeout)
 
     def close(self) -> None:
-        """Closes the connection, unless it is the pool's by now. Any thread may, and a signal handler."""
-        if self._disown():
-            self.connection.close()
+        """Closes the connection, unless it is the pool's by now. Any thread may."""
+        self._flight.close()
 
-    def _disown(self) -> bool:
-        """Whether this answer owned its connection until now. It is one atomic step: only one caller is told so."""
-        return self._owned.pop("connection", None) is not None
+
+def _decode_text(head: _Head, body: bytes) -> str:
+    """A body as text: by its charset if that is known, else by what JSON may be in, mostly UTF-8.
+
+    A byte that does not belong there is replaced: what it stands in was paid for.
+    """
+    found = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", head.get("Content-Type"), re.IGNORECASE)
+    charset = found[1].lower() if found else "utf-8"
+    if charset in ("utf-8", "utf8"):
+        charset = json.detect_encoding(body)
+    try:
+        return body.decode(charset, "replace")
+    except (LookupError, UnicodeError):
+        return body.decode("utf-8", "replace")
+
+
+def _parse_long_integer(digits: str) -> int:
+    """An integer of any length. Python itself refuses more than 4,300 digits at once."""
+    value = 0
+    for begin in range(0, len(digits.lstrip("-")), 4000):
+        piece = digits.lstrip("-")[begin : begin + 4000]
+        value = value * 10 ** len(piece) + int(piece)
+    return -value if digits.startswith("-") else value
+
+
+def _decode_json(text: str) -> Any:
+    """JSON, as servers write it: NaN, raw control characters in strings, integers of any length.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON.
+    """
+    try:
+        return json.loads(text, strict=False)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, strict=False, parse_int=_parse_long_integer)
+
+
+def _json_of(response: _Response) -> Any:
+    """The JSON that was read; None if it is none. An error would quote it, and perhaps a secret."""
+    with suppress(ValueError, RecursionError):
+        return _decode_json(_decode_text(response.head, response.body))
+    return None
 
 
 def _unexpected_response(response: _Response, problem: str) -> GatewayError:
     """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
-    request, status, body = response.request, response.status, response.body
-    text = "***" if request.answers_secret else request.redact(body.decode("utf-8", "replace"))
-    message = f"{request} answered {status}, but {problem}"
-    message += f": {text[:_MAX_SHOWN_CHARACTERS]}" if body else "."
-    return GatewayError._create(message, {"body": text}, status_code=status, may_have_run=not request.idempotent)
+    request, body = response.request, response.body
+    text = "***" if request.credential else request.redact(_decode_text(response.head, body))
+    shown = f": {text[:_MAX_SHOWN_CHARACTERS]}" if body else "."
+    return GatewayError._create(
+        f"{request.redact(repr(request))} answered {response.status}, but {problem}{shown}",
+        {"body": text}, may_have_run=not request.idempotent, status_code=response.status,
+        request_id=_request_id(response),
+    )
 
 
-def _read_json(response: _Response, kind: Any, fields: Mapping[str, type] = {}) -> Any:
-    """The body as JSON of type `kind`; `fields` must be in it, with their types."""
-    content: Any = None
-    body = response.read_all()
-    with suppress(ValueError, RecursionError):  # the error would quote the body, and with it perhaps a secret
-        content = json.loads(body)  # NaN too: the answer was paid for
-    if not isinstance(content, kind):
+def _request_id(response: _Response) -> str | None:
+    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
+
+
+def _read_json(response: _Response, kind: Any, expect: Mapping[str, type] = {}) -> Any:
+    """The body as JSON of type `kind`; the fields of `expect` must be in it, with their types."""
+    response.read_all()
+    content = _Secret(_json_of(response))
+    if not isinstance(content.reveal(), kind):
         raise _unexpected_response(response, f"the body is not JSON of the type {kind.__name__}")
-    for name, field_kind in fields.items():
-        if not isinstance(content.get(name), field_kind):
+    for name, field_kind in expect.items():
+        if not isinstance(content.reveal().get(name), field_kind):
             raise _unexpected_response(response, f"{name!r} is not a {field_kind.__name__}")
-    return content
+    return content.reveal()
 
 
 def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
@@ -1075,20 +2072,39 @@ def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
-def _read_detail(response: _Response) -> Any:
-    """What an error's body says: its JSON, or else its text, without secrets."""
-    body, redact = b"", response.request.redact
-    with suppress(ServiceUnavailableError):  # if it breaks off, the status still says enough
+def _read_error_body(response: _Response) -> str:
+    """The beginning of an error's body as text, also if it came compressed, without being asked."""
+    body = b""
+    # If it breaks off, the status still says enough.
+    with suppress(ServiceUnavailableError):
         for chunk in response.chunks():
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
-    text = body.decode("utf-8", "replace").strip()
+    response.close()
+    if response.head.content_encoding() in ("gzip", "x-gzip", "deflate"):
+        import zlib
+
+        # 47: the format is read from the first bytes.
+        with suppress(zlib.error):
+            body = zlib.decompressobj(47).decompress(body, _MAX_ERROR_BYTES)
+    return _decode_text(response.head, body).strip()
+
+
+def _read_detail(response: _Response) -> Any:
+    """What an error's body says: its JSON, or else the beginning of its text, without secrets."""
+    text = _read_error_body(response)
+    redactor = _Redactor(response.request.secrets)
+
+    def redact(value: str) -> str:
+        return redactor(_mask_queries(value), short_ones=False)
+
     try:
-        detail = _redact_json(json.loads(text), redact)
+        detail = _redact_json(_decode_json(text), redact)
     except (ValueError, RecursionError):
-        detail = redact(text)[:_MAX_SHOWN_CHARACTERS]
-        found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", detail)  # of S3
+        detail = redactor(_mask_queries(text))[:_MAX_SHOWN_CHARACTERS]
+        # Of S3.
+        found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", detail)
         if found:
             detail = {"error_code": found[1], "message": f"{found[1]}: {found[2]}"}
     if isinstance(detail, dict):
@@ -1096,20 +2112,30 @@ def _read_detail(response: _Response) -> Any:
     return detail
 
 
+def _is_fastapis(detail: Any) -> bool:
+    """Whether this is the list by which FastAPI refuses a request, before anything has run."""
+    return isinstance(detail, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("loc"), list) and "msg" in entry
+        for entry in detail
+    )
+
+
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
-    if isinstance(detail, list):
-        lines = [str(entry) for entry in detail]
-        with suppress(TypeError, KeyError):  # it is not FastAPI's list
-            lines = [f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in detail]
+    if _is_fastapis(detail):
+        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {_text_of(entry['msg'])}" for entry in detail]
         return "\n  ".join(lines), {"errors": detail}
+    if isinstance(detail, list):
+        return "\n  ".join(map(_text_of, detail)), {"errors": detail}
     if isinstance(detail, dict):
-        message = detail.get("message") or detail.get("error") or json.dumps(detail)[:_MAX_SHOWN_CHARACTERS]
         more = detail.get("details")
         fields = {**detail, **more} if isinstance(more, dict) else detail
-        return str(message), fields
-    message = str(detail or "")
-    secret = re.search(r"Secret '(?P<secret_name>[^']*)' for prefab '(?P<prefab_id>[^']*)' is not configured", message)
+        said = detail.get("message") or detail.get("error")
+        return _text_of(said) if said else _text_of(detail)[:_MAX_SHOWN_CHARACTERS], fields
+    message = _text_of(detail or "")
+    # The published server's, which has no error_code.
+    pattern = r"Secret '(?P<secret_name>[^']*)' for prefab '(?P<prefab_id>[^']*)' is not configured"
+    secret = re.search(pattern, message)
     return message, {"error_code": "MISSING_SECRET", **secret.groupdict()} if secret else {}
 
 
@@ -1118,58 +2144,98 @@ def _retry_after_seconds(value: str) -> float | None:
     with suppress(TypeError, ValueError, IndexError, OverflowError):
         if re.fullmatch(r"[\d. ]+", value, re.ASCII):
             return float(value)
-        date = email.utils.parsedate_tz(value)  # without a zone, it is in GMT
+        import email.utils
+
+        # Without a zone, it is in GMT.
+        date = email.utils.parsedate_tz(value)
         if date:
             return max(0.0, email.utils.mktime_tz(date) - time.time())
     return None
 
 
-def _credential_remedy(request: _Request) -> str:
-    """What to do about a refused credential: which one was sent, and since when it is expired (RFC 7519 §4.1.4)."""
-    if request.answers_secret:
-        return "The API key was sent, to be exchanged. Is that a valid credential for this gateway?"
-    sent = [f"{kind} ({name})" for name, kind in _CREDENTIAL_KINDS.items() if name in request.headers]
-    if not sent:
-        return "No credential was sent: this machine's address must then be on the gateway's allow-list."
-    remedy = f"The client sent {sent[0]}. Is this credential valid for this gateway?"
-    with suppress(ValueError, LookupError, TypeError, OverflowError, OSError):  # no JWT, or one without an end
+def _credential_advice(request: _Request) -> _Advice:
+    """What to do about a refused credential: which one was sent, and if it is expired (RFC 7519)."""
+    sent = [name for name in _CREDENTIAL_KINDS if name in request.headers]
+    if request.credential:
+        text = "The API key was sent, to be exchanged. Is it a valid credential for this gateway?"
+    elif not sent:
+        text = "No credential was sent: this machine's address must then be on the allow-list."
+    else:
+        kind = f"{_CREDENTIAL_KINDS[sent[0]]} ({sent[0]})"
+        text = f"The client sent {kind}. Is this credential valid for this gateway?"
+    with suppress(ValueError, LookupError, TypeError, OverflowError, OSError):
         payload = request.headers["Authorization"].split(".")[1]
-        expires = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
+        expires: Any = json.loads(urlsafe_b64decode(payload + "==="))["exp"]
         if type(expires) in (int, float) and expires < time.time():
-            remedy += f" It expired at {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(expires))} UTC."
-    return remedy
+            date = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(expires))
+            text += f" It expired at {date} UTC."
+    return _Advice(text, text)
+
+
+_NO_ENDPOINT_ADVICE = _Advice(
+    "This gateway has no such endpoint. Is base_url right? Does it take this kind of credential?",
+    "This gateway has no such endpoint. Is --base-url right? Does it take this kind of credential?",
+)
+_ENCODED_SLASH_ADVICE = _Advice(
+    *2 * ("The path has an encoded slash (%2F) in a name, which this gateway cannot route.",)
+)
+_REDIRECT_ADVICE = _Advice("Is base_url right?", "Is --base-url right?")
+
+
+def _error_class(
+    request: _Request, status: int, error_code: str, no_such_path: bool
+) -> type[GatewayError]:
+    """The class of the error for a status: the first rule that holds."""
+    if status >= 500:
+        return ServiceUnavailableError
+    # What a storage refuses is none of the gateway's errors.
+    if not request.to_gateway or no_such_path:
+        return GatewayError
+    if status == 404:
+        return request.not_found
+    if status == 400:
+        return _CODE_ERRORS.get(error_code, GatewayError)
+    return _STATUS_ERRORS.get(status, GatewayError)
+
+
+def _status_may_have_run(request: _Request, status: int, refused: bool) -> bool:
+    """Whether a call may have run although its answer is this error.
+
+    Args:
+        refused: Whether the request was refused as a whole. If not, of several calls those in front of
+            the one that failed have run.
+    """
+    if request.idempotent or status < 400:
+        return False
+    return status >= 500 or (request.calls > 1 and not refused)
 
 
 def _status_error(response: _Response) -> GatewayError:
     """The error for an answer that is not a 2xx, whatever its body looks like."""
-    request, status = response.request, response.status
+    request, status, head = response.request, response.status, response.head
     detail = _read_detail(response)
     message, fields = _describe(detail)
-    no_such_path = status == 404 and detail == "Not Found"  # which is all that FastAPI says then
-    subject = request.subject or {}
+    # FastAPI's answer for a route that it does not have.
+    no_such_path = status in (404, 405) and detail in ("Not Found", "Method Not Allowed")
     # A 404 may name something else, but this was asked for.
-    fields = {**fields, **subject} if status == 404 else {**subject, **fields}
-    error_class = _ERRORS.get(str(fields.get("error_code")) if status == 400 else status, GatewayError)
-    if status >= 500:
-        error_class = ServiceUnavailableError
-    elif not request.to_gateway or no_such_path or (status == 404 and request.subject is None):
-        error_class = GatewayError  # what a storage refuses is none of the gateway's errors
-    remedy = error_class._remedy.format_map({"prefab_id": "unknown", "secret_name": "unknown", **fields})
+    fields = {**fields, **request.prefab} if status == 404 else {**request.prefab, **fields}
+    error_class = _error_class(request, status, _text_of(fields.get("error_code")), no_such_path)
+    advice = error_class._advice_for(fields)
     if error_class is AuthenticationError:
-        remedy = _credential_remedy(request)
+        advice = _credential_advice(request)
     elif request.to_gateway and no_such_path:
-        remedy = "This gateway has no such endpoint. Is base_url right? Does it take this kind of credential?"
+        advice = _ENCODED_SLASH_ADVICE if "%2F" in request.target else _NO_ENDPOINT_ADVICE
     elif status < 400:
-        address = response.headers.get("Location", "nowhere").partition("?")[0]
-        message = f"a redirect to {address}, which is not followed."
-        remedy = "Is base_url right?" if request.to_gateway else ""
-    message = request.redact(f"{request} answered {status}: {message or response.reason}")
-    lines = [message, remedy, str(fields.get("instructions") or "")]
+        address = head.get("Location").partition("?")[0][:_MAX_SHOWN_CHARACTERS]
+        message = f"a redirect to {address or 'nowhere'}, which is not followed."
+        advice = _REDIRECT_ADVICE if request.to_gateway else None
+    refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
+    instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
-        "\n".join(filter(None, lines)), fields, status_code=status,
-        retry_after=_retry_after_seconds(response.headers.get("Retry-After", "")),
-        may_have_run=status >= 500 and not request.idempotent,
-        _backoff_seconds=_BACKOFF_BASE_SECONDS if request.idempotent and status in (502, 503, 504) else None,
+        request.redact(f"{request!r} answered {status}: {message or head.reason or 'no reason'}"),
+        fields, advice, _Advice(instructions, instructions), _proxy_advice(request),
+        may_have_run=_status_may_have_run(request, status, refused), status_code=status,
+        request_id=_request_id(response), retry_after=_retry_after_seconds(head.get("Retry-After")),
     )
 
 
@@ -1179,157 +2245,334 @@ def _next_request(response: _Response) -> _Request:
     Raises:
         GatewayError: the answer is anything else: the error for its status.
     """
-    request, location = response.request, response.headers.get("Location", "")
-    if request.to_gateway or request.method != "GET" or response.status not in (301, 302, 303, 307, 308):
+    request = response.request
+    is_redirect = response.status in (301, 302, 303, 307, 308)
+    if request.to_gateway or request.method != "GET" or not is_redirect:
         raise _status_error(response)
-    location = quote(location.encode("latin-1"), safe=_URL_CHARACTERS)  # `http.client` gives bytes as latin-1
+    # It may have a signature in it. A head is read as latin-1, whatever its bytes mean.
+    location = _Secret(
+        quote(response.head.get("Location").encode("latin-1"), safe=_URL_CHARACTERS)
+    )
+    base = _Secret(f"{request.origin}{request.target}")
     try:
-        origin, target = _split_url(urljoin(f"{request.origin}{request.target}", location))
+        origin, target = _split_url(urljoin(base.reveal(), location.reveal()))
         if request.origin.startswith("https:") and origin.startswith("http:"):
             raise ValueError("leads from https to http")
-        if not location:
+        if not location.reveal():
             raise ValueError("is missing")
     except ValueError as error:
-        raise GatewayError(f"{request} answered {response.status}, but its Location {error}.") from None
-    return replace(request, origin=origin, target=target)
+        problem = f"{request!r} answered {response.status}, but its Location {error}."
+        raise GatewayError(problem) from None
+    secrets = request.secrets + _query_secrets(target)
+    return replace(request, origin=origin, target=target, secrets=secrets)
 
 
 # --- Transport ------------------------------------------------------------------------------------
 
 
-def _retry_delay(error: GatewayError, attempt: int, max_retries: int) -> float | None:
-    """Seconds before the request that failed like this is sent again; None if it must not be."""
-    if error._backoff_seconds is None or attempt > max_retries:
+def _retry_delay(
+    request: _Request, error: GatewayError, attempt: int, max_retries: int
+) -> float | None:
+    """Seconds before `request` is sent again after `error`; None if it must not be.
+
+    No connection: nothing was sent, so it always may. Lost or 502, 503, 504: only if sending it twice
+    does no more than once. Everything else, a timeout among it, is raised.
+    """
+    if attempt > max_retries:
+        return None
+    passing = error._fault == "lost" or error.status_code in (502, 503, 504)
+    if error._fault == "unreachable":
+        base, least = _CONNECT_BACKOFF_BASE_SECONDS, 0.5
+    elif request.idempotent and passing:
+        base, least = _BACKOFF_BASE_SECONDS, 0.0
+    else:
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
-    doublings = min(attempt - 1, 100)  # 2.0**1024 overflows
-    return random.uniform(0, min(_BACKOFF_CAP_SECONDS, error._backoff_seconds * 2**doublings))
+    # 2.0**1024 overflows.
+    longest = min(_BACKOFF_CAP_SECONDS, base * 2.0 ** min(attempt - 1, 100))
+    import random
+
+    # Its own generator: a retry must not change what a program that seeds the global one does.
+    return random.Random().uniform(least * longest, longest)
+
+
+class _Resume:
+    """A transfer that can go on where an attempt broke off."""
+
+    def headers(self) -> Mapping[str, str]:
+        """What the next attempt asks for."""
+        raise NotImplementedError
+
+    def made_progress(self) -> bool:
+        """Whether more came since this was asked last than ever before."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What one attempt adds to a request, and which it is."""
+
+    credential: _Credential | None
+    more_headers: Mapping[str, str]
+    number: int
+    # Whether it must not use an idle connection.
+    fresh: bool
+
+
+def _check_whole(response: _Response) -> None:
+    """Raises if a 2xx is none: its request did not arrive, or its body is in an unknown coding."""
+    if response.broken:
+        raise _wire_error(response.request, response.broken, "sending broke off")
+    head = response.head
+    # A file in a storage may have been stored in an encoding.
+    encoding = head.content_encoding() if response.request.to_gateway else head.coding
+    if encoding:
+        raise _unexpected_response(response, f"the body is in {encoding}, which was not asked for")
+
+
+def _read_token(response: _Response) -> _Credential:
+    """The credential that the gateway gives for an API key."""
+    token = _Secret(_read_json(response, dict, {"internal_token": str})["internal_token"])
+    if not _is_header_value(token.reveal()):
+        raise GatewayError("The gateway's internal_token has characters that no header can carry.")
+    return _Credential("X-Internal-Token", token.reveal())
 
 
 class _Transport:
     """Sends requests: the one place that retries. It knows HTTP, and nothing of prefabs."""
 
-    def __init__(self, credential: dict[str, str], max_retries: int, tls: SSLContext | None) -> None:
-        self.credential = credential  # one header, or none for the allow-list
-        self.token_request: _Request | None = None  # exchanges the API key for a new token
+    def __init__(
+        self, credential: _Credential | None, max_retries: int, tls: SSLContext | None
+    ) -> None:
+        # None for the allow-list.
+        self.credential = credential
+        # Exchanges the API key for a new token.
+        self.token_request: _Request | None = None
         self.pool = _Pool()
-        self.process_id = os.getpid()  # where it was made
-        self.identity = os.urandom(16)  # the same for its copies in other processes
-        self._max_retries = max_retries
+        # All requests of the client.
+        self.scope = _Scope()
+        self.process_id = _process_id()
+        # The same for its copies in other processes.
+        self.identity = os.urandom(16)
+        # Whether the gateway turned out to read parameters flat: see `_send_call`.
+        self.reads_flat = False
+        self.max_retries = max_retries
         self._given_tls = self._tls = tls
-        self._locks: dict[int, threading.Lock] = {}  # by process id: a lock held during a fork stays held in the child
-        self._renewal_error: GatewayError | None = None  # of the last exchange that failed
+        # By process: a lock held during a fork stays held in the child. A signal handler of the same
+        # thread may come in between, hence RLock.
+        self._locks: dict[Any, Any] = {}
+        # Of the last exchange that failed.
+        self._renewal_error: GatewayError | None = None
 
     def __getstate__(self) -> _Json:
         if self._given_tls:
-            raise _NotPicklableError("A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do.")
-        return {**self.__dict__, "pool": _Pool(), "_tls": None, "_locks": {}}
+            raise _NotPicklableError(
+                "A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do."
+            )
+        own = {"pool": _Pool(), "scope": _Scope(), "_tls": None, "_locks": {}}
+        return {**self.__dict__, **own}
 
-    def send(self, request: _Request, read: Callable[[_Response], _T]) -> _T:
-        """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed."""
-        authenticated = request.to_gateway and request is not self.token_request
-        may_renew = authenticated and self.token_request is not None
-        attempt = 1
+    def send(
+        self, request: _Request, read: Callable[[_Response], _T], scopes: tuple[_Scope, ...] = (),
+        resume: _Resume | None = None,
+    ) -> _T:
+        """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed.
+
+        Args:
+            scopes: By which it can be ended, beside the client's own.
+            resume: A transfer that goes on where the attempt before broke off.
+        """
+        flight = _Flight((self.scope, *scopes))
+        if flight.cancelled:
+            raise GatewayError(f"{request!r}: not sent, as it was cancelled before.")
+        may_renew = request.to_gateway and not request.credential and bool(self.token_request)
+        attempt, fresh = 1, False
         while True:
-            credential = self.credential
-            if authenticated:
-                request.headers.update(credential)
+            credential = request.credential or self.credential
+            more_headers = resume.headers() if resume else {}
             try:
-                return self._attempt(request, attempt, read)
+                attempted = _Attempt(credential, more_headers, attempt, fresh)
+                return self._attempt(flight, request, attempted, read)
             except GatewayError as error:
+                if flight.cancelled:
+                    raise
                 refused = error.status_code == 401 and may_renew
-                delay = 0.0 if refused else _retry_delay(error, attempt, self._max_retries)
+                if resume and resume.made_progress():
+                    # So that a long download on a bad line ends.
+                    attempt = 1
+                delay = 0.0 if refused else _retry_delay(request, error, attempt, self.max_retries)
                 if delay is None:
                     raise
                 _log("%s; it is sent again in %.1f s", error.message, delay)
             if refused:
-                may_renew = False  # a second refusal is final
-                self.renew_token(credential)
+                # A second refusal is final.
+                may_renew = False
+                self.renew_token(credential, request.caller_headers, scopes, flight)
             else:
-                attempt += 1
-                time.sleep(delay)
+                # Whatever made the first one fail may be wrong with other idle connections, too.
+                attempt, fresh = attempt + 1, True
+                flight.wait(delay)
+            if flight.cancelled:
+                raise GatewayError(f"{request!r}: cancelled before it was sent again.")
 
-    def renew_token(self, refused: dict[str, str]) -> None:
+    def exchange(self, token_request: _Request, scopes: tuple[_Scope, ...]) -> None:
+        """Gets a token by this request, now and whenever the last one is refused."""
+        self.token_request = token_request
+        self.renew_token(self.credential, token_request.caller_headers, scopes)
+
+    def renew_token(
+        self, refused: _Credential | None, caller_headers: Mapping[str, str],
+        scopes: tuple[_Scope, ...], flight: _Flight | None = None,
+    ) -> None:
         """Exchanges the API key for a new token, unless another thread has done so meanwhile.
 
-        If that thread's exchange failed, this one's fails with it, and does not wait for one of its own.
+        If that thread's exchange failed, this one's fails with it, and does not wait for its own.
+
+        Args:
+            refused: The credential that is to be replaced.
+            flight: Of the request that needs the token: when it is cancelled, waiting ends.
         """
         error_before = self._renewal_error
-        with self._locks.setdefault(os.getpid(), threading.Lock()):
-            if self.token_request is None or self.credential is not refused:
+        lock = self._locks.setdefault(_process_id(), threading.RLock())
+        while not lock.acquire(timeout=0.2):
+            if flight and flight.cancelled:
+                return
+        try:
+            if self.token_request is None or self.credential != refused:
                 return
             if self._renewal_error and self._renewal_error is not error_before:
                 raise copy.copy(self._renewal_error)
+            token_request = replace(self.token_request, caller_headers=caller_headers)
             try:
-                read = partial(_read_json, kind=dict, fields={"internal_token": str})
-                token = self.send(self.token_request, read)["internal_token"]
-                if not _is_header_value(token):
-                    raise GatewayError("The gateway's internal_token has characters that no header can carry.")
+                self.credential = self.send(token_request, _read_token, scopes)
             except GatewayError as error:
-                self._renewal_error = copy.copy(error)  # the copy has no traceback, which would keep much alive
+                if not any(scope.cancelled for scope in scopes):
+                    # The copy has no traceback, which would keep much alive.
+                    self._renewal_error = copy.copy(error)
                 raise
-            self.credential = {"X-Internal-Token": token}
+        finally:
+            lock.release()
 
-    def _attempt(self, request: _Request, attempt: int, read: Callable[[_Response], _T]) -> _T:
-        for _ in range(1 + _MAX_REDIRECTS):
-            started = time.perf_counter()
-            connection = self.pool.acquire(request.origin) if attempt == 1 else None  # a retry takes a new one
-            if connection is None:
-                connection = self._connect(request)
-            response = _Response(request, connection, self.pool)
-            try:
-                response.begin(connection.send(request))
-                if response.status < 300:
-                    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-                    if request.to_gateway and encoding not in ("", "identity"):  # a file may have been stored so
-                        raise _unexpected_response(response, f"the body is in {encoding}, which was not asked for")
-                    return read(response)
-                request = _next_request(response)
-            except BaseException:
-                response.close()
-                raise
-            finally:
-                milliseconds = 1000 * (time.perf_counter() - started)
-                _log("%s %s %.0f ms, attempt %d", response.request, response.status, milliseconds, attempt)
-            response.close()
-        raise GatewayError(f"{request}: more than {_MAX_REDIRECTS} redirects")
-
-    def _connect(self, request: _Request) -> _Connection:
-        proxy = _proxy_for(request.origin)
-        if proxy:
-            authorization = _proxy_headers(proxy).get("Proxy-Authorization", "")
-            request.secrets += (authorization.partition(" ")[2], unquote(proxy.password or ""))
-        https = request.origin.startswith("https:")
+    def _attempt(
+        self, flight: _Flight, request: _Request, attempted: _Attempt,
+        read: Callable[[_Response], _T],
+    ) -> _T:
+        """What `read` makes of one answer, behind redirects. On failure the connection is closed."""
         try:
-            if https and not self._tls:
-                import ssl  # there are Pythons without it; they can do http
+            for _ in range(1 + _MAX_REDIRECTS):
+                started, status = time.perf_counter(), "failed"
+                try:
+                    response = self._exchange(flight, request, attempted)
+                    status = str(response.status)
+                    if response.status < 300:
+                        _check_whole(response)
+                        return read(response)
+                    request = _next_request(response)
+                finally:
+                    milliseconds = 1000 * (time.perf_counter() - started)
+                    _log("%r %s %.0f ms, attempt %d", request, status, milliseconds, attempted.number)
+                response.close()
+            raise GatewayError(f"{request!r}: more than {_MAX_REDIRECTS} redirects")
+        except BaseException:
+            flight.close()
+            raise
 
-                self._tls = ssl.create_default_context()  # dear: once a client
-            return _Connection(request.origin, request.timeout, self._tls if https else None, proxy)
-        except ImportError as error:
-            raise GatewayError("https needs Python's ssl module, which is missing here.") from error
-        except (*_WIRE_FAULTS, ValueError) as error:  # a host or a port that there cannot be
+    def _exchange(self, flight: _Flight, request: _Request, attempted: _Attempt) -> _Response:
+        """Sends a request once, and reads the head of the answer."""
+        connection = None if attempted.fresh else self.pool.acquire(request.origin)
+        is_new = connection is None
+        if connection is None:
+            connection = _Connection(request.origin, _proxy_for(request.origin))
+        request = self._for_attempt(request, attempted, connection)
+        flight.hold(connection)
+        if is_new:
+            self._open(connection, request)
+        broken: _Fault | None = None
+        try:
+            broken = connection.send(request)
+            head = connection.guarded(_read_head, connection.reader)
+        except _Fault as fault:
+            doing = "sending broke off" if broken else "no answer"
+            raise _wire_error(request, broken or fault, doing)
+        response = _Response(request, flight, connection, self.pool, head)
+        response.broken = broken
+        return response
+
+    def _for_attempt(
+        self, request: _Request, attempted: _Attempt, connection: _Connection
+    ) -> _Request:
+        """The request as this attempt sends it, with what its messages must not show."""
+        headers = {**request.headers, **attempted.more_headers}
+        secrets = request.secrets
+        proxy = connection.proxy
+        if proxy:
+            secrets += proxy.secrets
+        if request.to_gateway:
+            if self.token_request and self.token_request.credential:
+                # The key that the token was given for.
+                secrets += (_Secret(self.token_request.credential.value[len("Bearer ") :]),)
+            if attempted.credential:
+                headers[attempted.credential.header] = attempted.credential.value
+                secrets += (_Secret(attempted.credential.value.rpartition("Bearer ")[2]),)
+        return replace(request, headers=headers, secrets=secrets, proxy=str(proxy) if proxy else "")
+
+    def _open(self, connection: _Connection, request: _Request) -> None:
+        """Opens a connection. Its failure is told as one of `request`."""
+        tls = self._tls_context() if request.origin.startswith("https:") else None
+        try:
+            connection.open(request.timeout, tls, self.pool.answered)
+        except (_Fault, ValueError) as error:
+            # A ValueError: a host or a port that there cannot be.
+            fault = error if isinstance(error, _Fault) else _Fault(str(error), error)
             doing = f"no connection to {request.origin}"
-            if proxy:
-                doing += f" through the proxy {proxy.netloc.rpartition('@')[2]}"
-            raise _wire_error(request, error, doing, connected=False)
+            if connection.proxy:
+                doing += f" through {connection.proxy}"
+            raise _wire_error(request, fault, doing, connected=False)
+
+    def _tls_context(self) -> SSLContext:
+        """The context for https, made once: it is dear."""
+        if self._tls is None:
+            try:
+                import ssl
+            except ImportError as error:
+                # There are Pythons without it; they can do http.
+                raise GatewayError(
+                    "https needs Python's ssl module, which is missing here."
+                ) from error
+            try:
+                self._tls = ssl.create_default_context()
+            except OSError as error:
+                raise GatewayError(
+                    "TLS cannot be set up: is the file right that SSLKEYLOGFILE, SSL_CERT_FILE or"
+                    f" SSL_CERT_DIR names? {error}"
+                ) from error
+        return self._tls
 
 
 # --- Event stream ---------------------------------------------------------------------------------
 
-_decode_json = json.JSONDecoder().raw_decode
+
+class _EventDecoder(json.JSONDecoder):
+    """Decodes the JSON of events. Can be pickled, which the decoder that it extends cannot."""
+
+    def __init__(self) -> None:
+        super().__init__(strict=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _EventDecoder, ()
+
+
+# Its `raw_decode` takes half the time of `json.loads`.
+_event_decoder = _EventDecoder()
 
 
 def _decode_data(text: str) -> Any:
-    """The JSON of an event's data, by `raw_decode`: `json.loads` takes twice as long."""
+    """The JSON of an event's data."""
+    text = text.strip(" \t\n\r")
     if text == "[DONE]":
         return {"type": "done", "data": text}
-    text = text.strip(" \t\n\r")
-    value, end = _decode_json(text)
-    if end != len(text):
-        raise ValueError("text behind the JSON")
-    return value
+    return _decode_json(text)
 
 
 def _make_event(value: Any, name: str = "") -> StreamEvent:
@@ -1348,7 +2591,7 @@ def _simple_event(block: str) -> StreamEvent | None:
     if not block.startswith("data: {") or "\n" in block:
         return None
     try:
-        value, end = _decode_json(block, 6)
+        value, end = _event_decoder.raw_decode(block, 6)
     except (ValueError, RecursionError):
         return None
     return _make_event(value) if end == len(block) else None
@@ -1357,19 +2600,21 @@ def _simple_event(block: str) -> StreamEvent | None:
 def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     """The events of the lines between two blank lines: one, or none if there is no data.
 
-    Some servers leave out the blank lines: if the data is not JSON, but each of its lines is, each is an
-    event. Data that is not JSON at all is the text of an event, unless the block may be cut short (not `whole`).
+    Some servers leave out the blank lines: if the data is not JSON, but each of its lines is, each is
+    an event. Data that is not JSON at all is the text of an event, unless the block may be cut short
+    (not `whole`).
     """
     name, lines = "", []
     for line in block.split("\n"):
-        field, _, value = line.partition(":")
-        if field == "data":
+        field_name, _, value = line.partition(":")
+        if field_name == "data":
             lines.append(value.removeprefix(" "))
-        elif field == "event":
-            name = value.removeprefix(" ")
+        elif field_name == "event":
+            name = value.removeprefix(" ").strip()
     data = "\n".join(lines)
-    if not data:
-        return []
+    if not data.strip():
+        # WHATWG dispatches an empty line of data: it is an event if its type says something.
+        return [_make_event("", name)] if lines and whole and name in _EVENT_TYPES else []
     for candidates in ([data], lines):
         try:
             return [_make_event(_decode_data(candidate), name) for candidate in candidates]
@@ -1381,17 +2626,22 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
 def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[StreamEvent]:
     """The events of a stream (WHATWG HTML §9.2.6), each as soon as its blank line has arrived.
 
-    `framed`: HTTP says where the stream ends. If not, its end may be a break, and half an event is dropped.
+    Args:
+        framed: Whether HTTP says where the stream ends. If not, its end may be a break, and half an
+            event is dropped.
     """
-    pending, last = [b""], b""  # pieces are joined once per block: a large event may come in thousands
+    # The pieces of a block are joined once: a large event may come in thousands.
+    pending, last = [b""], b""
     after_cr = False
-    codec = "utf-8-sig"  # of the first block, in front of which a byte order mark may stand
+    # Of the first block, in front of which a byte order mark may stand.
+    codec = "utf-8-sig"
     for chunk in filter(None, chunks):
         ends_with_cr = chunk.endswith(b"\r")
         if after_cr:
             chunk = chunk.removeprefix(b"\n")
         after_cr = ends_with_cr
-        if b"\r" in chunk:  # one at the end of the chunk ends its line at once, too: its LF may never come
+        # A CR at the end of the chunk ends its line at once, too: its LF may never come.
+        if b"\r" in chunk:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         pending.append(chunk)
         blank = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
@@ -1409,6 +2659,78 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[S
     yield from _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
 
 
+def _read_events(response: _Response) -> Iterator[StreamEvent]:
+    """The events of an answer.
+
+    After `done` or `error` more may follow: a function yields its own `done`, and the gateway's file
+    URLs come when they are uploaded. So the stream goes on until the server ends it, or until
+    `timeout` seconds in all have brought no further event.
+
+    Raises:
+        ServiceUnavailableError: the connection broke when the last event was neither `done` nor
+            `error`, or ended there where a break would look just like the end.
+        GatewayError: there was no event at all.
+    """
+    last: StreamEvent | None = None
+    # What came before the first event.
+    unread: list[bytes] = []
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in response.chunks():
+            if last is None:
+                unread.append(chunk)
+            yield chunk
+
+    try:
+        for event in _parse_events(chunks(), framed=response.head.framed):
+            last = event
+            unread.clear()
+            yield event
+            is_end = event.type in (StreamEventType.DONE, StreamEventType.ERROR)
+            seconds = response.request.timeout or _AFTER_DONE_SECONDS
+            response.wait_at_most(seconds if is_end else None)
+    except ServiceUnavailableError:
+        if last is None or last.type not in (StreamEventType.DONE, StreamEventType.ERROR):
+            raise
+    if last is None:
+        response.body = b"".join(unread)
+        yield from _events_of_json(response)
+    elif not response.head.framed and last.type not in (StreamEventType.DONE, StreamEventType.ERROR):
+        fault = _Fault("no done or error event")
+        raise _wire_error(response.request, fault, "the stream was cut short")
+
+
+def _events_of_json(response: _Response) -> list[StreamEvent]:
+    """The events of a body that is no event stream, but the JSON answer of a run request."""
+    return _result_events(_parse_results(response, 1)[0])
+
+
+def _result_events(result: PrefabResult) -> list[StreamEvent]:
+    """A result, as a function that streams would have given it."""
+    if not result.is_success():
+        error = result.error or {"message": f"It ended as {result.status}."}
+        return [StreamEvent.from_dict({"type": "error", "data": error})]
+    files = result.get_files()
+    done = {"job_id": result.job_id, "files": files} if files else None
+    return [
+        StreamEvent.from_dict({"type": "content", "data": result.get_result()}),
+        StreamEvent.from_dict({"type": "done", "data": done}),
+    ]
+
+
+def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
+    """The results of a run request with `count` calls, from the JSON in `response.body`."""
+    answer = _json_of(response)
+    if not isinstance(answer, dict):
+        raise _unexpected_response(response, "the body is not JSON of the type dict")
+    entries = answer.get("results")
+    if not isinstance(entries, list):
+        raise _unexpected_response(response, "'results' is not a list")
+    if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
+        raise _unexpected_response(response, f"'results' is not a list of {count} objects")
+    return [PrefabResult._from_dict(entry, answer.get("job_id")) for entry in entries]
+
+
 class EventStream(Iterator[StreamEvent]):
     """The events of one call, each handed over as it arrives: an iterator and a context manager.
 
@@ -1416,31 +2738,50 @@ class EventStream(Iterator[StreamEvent]):
     thread reads it; any may close it, and so may a signal handler: a loop that waits for an event then
     ends. An `error` event is yielded, not raised.
 
+    Args:
+        events: For tests of your own, any iterable of events.
+
     Raises (from iterating):
         ServiceUnavailableError: the connection broke: the stream is not complete.
         GatewayTimeoutError: nothing came for `timeout` seconds.
-        GatewayError: it was read on after it failed, or after it was closed before its end.
+        GatewayError: it was read on after it failed, or after it was closed before its end, or by two
+            threads at a time; or it had no events.
     """
 
-    def __init__(self, events: Iterator[StreamEvent], response: _Response) -> None:
-        self._events = events
-        self._response = response
-        self._ended = False
-        self._unreadable: str | None = None  # why there are no more events although the end was not reached
+    def __init__(self, events: Iterable[StreamEvent], _response: _Response | None = None) -> None:
+        self._events = iter(events)
+        self._response = _response
+        self._state: Literal["open", "ended", "closed", "failed"] = "open"
+        # The text of the error that ended it.
+        self._failure = ""
+        self._reading = threading.Lock()
 
     def __next__(self) -> StreamEvent:
-        if self._unreadable:
-            raise GatewayError(f"This stream {self._unreadable}. What came before is not all there is.")
+        if self._state in ("closed", "failed"):
+            raise self._no_more()
+        # Never waits: a signal handler may read while the same thread does.
+        if not self._reading.acquire(blocking=False):
+            raise GatewayError("This stream is being read already: one thread or handler reads it.")
         try:
             return next(self._events)
         except StopIteration:
-            self._ended = True
+            if self._state == "open":
+                self._state = "ended"
             raise
         except BaseException as error:
-            if self._unreadable and isinstance(error, GatewayError):  # it was closed while this thread waited
+            # It was closed while this thread waited.
+            if self._state == "closed" and isinstance(error, GatewayError):
                 raise StopIteration from None
-            self._unreadable = f"cannot be read on, since it failed: {error}"
+            self._state, self._failure = "failed", str(error)
             raise
+        finally:
+            self._reading.release()
+
+    def _no_more(self) -> GatewayError:
+        what_happened = "was closed before its end"
+        if self._state == "failed":
+            what_happened = f"cannot be read on, since it failed: {self._failure.rstrip('.')}"
+        return GatewayError(f"This stream {what_happened}. What came before is not all there is.")
 
     def __enter__(self) -> EventStream:
         return self
@@ -1450,93 +2791,62 @@ class EventStream(Iterator[StreamEvent]):
 
     def close(self) -> None:
         """Ends the stream, also for another thread that waits for an event. May be called twice."""
-        if not self._ended and not self._unreadable:
-            self._unreadable = "was closed before its end"
-        self._response.close()
-
-
-def _read_events(response: _Response) -> Iterator[StreamEvent]:
-    """The events of an answer.
-
-    Raises:
-        ServiceUnavailableError: the connection broke before `done` or `error`, or the stream ended
-            without them where a break would look just like the end.
-    """
-    saw_end = last_was_end = False
-    done, error = StreamEventType.DONE, StreamEventType.ERROR
-    try:
-        for event in _parse_events(response.chunks(), framed=response.framed):
-            last_was_end = event.type is done or event.type is error
-            saw_end = saw_end or last_was_end
-            if event.type is done:
-                response.wait_at_most(min(response.request.timeout or _AFTER_DONE_SECONDS, _AFTER_DONE_SECONDS))
-            yield event
-    except ServiceUnavailableError:
-        if not last_was_end:
-            raise
-    if not saw_end and not response.framed:
-        raise _wire_error(response.request, EOFError("no done or error event"), "the stream was cut short")
-
-
-def _result_of_events(response: _Response) -> PrefabResult:
-    """The result of a streaming function that was called without `stream=True`."""
-    contents: list[Any] = []
-    error: _Json | None = None
-    done_data: Any = None
-    try:
-        for event in _read_events(response):
-            if event.type is StreamEventType.CONTENT:
-                contents.append(event.data)
-            elif event.type is StreamEventType.ERROR:
-                error = _event_error(event)
-            elif event.type is StreamEventType.DONE and event.data != "[DONE]":
-                done_data = event.data
-    except ServiceUnavailableError as broken:
-        broken.details["partial_output"] = contents  # which was paid for
-        raise
-    files = done_data.pop("files", None) if isinstance(done_data, dict) else None
-    value: Any = contents
-    if not contents and done_data:
-        value = done_data
-    elif all(isinstance(content, str) for content in contents):
-        value = "".join(contents)
-    status = CallStatus.FAILED if error else CallStatus.SUCCESS
-    return PrefabResult(status, {"status": str(status), "output": value, "files": files}, error)
+        if self._state == "open":
+            self._state = "closed"
+        if self._response:
+            self._response.close()
 
 
 def _read_results(response: _Response, count: int = 1) -> list[PrefabResult]:
     """The results of a run request with `count` calls."""
-    if response.headers.get_content_type() == "text/event-stream":
-        return [_result_of_events(response)] * count
-    answer = _read_json(response, dict, {"results": list})
-    entries = answer["results"]
-    if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
-        raise _unexpected_response(response, f"'results' is not a list of {count} objects")
-    return [PrefabResult._from_dict(entry, answer.get("job_id")) for entry in entries]
+    if response.head.media_type() != "text/event-stream":
+        response.read_all()
+        return _parse_results(response, count)
+    if count > 1:
+        raise _unexpected_response(
+            response, f"with one stream of events, which cannot be the results of {count} calls"
+        )
+    events: list[StreamEvent] = []
+    try:
+        events.extend(_read_events(response))
+    except ServiceUnavailableError as broken:
+        # What came was paid for.
+        contents = [event.data for event in events if event.type is StreamEventType.CONTENT]
+        broken.details["partial_output"] = contents
+        broken.details["events"] = [event.raw for event in events]
+        raise
+    return [PrefabResult.from_events(events)]
 
 
 def _read_stream(response: _Response) -> EventStream:
     """The events of a run request, also of a function that does not stream."""
-    if response.headers.get_content_type() == "text/event-stream":
+    if response.head.media_type() == "text/event-stream":
         return EventStream(_read_events(response), response)
-    result = _read_results(response)[0]
-    if result.is_success():
-        events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": None}]
-    else:
-        events = [{"type": "error", "data": result.error or {"message": f"It ended as {result.status}."}}]
-    return EventStream(map(StreamEvent.from_dict, events), response)
+    return EventStream(_result_events(_read_results(response)[0]), response)
 
 
 def _read_prefabs(response: _Response) -> list[PrefabInfo]:
     """The entries of the directory."""
     entries = _read_json(response, list)
     for entry in entries:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "version")):
+        known = isinstance(entry, dict) and all(
+            isinstance(entry.get(key), str) for key in ("id", "version")
+        )
+        if not known:
             raise _unexpected_response(response, "an entry lacks its id or version")
     return [PrefabInfo._from_dict(entry) for entry in entries]
 
 
 # --- Files ----------------------------------------------------------------------------------------
+
+# The type of a compressed file is that of its compression, not of what is inside.
+_COMPRESSED_TYPES = {
+    "gzip": "application/gzip",
+    "bzip2": "application/x-bzip2",
+    "xz": "application/x-xz",
+    "compress": "application/x-compress",
+    "br": "application/x-brotli",
+}
 
 
 def _file_name(path: _Path) -> str:
@@ -1544,170 +2854,377 @@ def _file_name(path: _Path) -> str:
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
 
-def _open_file(path: _Path) -> io.BufferedReader:
-    is_path = isinstance(path, (str, os.PathLike))
-    _require(is_path, f"The path of a file is needed, not {_shown(path)}: save the contents in a file first.")
-    regular = os.path.isfile(path) or not os.path.exists(path)
-    _require(regular, f"{path} is not a regular file, so its length is not known beforehand.")
-    file = open(path, "rb")  # noqa: SIM115 - the caller closes it
-    if os.fstat(file.fileno()).st_size == 0 and file.read(1):  # as in /proc
+def _open_file(path: _Path) -> Any:
+    """The file at a path, to be read from its start. The caller closes it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValidationError(
+            f"The path of a file is needed, not {_shown(path)}: save the contents in a file first."
+        )
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValidationError(
+            f"{path} is not a regular file, so its length is not known beforehand."
+        )
+    file = open(path, "rb")  # noqa: SIM115
+    # As in /proc.
+    if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        raise ValidationError(f"{path} says that it is empty, but is not: copy it into a regular file first.")
+        raise ValidationError(
+            f"{path} says that it is empty, but is not: copy it into a regular file first."
+        )
     return file
 
 
+def _guess_type(name: str) -> str:
+    """The media type of a file, by its name."""
+    # Reads the system's tables: for uploads only.
+    import mimetypes
+
+    media_type, compression = mimetypes.guess_type(name)
+    if compression:
+        return _COMPRESSED_TYPES.get(compression, "application/octet-stream")
+    return media_type or "application/octet-stream"
+
+
 def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
-    """Content type of `fields`, then a file, as `multipart/form-data`, and what stands around the file.
+    """`fields`, then a file, as `multipart/form-data`.
 
     File names go out as browsers send them: UTF-8, quotes and line breaks percent-encoded (RFC 7578).
-    """
-    import mimetypes  # reads the system's tables: for uploads only
 
+    Returns:
+        The content type, and what stands in front of the file and behind it.
+    """
     boundary, name = os.urandom(16).hex(), _file_name(path)
-    media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    media_type = _guess_type(name)
     name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
     part = f"--{boundary}\r\nContent-Disposition: form-data; name="
     head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
     head += f'{part}"file"; filename="{name}"\r\nContent-Type: {media_type}\r\n\r\n'
     tail = f"\r\n--{boundary}--\r\n"
-    return f"multipart/form-data; boundary={boundary}", head.encode(errors="replace"), tail.encode()
+    content_type = f"multipart/form-data; boundary={boundary}"
+    return content_type, head.encode(errors="replace"), tail.encode()
 
 
 @contextmanager
-def _replacement(target: str) -> Iterator[io.BufferedWriter]:
-    """A new file that takes the target's place if all goes well, and is gone if not. Errors name the target."""
-    with suppress(FileNotFoundError):
-        os.lstat(target)  # fails early for a name that is too long; a missing file is fine
-    folder = os.path.dirname(target)  # one that is missing is made at the end, when there is something for it
-    while not os.path.exists(folder) and folder != os.path.dirname(folder):  # a missing drive is its own parent
-        folder = os.path.dirname(folder)
-    path = os.path.join(folder, f".{os.urandom(16).hex()}.part")
+def _naming(target: str) -> Iterator[None]:
+    """Has the errors of an operation on a file name `target`."""
     try:
-        with open(path, "xb") as file:
-            yield file
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.replace(path, target)
+        yield
     except OSError as error:
-        if error.filename == path:
-            raise OSError(error.errno, error.strerror, target) from error
-        raise
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, target) from error
+
+
+def _replace(path: str, target: str) -> None:
+    """Renames a file. Windows refuses that while somebody else has the old one open."""
+    deadline = time.monotonic() + 1.0
+    while True:
+        try:
+            return os.replace(path, target)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+@contextmanager
+def _replacement(target: str) -> Iterator[Any]:
+    """A new file that takes the target's place if all goes well, and is gone if not."""
+    with _naming(target):
+        # Fails early for a name that is too long; a missing file is fine.
+        with suppress(FileNotFoundError):
+            os.lstat(target)
+        folder = os.path.dirname(target)
+        # A missing one is made at the end, when there is something for it; a missing drive is its own
+        # parent.
+        while not os.path.exists(folder) and folder != os.path.dirname(folder):
+            folder = os.path.dirname(folder)
+        path = os.path.join(folder, f".{os.urandom(4).hex()}.part")
+        file = open(path, "xb")  # noqa: SIM115
+    try:
+        try:
+            yield file
+        finally:
+            with _naming(target):
+                file.close()
+        with _naming(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            _replace(path, target)
     finally:
-        with suppress(OSError):  # it was renamed
+        # Unless it was renamed.
+        with suppress(OSError):
             os.unlink(path)
 
 
-def _receive(request: _Request, file: io.BufferedWriter, on_progress: _Progress, response: _Response) -> None:
-    """Writes an answer where the last one ended, and has `request` ask for what is then missing."""
-    if response.status not in (200, 206) or not response.framed:
-        raise _unexpected_response(response, "without a whole file, or without its length")
-    etag = response.headers.get("ETag", "")
-    if response.status == 200:  # the object from its beginning
-        request.headers.clear()
-        request.object_size = response.length
-        file.seek(0)
-        file.truncate()
-    done, total = file.tell(), response.length
-    if response.status == 206:
-        found = re.fullmatch(rf"bytes {done}-\d+/(\d{{1,18}})", response.headers.get("Content-Range", ""))
-        total = int(found[1]) if found else None
-        changed = request.object_size not in (None, total) or etag != request.headers.get("If-Range")
-        if not total or changed:
-            request.headers.clear()  # asks for the whole object
-            raise _wire_error(request, EOFError("the object changed in between"), "the download broke off")
-    try:
-        on_progress(done, total)
+class _Download(_Resume):
+    """A file on its way here: writes what comes, and knows what to ask for when a transfer broke."""
+
+    def __init__(self, file: Any, target: str, on_progress: _Progress | None) -> None:
+        self._file = file
+        self._target = target
+        self._on_progress = on_progress or _ignore
+        self._size: int | None = None
+        # Of the object that `file` has the beginning of: a strong ETag (RFC 9110 §13.1.5), and how it
+        # is encoded.
+        self._etag = ""
+        self._encoding = ""
+        # Bytes of the object that the best attempt so far had, and when progress was last asked for.
+        self._most = 0
+        self._most_before = 0
+
+    def start_over(self) -> None:
+        """Has the next attempt ask for the whole object."""
+        self._etag = ""
+
+    def headers(self) -> Mapping[str, str]:
+        """What the next attempt asks for: the bytes that are missing, unless the object changed."""
+        if not self._etag:
+            return {}
+        return {"Range": f"bytes={self._file.tell()}-", "If-Range": self._etag}
+
+    def made_progress(self) -> bool:
+        """Whether more bytes of the object came since this was asked last than ever before."""
+        progressed = self._most > self._most_before
+        self._most_before = self._most
+        return progressed
+
+    def has_some(self) -> bool:
+        """Whether the next attempt goes on with what there is."""
+        return bool(self._etag) and self._file.tell() > 0
+
+    def receive(self, response: _Response) -> None:
+        """Writes an answer where the last one ended."""
+        head = response.head
+        if response.status not in (200, 206) or not head.framed:
+            raise _unexpected_response(response, "without a whole file, or without its length")
+        etag, encoding = head.get("ETag"), head.content_encoding()
+        done, total = self._file.tell(), head.length
+        if response.status == 206:
+            total = self._total_of_range(head, done)
+            is_same = self._etag == etag and self._encoding == encoding
+            if not total or self._size not in (None, total) or not is_same:
+                self.start_over()
+                raise self._broken(response, "the object changed in between")
+        else:
+            # The object from its beginning.
+            done, self._size, self._encoding = 0, total, encoding
+            self._etag = etag if etag.startswith('"') else ""
+            self._file.seek(0)
+            self._file.truncate()
+        self._on_progress(done, total)
         for chunk in response.chunks():
-            file.write(chunk)
+            with _naming(self._target):
+                self._file.write(chunk)
             done += len(chunk)
-            on_progress(done, total)
-    finally:
-        if etag.startswith('"'):  # If-Range needs a strong one (RFC 9110 §13.1.5)
-            request.headers.update({"Range": f"bytes={done}-", "If-Range": etag})
-    if total not in (None, done):
-        raise _wire_error(request, EOFError(f"only {done} of {total} bytes came"), "the download broke off")
+            self._most = max(self._most, done)
+            self._on_progress(done, total)
+        if total not in (None, done):
+            raise self._broken(response, f"only {done} of {total} bytes came")
+
+    def _total_of_range(self, head: _Head, begin: int) -> int | None:
+        """The object's size, if the answer goes on at `begin`."""
+        found = re.fullmatch(rf"bytes {begin}-\d+/(\d{{1,18}})", head.get("Content-Range"))
+        return int(found[1]) if found else None
+
+    def _broken(self, response: _Response, reason: str) -> GatewayError:
+        return _wire_error(response.request, _Fault(reason), "the download broke off")
 
 
 # --- Batches --------------------------------------------------------------------------------------
 
-_worker_transports: dict[bytes, _Transport] = {}  # in a worker process, of the clients whose calls it ran last
+
+def _body_of(request: _Request) -> _Json:
+    """The JSON that a run request sends."""
+    body: _Json = json.loads(request.body) if isinstance(request.body, bytes) else {}
+    return body
 
 
-def _run_one(transport: _Transport, request: _Request) -> PrefabResult:
+def _flattened(request: _Request) -> _Request:
+    """A run request for a gateway that reads parameters flat: `{"inputs": {"text": ...}}`.
+
+    Files are parameters there: a URL, or a list where there are several.
+    """
+    body = _body_of(request)
+    for call in body["calls"]:
+        inputs = call["inputs"]
+        urls = inputs.get("files", {})
+        files = {name: found[0] if len(found) == 1 else found for name, found in urls.items()}
+        call["inputs"] = {**inputs["parameters"], **files}
+    return replace(request, body=_encode(body))
+
+
+def _missing_parameter(error: GatewayError) -> str | None:
+    """The name of the parameter that the gateway says is missing; None if it says something else."""
+    found = re.search(r"Missing required parameter: (.+)", error.message)
+    return found[1].strip() if found and error.status_code == 422 else None
+
+
+def _was_given(request: _Request, name: str | None) -> bool:
+    """Whether a parameter or a file of this name is in a request with one call."""
+    if name is None or request.calls != 1:
+        return False
+    inputs = _body_of(request)["calls"][0]["inputs"]
+    return name in inputs["parameters"] or name in inputs.get("files", {})
+
+
+def _send_call(
+    transport: _Transport, request: _Request, read: Callable[[_Response], _T],
+    scopes: tuple[_Scope, ...] = (),
+) -> _T:
+    """What `read` makes of the answer to a run request, in the form in which the gateway reads it.
+
+    The published gateway reads parameters flat. It refuses the usual form before anything has run, so
+    the call is sent again, flat; if that helped, all later ones are sent so at once.
+    """
+    if transport.reads_flat:
+        return transport.send(_flattened(request), read, scopes)
+    try:
+        return transport.send(request, read, scopes)
+    except ValidationError as error:
+        if not _was_given(request, _missing_parameter(error)):
+            raise
+    helped = True
+    try:
+        return transport.send(_flattened(request), read, scopes)
+    except ValidationError as error:
+        helped = _missing_parameter(error) is None
+        raise
+    finally:
+        transport.reads_flat = transport.reads_flat or helped
+
+
+# In a worker process, of the clients whose calls it ran last.
+_worker_transports: dict[bytes, _Transport] = {}
+
+
+def _run_one(
+    transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
+) -> PrefabResult:
     """Sends one call of a batch. Picklable, as are its arguments, so that any executor can run it."""
-    if transport.process_id != os.getpid():  # the calls of one client share connections and token here, too
+    # The calls of one client share connections and token in a worker process, too.
+    if transport.process_id != _process_id():
         transport = _worker_transports.setdefault(transport.identity, transport)
         for identity in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
             _worker_transports.pop(identity, None)
     try:
-        return transport.send(request, _read_results)[0]
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost the other results
+        return _send_call(transport, request, _read_results, scopes)[0]
+    except Exception as error:  # noqa: BLE001
+        # Whatever it is, it must not cost the other results.
         return PrefabResult._from_exception(error)
 
 
-class _Batch:
-    """Single calls on their way, in threads or on an executor. Each arrives in a queue once, with its result."""
+def _cancels_only_waiting(executor: Executor) -> bool:
+    """Whether a future that this executor gives back as cancelled was never started."""
+    known = ("concurrent.futures.thread", "concurrent.futures.process")
+    return any(base.__module__ in known for base in type(executor).__mro__)
 
-    def __init__(self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None) -> None:
+
+class _Batch:
+    """Single calls on their way, in threads or on an executor. Each arrives once, with its result."""
+
+    def __init__(
+        self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None,
+        scopes: tuple[_Scope, ...],
+    ) -> None:
+        import queue
+
         self._transport = transport
         self._executor = executor
-        self._waiting = deque(enumerate(requests))  # the only reference: memory is freed as calls are sent
+        # Ends the calls in flight when the batch is interrupted.
+        self._scope = _Scope()
+        self._scopes = (*scopes, self._scope)
+        # The only reference to the requests: memory is freed as calls are sent.
+        self._waiting = deque(enumerate(requests))
         self._futures: dict[int, Future[PrefabResult]] = {}
-        self._arrived: list[tuple[int, PrefabResult]] = []  # TEMPORARY: nothing is ever taken out of it
-        self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # What has come and was not handed over yet, and a token for each: a result cannot be lost
+        # between a queue and a variable.
+        self._arrived: deque[tuple[int, PrefabResult]] = deque()
+        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._results: dict[int, PrefabResult] = {}
         self._refused: GatewayError | None = None
 
-    def run(self, max_workers: int, on_result: Callable[[int, PrefabResult], object]) -> list[PrefabResult]:
+    def run(
+        self, max_workers: int, on_result: Callable[[int, PrefabResult], object]
+    ) -> list[PrefabResult]:
         """The results, in order. Raises the 401 if that is all there is."""
         count = len(self._waiting)
-        results: dict[int, PrefabResult] = {}
+        # Takes a result and calls `on_result` in one step: no signal comes in between.
+        handing_over = itertools.starmap(on_result, iter(self._arrived.popleft, None))
+        handed_over = 0
+        is_callbacks_own = False
         try:
             if self._executor:
                 self._work()
             else:
                 self._start_threads(min(max_workers, count))
-            while len(results) < count:
-                self._doorbell.get()
-                index, result = self._arrived[len(results)]
-                results[index] = result
-                on_result(index, result)
-        except BaseException as error:
-            self._waiting.clear()  # at once and in one step, whatever interrupts what follows
-            arrived = self._arrived[len(results):]
+            while handed_over < count:
+                self._wait_for_token()
+                while self._arrived:
+                    try:
+                        next(handing_over)
+                    except Exception:
+                        is_callbacks_own = True
+                        raise
+                    handed_over += 1
+        except BaseException:
+            # At once and in one step, whatever interrupts what follows.
+            self._waiting.clear()
+            arrived = len(self._arrived)
+            self._scope.cancel()
             self._cancel_futures()
-            if isinstance(error, KeyboardInterrupt):
-                for index, result in arrived:  # they were paid for
-                    on_result(index, result)
+            if not is_callbacks_own:
+                # What arrived was paid for.
+                for _ in range(arrived):
+                    next(handing_over)
             raise
-        errors = [result.exception for result in results.values()]
+        errors = [result.exception for result in self._results.values()]
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
-        return [results[index] for index in range(count)]
+        return [self._results[index] for index in range(count)]
+
+    def _wait_for_token(self) -> None:
+        if sys.platform != "win32":
+            return self._tokens.get()
+        import queue
+
+        # There, a wait without an end does not notice Ctrl-C.
+        while True:
+            with suppress(queue.Empty):
+                return self._tokens.get(timeout=0.2)
 
     def _start_threads(self, count: int) -> None:
+        import contextvars
+
         for _ in range(count):
-            try:  # daemons, so that Ctrl-C does not wait for their answers
-                threading.Thread(target=self._work, daemon=True).start()
-            except RuntimeError:  # no more threads can be started: this one does the work
+            work = partial(contextvars.copy_context().run, self._work)
+            try:
+                # Daemons, so that Ctrl-C does not wait for their answers.
+                threading.Thread(target=work, daemon=True).start()
+            except RuntimeError:
+                # No more threads can be started: this one does the work.
                 self._work()
 
     def _work(self) -> None:
-        """Sends or submits what waits. After a 401 the rest gets a result that says that it was not sent."""
+        """Sends or submits what waits. After a 401 the rest gets a result that says so."""
         while self._waiting:
             try:
                 index, request = self._waiting.popleft()
-            except IndexError:  # another thread took the last one
+            except IndexError:
+                # Another thread took the last one.
                 return
             if self._refused:
                 self._arrive(index, self._unsent())
             elif self._executor:
                 self._submit(self._executor, index, request)
             else:
-                self._arrive(index, _run_one(self._transport, request))
+                self._arrive(index, _run_one(self._transport, request, self._scopes))
 
     def _submit(self, executor: Executor, index: int, request: _Request) -> None:
+        """Hands one call to the executor; `_finish` is called when it is done."""
         try:
             future = executor.submit(_run_one, self._transport, request)
-        except Exception as error:  # noqa: BLE001 - a broken executor must not cost the other results
+        except Exception as error:  # noqa: BLE001
+            # A broken executor must not cost the other results.
             unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
             self._arrive(index, PrefabResult._from_exception(unsent))
         else:
@@ -1715,14 +3232,27 @@ class _Batch:
             future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
-        self._futures.pop(index)  # a cluster may run a call again as long as somebody holds its future
+        """Takes the result of a future: of its call, of the executor's failure, or of a cancelled one."""
+        # A cluster may run a call again as long as somebody holds its future.
+        self._futures.pop(index, None)
         try:
             result = future.result()
             if not isinstance(result, PrefabResult):
                 raise TypeError(f"the executor gave {_shown(result)}")
-        except BaseException as error:  # noqa: BLE001 - each call must arrive, or the batch would wait for ever
-            result = self._unsent() if future.cancelled() else PrefabResult._from_exception(error)
+        except BaseException as error:  # noqa: BLE001
+            # Each call must arrive, or the batch would wait for ever.
+            result = PrefabResult._from_exception(error)
+            if future.cancelled():
+                result = self._cancelled()
         self._arrive(index, result)
+
+    def _cancelled(self) -> PrefabResult:
+        """The result of a call whose future was cancelled, by this batch or by somebody else."""
+        if self._executor and _cancels_only_waiting(self._executor):
+            return self._unsent()
+        problem = "The executor cancelled the call, and cannot tell if it was running by then."
+        error = ServiceUnavailableError._create(problem, may_have_run=True)
+        return PrefabResult._from_exception(error)
 
     def _unsent(self) -> PrefabResult:
         error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
@@ -1734,8 +3264,9 @@ class _Batch:
         if result.exception and result.exception.status_code == 401:
             self._refused = result.exception
             self._cancel_futures()
+        self._results[index] = result
         self._arrived.append((index, result))
-        self._doorbell.put(None)
+        self._tokens.put(None)
 
     def _cancel_futures(self) -> None:
         for future in list(self._futures.values()):
@@ -1753,43 +3284,136 @@ def _version_key(version: str) -> tuple[Any, ...]:
     return numbers, not candidate, re.sub("[0-9]+", "", candidate), candidate_numbers
 
 
+def _next_token(page: _Json, token: str | None) -> str | None:
+    """The token of the page behind `page`, which `token` led to; None if it is the last."""
+    following: str | None = page.get("next_token") or None
+    if following is not None and following == token:
+        raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
+    return following
+
+
 def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
-    token = None
+    """The files of all pages."""
+    token: str | None = None
     while True:
         page = list_page(page_size, token)
         yield from page["files"]
-        previous, token = token, page.get("next_token")
-        if not token:
+        token = _next_token(page, token)
+        if token is None:
             return
-        if token == previous:
-            raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
+
+
+# What serializers, templates and tests ask any object for, to learn what it is. Each would be a call.
+_PROTOCOL_NAMES = frozenset(
+    (
+        "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
+        " schema serialize shape to_dict to_json to_list tolist values"
+    ).split()
+)
 
 
 @dataclass(eq=False)
 class Prefab:
-    """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`."""
+    """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`.
 
-    _client: GatewayClient = field(repr=False)
+    Names that begin with an underscore, or that protocols ask any object for (`keys`, `to_dict`,
+    `model_dump` ...), are no methods: `call("keys")` reaches such a function.
+    """
+
+    _client: Any = field(repr=False)
     prefab_id: str
     version: str
 
-    def call(self, function_name: str, /, *, files: _Files | None = None, **parameters: Any) -> PrefabResult:
+    def call(
+        self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+    ) -> PrefabResult:
         """Runs a function: see `GatewayClient.run`."""
-        return self._client.run(self.prefab_id, self.version, function_name, parameters, files)
+        result: PrefabResult = self._client.run(
+            self.prefab_id, self.version, function_name, parameters, files
+        )
+        return result
 
-    def stream(self, function_name: str, /, *, files: _Files | None = None, **parameters: Any) -> EventStream:
+    def stream(
+        self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+    ) -> EventStream:
         """Runs a function and gives its events: see `GatewayClient.run`."""
-        return self._client.run(self.prefab_id, self.version, function_name, parameters, files, stream=True)
+        events: EventStream = self._client.run(
+            self.prefab_id, self.version, function_name, parameters, files, stream=True
+        )
+        return events
 
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
-        if name.startswith("_"):  # copy, pickle and debuggers ask for those
-            raise AttributeError(name)
+        if name.startswith("_") or name in _PROTOCOL_NAMES:
+            raise AttributeError(f"{name} is no method of a Prefab; call({name!r}) runs a function.")
 
         def function(*values: Any, **parameters: Any) -> PrefabResult:
-            _require(not values, f"{name}() takes its parameters by name, as in {name}(text=...).")
+            if values:
+                raise ValidationError(
+                    f"{name}() takes its parameters by name, as in {name}(text=...)."
+                )
             return self.call(name, **parameters)
 
         return function
+
+
+def _check_credential(name: str, value: _Secret) -> None:
+    """Raises if a value cannot be a credential. The error does not show it."""
+    _check_header_value(name, value)
+    if re.match("https?://", value.reveal(), re.IGNORECASE):
+        raise ValidationError(
+            f"{name} is a URL: the address of the gateway goes into base_url=,"
+            " which is the first argument."
+        )
+
+
+def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
+    """The one credential among these, by their headers; None if all are None."""
+    names = [name for name, value in given.items() if value.reveal() is not None]
+    if len(names) > 1:
+        raise ValidationError(f"Give one credential, not {' and '.join(names)}: who is the client?")
+    for name in names:
+        _check_credential(f"The credential ({name})", given[name])
+        if name == "Authorization":
+            bearer = re.compile("^bearer +", re.IGNORECASE)
+            return _Credential(name, f"Bearer {bearer.sub('', given[name].reveal().strip())}")
+        return _Credential(name, given[name].reveal())
+    return None
+
+
+def _gateway_address(base_url: _Secret) -> tuple[str, str]:
+    """Origin and path prefix of the gateway. The error does not show a value that may be a token."""
+    if base_url.reveal() is None:
+        base_url = _Secret(os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL)
+    # Blanks come from copy and paste.
+    base_url = _Secret(str(base_url.reveal()).strip())
+    problem = ""
+    try:
+        origin, target = _split_url(base_url.reveal())
+    except ValueError as error:
+        problem = str(error)
+    if not problem and re.search(r"[?#\s\0-\x1f]", base_url.reveal()):
+        problem = "must not have a query, a fragment or blanks in it"
+    if problem:
+        raise ValidationError._create(
+            f"The address of the gateway {problem}.",
+            {},
+            _Advice(
+                "It comes from base_url, or else from GATEWAY_BASE_URL. A token goes into"
+                " internal_token=.",
+                "It comes from --base-url, or else from GATEWAY_BASE_URL. A token goes into"
+                " X_INTERNAL_TOKEN.",
+            ),
+        )
+    return origin, target.rstrip("/")
+
+
+def _environment_credential() -> str | None:
+    """The name of the one variable that has a credential, or None."""
+    names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
+    given = [name for name in names if os.environ.get(name)]
+    if len(given) > 1:
+        raise ValidationError(f"Set one credential, not {' and '.join(given)}: who is the client?")
+    return given[0] if given else None
 
 
 class GatewayClient:
@@ -1805,6 +3429,8 @@ class GatewayClient:
             have this machine's address on its allow-list.
         max_retries: How often a request is sent again, if that can do no harm.
         ssl_context: For https; None trusts what the system does, or `SSL_CERT_FILE`.
+        headers: Further headers of each request to the gateway, such as `traceparent`; or a function
+            that gives them, called once for each request, in the thread that asked for it.
 
     `on_progress` is called with the bytes done and the bytes in all (None: unknown), from 0 on; an
     upload that is sent again starts over.
@@ -1816,78 +3442,113 @@ class GatewayClient:
         GatewayError: any other unexpected answer.
     """
 
-    def __init__(self, base_url: str | None = None, api_key: str | None = None, jwt_token: str | None = None,
-                 timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
-                 ssl_context: SSLContext | None = None) -> None:
-        if base_url is None:
-            base_url = os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL
-        base_url = str(base_url).strip()  # blanks from copy and paste
-        try:
-            self._origin, target = _split_url(base_url)
-        except ValueError as error:
-            message = f"base_url (or else GATEWAY_BASE_URL) {error}. A token goes into internal_token=."
-            raise ValidationError(message) from None
-        wrong = re.search(r"[?#\s\0-\x1f]", base_url)
-        _require(not wrong, "base_url must not have a query, a fragment or blanks in it.")
-        _require_timeout(timeout)
-        _require_number("max_retries", max_retries, above=-1)
-        _require(ssl_context is None or hasattr(ssl_context, "wrap_socket"), "ssl_context must be an SSLContext.")
-        credentials = {"X-Internal-Token": internal_token, "X-API-Key": api_key, "Authorization": jwt_token}
-        headers = {name: value for name, value in credentials.items() if value is not None}
-        _require(len(headers) < 2, f"Give one credential, not {' and '.join(headers)}: who is the client?")
-        for name, value in headers.items():
-            _require_header_value(f"The credential ({name})", value)
-        if jwt_token:
-            without_scheme = re.sub("^bearer +", "", jwt_token.strip(), flags=re.IGNORECASE)
-            headers["Authorization"] = f"Bearer {without_scheme}"
-        self._prefix = target.rstrip("/")
-        self._run_path = "/v1/run" if api_key or jwt_token else "/v1/internal/run"
-        self._secrets: tuple[str, ...] = ()
-        self._transport = _Transport(headers, max_retries, ssl_context)
+    def __init__(
+        self, base_url: str | None = None, api_key: str | None = None, jwt_token: str | None = None,
+        timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
+        ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
+    ) -> None:
+        # From here on, no local variable shows a secret.
+        given = {
+            "X-Internal-Token": _Secret(internal_token),
+            "X-API-Key": _Secret(api_key),
+            "Authorization": _Secret(jwt_token),
+        }
+        address = _Secret(base_url)
+        del internal_token, api_key, jwt_token, base_url
+        credential = _choose_credential(given)
+        self._origin, self._prefix = _gateway_address(address)
+        _check_timeout(timeout)
+        _check_number("max_retries", max_retries, above=-1)
+        if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
+            raise ValidationError("ssl_context must be an SSLContext.")
+        header = credential.header if credential else None
+        # A function is asked, and checked, for each request.
+        if headers is not None and not callable(headers):
+            headers = dict(_check_caller_headers(headers, header))
+        self._headers = headers
+        is_users = header in ("X-API-Key", "Authorization")
+        self._run_path = "/v1/run" if is_users else "/v1/internal/run"
+        # What the requests of this client can be ended by, beside the transport's own scope.
+        self._scopes: tuple[_Scope, ...] = ()
         self.timeout = timeout
+        self._transport = _Transport(credential, max_retries, ssl_context)
 
     @classmethod
-    def from_api_key(cls: type[_Client], api_key: str, base_url: str | None = None, timeout: float | None = 60, *,
-                     max_retries: int = 2, ssl_context: SSLContext | None = None) -> _Client:
+    def from_api_key(
+        cls: type[_Client], api_key: str, base_url: str | None = None, timeout: float | None = 60,
+        *, max_retries: int = 2, ssl_context: SSLContext | None = None,
+        headers: _CallerHeaders | None = None,
+    ) -> _Client:
         """A client with the token that the gateway gives for an API key, now and when it expires.
 
         `POST /v1/auth/convert_to_internal_token`
         """
-        _require_header_value("api_key", api_key)
-        client = cls(base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context)
-        client._secrets = (api_key,)
-        client._transport.token_request = client._request(
-            "POST", "/v1/auth/convert_to_internal_token", headers={"Authorization": f"Bearer {api_key}"},
-            idempotent=True, answers_secret=True,
+        key = _Secret(api_key)
+        del api_key
+        client = cls(
+            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
+            headers=headers,
         )
-        try:
-            client._transport.renew_token(client._transport.credential)
-        except BaseException:
-            client.close()  # the traceback of an error that is kept would keep its connection open
-            raise
+        client._exchange(key)
         return client
+
+    def _exchange(self, key: _Secret) -> None:
+        """Has the transport use the token for an API key. Closes the client if there is none."""
+        try:
+            _check_credential("api_key", key)
+            token_request = self._request(
+                "POST", "/v1/auth/convert_to_internal_token",
+                credential=_Credential("Authorization", f"Bearer {key.reveal()}"), idempotent=True,
+            )
+            self._transport.exchange(token_request, self._scopes)
+        except BaseException:
+            # The traceback of an error that is kept would keep the connection open.
+            self.close()
+            raise
 
     @classmethod
     def from_env(cls: type[_Client], **options: Any) -> _Client:
         """A client with the environment's credential: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
         (which is exchanged), `GATEWAY_JWT_TOKEN`, or none; two are an error.
 
-        `options` are `base_url`, `timeout`, `max_retries` and `ssl_context`.
+        `options` are `base_url`, `timeout`, `max_retries`, `ssl_context` and `headers`.
         """
-        names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
-        given = {name: os.environ[name] for name in names if os.environ.get(name)}
-        _require(len(given) < 2, f"Set one credential, not {' and '.join(given)}: who is the client?")
-        if "AGENT_BUILDER_API_KEY" in given:
-            return cls.from_api_key(given["AGENT_BUILDER_API_KEY"], **options)
-        return cls(internal_token=given.get("X_INTERNAL_TOKEN"), jwt_token=given.get("GATEWAY_JWT_TOKEN"), **options)
+        name = _environment_credential()
+        if name == "AGENT_BUILDER_API_KEY":
+            return cls.from_api_key(os.environ[name], **options)
+        if name == "X_INTERNAL_TOKEN":
+            return cls(internal_token=os.environ[name], **options)
+        if name == "GATEWAY_JWT_TOKEN":
+            return cls(jwt_token=os.environ[name], **options)
+        return cls(**options)
 
     @property
     def base_url(self) -> str:
         """The gateway's address. It can't be changed: another gateway needs another client."""
         return f"{self._origin}{self._prefix}"
 
+    @property
+    def internal_token(self) -> str | None:
+        """The internal token in use, or None. It can't be changed: that would be another client."""
+        credential = self._transport.credential
+        is_token = credential is not None and credential.header == "X-Internal-Token"
+        return credential.value if credential and is_token else None
+
+    @internal_token.setter
+    def internal_token(self, value: str) -> NoReturn:
+        del value
+        raise AttributeError(
+            "internal_token cannot be set: who else is to be the client needs another one,"
+            " GatewayClient(base_url, internal_token=...)."
+        )
+
     def __repr__(self) -> str:
-        return f"GatewayClient({self.base_url!r}, {next(iter(self._transport.credential), 'allow-list')})"
+        # Of a client whose constructor failed, a crash reporter asks this, too.
+        if "_transport" not in vars(self):
+            return f"{type(self).__name__}(not initialized)"
+        credential = self._transport.credential
+        mode = credential.header if credential else "allow-list"
+        return f"{type(self).__name__}({self.base_url!r}, {mode})"
 
     def __enter__(self: _Client) -> _Client:
         return self
@@ -1895,33 +3556,54 @@ class GatewayClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Closes the idle connections. May be called twice."""
+    def close(self, *, cancel: bool = False) -> None:
+        """Closes the idle connections. May be called twice, by any thread and by a signal handler.
+
+        Args:
+            cancel: Also ends all requests and streams in flight, whatever they wait for: whoever waits
+                gets a `GatewayError`. Nothing is sent any more.
+        """
         self._transport.pool.close()
+        if cancel:
+            self._transport.scope.cancel()
+
+    def _scoped(self: _Client, scope: _Scope) -> _Client:
+        """The same client, whose requests are also ended by `scope`."""
+        scoped = copy.copy(self)
+        scoped._scopes = (*self._scopes, scope)
+        return scoped
 
     # Running
 
     @overload
-    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
-            files: _Files | None = None, stream: Literal[False] = False, *,
-            timeout: float | None = None) -> PrefabResult: ...
+    def run(
+        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+        files: _Files | None = None, stream: Literal[False] = False, *,
+        timeout: float | None = None,
+    ) -> PrefabResult: ...
 
     @overload
-    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
-            files: _Files | None = None, *, stream: Literal[True], timeout: float | None = None) -> EventStream: ...
+    def run(
+        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+        files: _Files | None = None, *, stream: Literal[True], timeout: float | None = None,
+    ) -> EventStream: ...
 
     @overload
-    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
-            files: _Files | None, stream: Literal[True], *, timeout: float | None = None) -> EventStream: ...
+    def run(
+        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
+        files: _Files | None, stream: Literal[True], *, timeout: float | None = None,
+    ) -> EventStream: ...
 
     @overload
-    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
-            files: _Files | None = None, stream: bool = False, *,
-            timeout: float | None = None) -> PrefabResult | EventStream: ...
+    def run(
+        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+        files: _Files | None = None, stream: bool = False, *, timeout: float | None = None,
+    ) -> PrefabResult | EventStream: ...
 
-    def run(self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
-            files: _Files | None = None, stream: bool = False, *,
-            timeout: float | None = None) -> PrefabResult | EventStream:
+    def run(
+        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+        files: _Files | None = None, stream: bool = False, *, timeout: float | None = None,
+    ) -> PrefabResult | EventStream:
         """Runs a function. `POST /v1/internal/run`, or `POST /v1/run` with an API key or a JWT.
 
         Args:
@@ -1935,21 +3617,25 @@ class GatewayClient:
             PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
             ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
         """
-        request = self._run_request([PrefabCall(prefab_id, version, function_name, parameters, files)], timeout)
+        call = PrefabCall(prefab_id, version, function_name, parameters, files)
+        _check_call(call)
+        request = self._run_request([call], timeout)
         if stream:
-            return self._transport.send(request, _read_stream)
-        return self._transport.send(request, _read_results)[0]
+            return _send_call(self._transport, request, _read_stream, self._scopes)
+        return _send_call(self._transport, request, _read_results, self._scopes)[0]
 
-    def run_batch(self, calls: Iterable[PrefabCall], *, max_workers: int = 8, timeout: float | None = None,
-                  on_result: Callable[[int, PrefabResult], object] | None = None,
-                  executor: Executor | None = None, single_request: bool = False) -> BatchResult:
-        """Runs calls side by side, each a request like that of `run`, so that none costs another's result.
+    def run_batch(
+        self, calls: Iterable[PrefabCall], *, max_workers: int = 8, timeout: float | None = None,
+        on_result: Callable[[int, PrefabResult], object] | None = None,
+        executor: Executor | None = None, single_request: bool = False,
+    ) -> BatchResult:
+        """Runs calls side by side, each a request like that of `run`, so that none costs another's.
 
         Args:
             calls: Read and checked whole before anything is sent.
-            max_workers: Calls at a time, in threads.
+            max_workers: Calls at a time, in threads. They see the caller's context variables.
             on_result: Called in this thread with index and result, as each comes. If it raises, nothing
-                more is sent.
+                more is sent. Whatever else ends the batch, what has arrived is handed over first.
             executor: Runs the calls instead of threads: a process pool, a cluster.
             single_request: Sends one POST instead, whose calls the gateway runs one after another, and
                 fails as a whole with the first bad one.
@@ -1959,29 +3645,47 @@ class GatewayClient:
             a 401 is raised, if no call has a result; nothing is sent after it.
         """
         calls, report = list(calls), on_result or _ignore
-        _require_number("max_workers", max_workers)
-        _require(executor is None or hasattr(executor, "submit"), "executor must be an Executor.")
-        _require(not (single_request and executor), "A single request cannot have an executor.")
-        _require(callable(report), "on_result must be a function.")
+        _check_number("max_workers", max_workers)
+        if executor is not None and not hasattr(executor, "submit"):
+            raise ValidationError("executor must be an Executor.")
+        if single_request and executor:
+            raise ValidationError("A single request cannot have an executor.")
+        if not callable(report):
+            raise ValidationError("on_result must be a function.")
+        for index, call in enumerate(calls):
+            _check_call(call, f"calls[{index}]: ")
         if single_request and calls:
             read = partial(_read_results, count=len(calls))
-            results = self._transport.send(self._run_request(calls, timeout), read)
+            request = self._run_request(calls, timeout, 0)
+            results = _send_call(self._transport, request, read, self._scopes)
             for index, result in enumerate(results):
                 report(index, result)
             return BatchResult._from_results(results, results[0].job_id)
-        batch = _Batch(self._transport, (self._run_request([call], timeout) for call in calls), executor)
+        requests = (
+            self._run_request([call], timeout, index) for index, call in enumerate(calls)
+        )
+        batch = _Batch(self._transport, requests, executor, self._scopes)
         return BatchResult._from_results(batch.run(max_workers, report), None)
 
-    def _run_request(self, calls: Sequence[PrefabCall], timeout: float | None) -> _Request:
-        for call in calls:
-            _require_call(call)
-        subject = {"prefab_id": calls[0].prefab_id, "version": calls[0].version} if len(calls) == 1 else {}
-        content = {"calls": [call.to_dict() for call in calls]}
+    def _run_request(
+        self, calls: Sequence[PrefabCall], timeout: float | None, place: int | None = None
+    ) -> _Request:
+        """The request with these calls; `place`: of the first of them in a batch."""
+        prefab = {}
+        if len(calls) == 1:
+            prefab = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
         try:
-            return self._request("POST", self._run_path, content=content, timeout=timeout, subject=subject)
+            return self._request(
+                "POST", self._run_path, content={"calls": [call.to_dict() for call in calls]},
+                timeout=timeout, calls=len(calls), not_found=PrefabNotFoundError, prefab=prefab,
+            )
         except ValidationError:
-            for call in calls:
-                _encode(call.parameters)  # the path in this error begins with the user's own parameter
+            # The path that this error gives begins with what the user knows.
+            for index, call in enumerate(calls, place or 0):
+                if place is None:
+                    _encode(call.parameters)
+                else:
+                    _encode(call.to_dict()["inputs"], f"calls[{index}].inputs")
             raise
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
@@ -1990,8 +3694,10 @@ class GatewayClient:
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
         """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
-        request = self._request("GET", "/v1/prefabs", {"status": status}, subject={})
-        return self._transport.send(request, _read_prefabs)
+        request = self._request(
+            "GET", "/v1/prefabs", {"status": status}, not_found=PrefabNotFoundError
+        )
+        return self._transport.send(request, _read_prefabs, self._scopes)
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
         """A prefab's functions. `GET /v1/prefabs/{prefab_id}/{version}/spec`
@@ -2002,53 +3708,79 @@ class GatewayClient:
         if version is None:
             found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
             if not found:
-                message = f"The gateway's directory has no prefab {prefab_id!r}. {PrefabNotFoundError._remedy}"
-                raise PrefabNotFoundError(prefab_id, "latest", message)
-            version = max(found, key=lambda prefab: (prefab.status != "failed", _version_key(prefab.version))).version
-        subject = {"prefab_id": prefab_id, "version": version}
-        return self._fetch("GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", subject=subject)
+                missing = {"prefab_id": prefab_id, "version": "latest"}
+                raise PrefabNotFoundError._create(
+                    f"The gateway's directory has no prefab {_shown(prefab_id)}.", missing,
+                    PrefabNotFoundError._advice_for(missing),
+                )
+            newest = max(
+                found, key=lambda info: (info.status != "failed", _version_key(info.version))
+            )
+            version = newest.version
+        return self._fetch(
+            "GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", not_found=PrefabNotFoundError,
+            prefab={"prefab_id": prefab_id, "version": version},
+        )
 
     # Secrets
 
     def set_secret(self, prefab_id: str, secret_name: str, secret_value: str) -> None:
         """Stores a secret of yours for a prefab. `POST /v1/secrets`"""
-        _require_text(prefab_id=prefab_id, secret_name=secret_name)
-        _require(isinstance(secret_value, str) and secret_value, "secret_value must be a string that is not empty.")
-        content = {"prefab_id": prefab_id, "secret_name": secret_name, "secret_value": secret_value}
-        request = self._request("POST", "/v1/secrets", content=content, secrets=(secret_value,))
-        self._transport.send(request, _Response.read_all)
+        secret = _Secret(secret_value)
+        del secret_value
+        _segments(prefab_id, secret_name)
+        if not isinstance(secret.reveal(), str) or not secret.reveal():
+            raise ValidationError("secret_value must be a string that is not empty.")
+        if re.search("[\ud800-\udfff]", secret.reveal()):
+            raise ValidationError("secret_value has characters that UTF-8 does not have.")
+        names = {"prefab_id": prefab_id, "secret_name": secret_name}
+        content = _Secret({**names, "secret_value": secret.reveal()})
+        request = self._request("POST", "/v1/secrets", content=content, secrets=(secret,))
+        self._transport.send(request, _Response.read_all, self._scopes)
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
         """Deletes a secret of yours. `DELETE /v1/secrets/{prefab_id}/{secret_name}`"""
         request = self._request("DELETE", f"/v1/secrets/{_segments(prefab_id, secret_name)}")
-        self._transport.send(request, _Response.read_all)
+        self._transport.send(request, _Response.read_all, self._scopes)
 
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
             return list(self._fetch("GET", "/v1/secrets", expect={"secrets": list})["secrets"])
-        answer = self._fetch("GET", f"/v1/secrets/{_segments(prefab_id)}", expect={"secret_names": list})
-        return [{"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]]
+        path = f"/v1/secrets/{_segments(prefab_id)}"
+        answer = self._fetch("GET", path, expect={"secret_names": list})
+        return [
+            {"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]
+        ]
 
     # Files
 
-    def upload_input_file(self, file_path: _Path, content_type: str | None = None, *,
-                          on_progress: _Progress | None = None) -> str:
+    def upload_input_file(
+        self, file_path: _Path, content_type: str | None = None, *,
+        on_progress: _Progress | None = None,
+    ) -> str:
         """Uploads an input of a call, of a type such as `"video/mp4"`, and gives its `s3://` URL.
 
         `POST /internal/files/generate_upload_url`, then a presigned PUT straight to the storage.
         """
         headers = {}
-        if content_type is not None:  # it is part of the signature, and so is its absence
-            _require_header_value("content_type", content_type)
+        # It is part of the signature, and so is its absence.
+        if content_type is not None:
+            _check_header_value("content_type", _Secret(content_type))
             headers["Content-Type"] = content_type
         with _open_file(file_path) as file:
-            content = {"filename": _file_name(file_path), "content_type": content_type}
-            answer = self._fetch("POST", "/internal/files/generate_upload_url", content=content, idempotent=True,
-                                 expect={"upload_url": str, "s3_url": str})
-            request = self._presigned("PUT", answer["upload_url"], headers=headers, file=file, on_progress=on_progress)
-            self._transport.send(request, _Response.read_all)
-        return str(answer["s3_url"])
+            answer = _Secret(
+                self._fetch(
+                    "POST", "/internal/files/generate_upload_url",
+                    content={"filename": _file_name(file_path), "content_type": content_type},
+                    idempotent=True, expect={"upload_url": str, "s3_url": str},
+                )
+            )
+            body = _FileBody(b"", file, b"", on_progress)
+            url = _Secret(answer.reveal()["upload_url"])
+            request = self._presigned("PUT", url, headers, body)
+            self._transport.send(request, _Response.read_all, self._scopes)
+        return str(answer.reveal()["s3_url"])
 
     def upload_file(self, file_path: _Path, *, on_progress: _Progress | None = None) -> _Json:
         """Uploads a file to keep, and gives `{"success", "s3_url", "filename", "size"}`.
@@ -2057,49 +3789,72 @@ class GatewayClient:
         """
         return self._upload("/internal/files/upload", {}, file_path, on_progress)
 
-    def upload_temp_file(self, file_path: _Path, ttl: int = 86400, session_id: str | None = None, *,
-                         on_progress: _Progress | None = None) -> _Json:
+    def upload_temp_file(
+        self, file_path: _Path, ttl: int = 86400, session_id: str | None = None, *,
+        on_progress: _Progress | None = None,
+    ) -> _Json:
         """Uploads a file that goes after `ttl` seconds, or with its session: see `temp_session`.
 
         `POST /internal/files/upload_temp`; gives what `upload_file` does.
         """
-        _require_number("ttl", ttl)
-        session = {"session_id": session_id} if session_id else {}
-        return self._upload("/internal/files/upload_temp", {"ttl": str(ttl), **session}, file_path, on_progress)
+        _check_number("ttl", ttl)
+        form = {"ttl": str(ttl)}
+        if session_id:
+            form["session_id"] = str(session_id)
+        return self._upload("/internal/files/upload_temp", form, file_path, on_progress)
 
-    def _upload(self, path: str, form: Mapping[str, str], file_path: _Path, on_progress: _Progress | None) -> _Json:
+    def _upload(
+        self, path: str, form: Mapping[str, str], file_path: _Path, on_progress: _Progress | None,
+    ) -> _Json:
         with _open_file(file_path) as file:
             content_type, head, tail = _multipart(form, file_path)
-            return self._fetch("POST", path, headers={"Content-Type": content_type}, body=head, file=file,
-                               tail=tail, on_progress=on_progress, expect={"s3_url": str})
+            return self._fetch(
+                "POST", path, headers={"Content-Type": content_type},
+                body=_FileBody(head, file, tail, on_progress), expect={"s3_url": str},
+            )
 
-    def download_file(self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
-                      on_progress: _Progress | None = None) -> None:
+    def download_file(
+        self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
+        on_progress: _Progress | None = None,
+    ) -> None:
         """Downloads a file straight from the storage; a transfer that breaks goes on where it was.
 
-        `local_path` is the old file or the whole new one, never a part. Missing folders are made.
+        `local_path` is the old file or the whole new one, never a part. Missing folders are made. As
+        long as a new attempt brings more of the file, the count of `max_retries` starts anew, and if
+        the presigned URL expires meanwhile, a new one is asked for.
         """
-        _require(mode == "presigned", f"mode must be 'presigned', not {_shown(mode)}.")
+        if mode != "presigned":
+            raise ValidationError(f"mode must be 'presigned', not {_shown(mode)}.")
         target = os.path.realpath(local_path)
         can_be_made = os.path.basename(local_path) and not os.path.exists(target)
-        _require(can_be_made or os.path.isfile(target), f"{target} is not a file: local_path needs the file's name.")
-        request = self._presigned("GET", self.get_presigned_url(s3_url))
+        if not can_be_made and not os.path.isfile(target):
+            raise ValidationError(f"{target} is not a file: local_path needs the file's name, too.")
+        request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
         with _replacement(target) as file:
-            receive = partial(_receive, request, file, on_progress or _ignore)
-            try:
-                self._transport.send(request, receive)
-            except GatewayError as error:
-                if error.status_code != 416:
-                    raise
-                request.headers.clear()  # the object is shorter than what was received of it
-                self._transport.send(request, receive)
+            download = _Download(file, target, on_progress)
+            restarts = 0
+            while True:
+                try:
+                    return self._transport.send(request, download.receive, self._scopes, download)
+                except GatewayError as error:
+                    restarts = 0 if download.made_progress() else restarts + 1
+                    may_restart = download.has_some() and restarts <= self._transport.max_retries
+                    if not may_restart or error.status_code not in (400, 401, 403, 416):
+                        raise
+                    if error.status_code == 416:
+                        # The object is shorter than what was received of it.
+                        download.start_over()
+                # The URL has expired meanwhile.
+                request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
         """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
-        _require_s3_url("s3_url", s3_url, "a result's get_file_urls(), or list_files(),")
-        _require_number("expires_in", expires_in)
+        _check_s3_url("s3_url", s3_url, "a result's get_file_urls(), or list_files(),")
+        _check_number("expires_in", expires_in)
         query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        answer = self._fetch("GET", "/internal/files/download", query, expect={"presigned_url": str})
+        answer = self._fetch(
+            "GET", "/internal/files/download", query, expect={"presigned_url": str}
+        )
         return str(answer["presigned_url"])
 
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
@@ -2110,73 +3865,655 @@ class GatewayClient:
         """
         return self._list("list", limit, continuation_token)
 
-    def list_temp_files(self, session_id: str | None = None, limit: int = 100,
-                        continuation_token: str | None = None) -> _Json:
+    def list_temp_files(
+        self, session_id: str | None = None, limit: int = 100,
+        continuation_token: str | None = None,
+    ) -> _Json:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
         return self._list("list_temp", limit, continuation_token, session_id)
 
-    def _list(self, name: str, limit: int, token: str | None, session_id: str | None = None) -> _Json:
-        _require_number("limit", limit)
-        query = {"limit": limit, "session_id": session_id, "continuation_token": token}
+    def _list(
+        self, name: str, limit: int, token: str | None, session_id: str | None = None
+    ) -> _Json:
+        _check_number("limit", limit)
+        query = {
+            "limit": limit,
+            "session_id": session_id or None,
+            "continuation_token": token or None,
+        }
         return self._fetch("GET", f"/internal/files/{name}", query, expect={"files": list})
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
         return _pages(self.list_files, page_size)
 
-    def iter_temp_files(self, session_id: str | None = None, page_size: int = 100) -> Iterator[_Json]:
+    def iter_temp_files(
+        self, session_id: str | None = None, page_size: int = 100
+    ) -> Iterator[_Json]:
         """The temporary files of all pages: see `list_files`."""
         return _pages(partial(self.list_temp_files, session_id), page_size)
 
     def cleanup_temp_files(self, session_id: str) -> int:
         """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
-        _require_text(session_id=session_id)
+        _check_text(session_id=session_id)
         query = {"session_id": session_id}
-        answer = self._fetch("DELETE", "/internal/files/cleanup_temp", query, expect={"deleted_count": int})
+        answer = self._fetch(
+            "DELETE", "/internal/files/cleanup_temp", query, expect={"deleted_count": int}
+        )
         return int(answer["deleted_count"])
 
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
         """A session id for temporary files, which are deleted on the way out, error or not."""
-        session_id = session_id or os.urandom(16).hex()
+        # Also a UUID.
+        session_id = str(session_id or os.urandom(16).hex())
         try:
             yield session_id
         except BaseException:
-            with suppress(GatewayError):  # the first error says more
+            # The first error says more.
+            with suppress(GatewayError):
                 self.cleanup_temp_files(session_id)
             raise
         self.cleanup_temp_files(session_id)
 
     # What the endpoints are made of
 
-    def _request(self, method: str, path: str, query: Mapping[str, Any] | None = None, *, content: Any = None,
-                 timeout: float | None = None, secrets: tuple[str, ...] = (), **options: Any) -> _Request:
-        """A request to the gateway. GET and DELETE may be repeated, others if they say so."""
-        if content is not None:
-            options.update(body=_encode(content), headers={"Content-Type": "application/json"})
-        asked = {name: value for name, value in (query or {}).items() if value is not None}
-        _encode(asked)  # refuses what UTF-8 does not have, with the same error as in a body
-        encoded = urlencode(asked, quote_via=quote)
-        target = f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}"
-        timeout = self.timeout if timeout is None else timeout
-        _require_timeout(timeout)
-        options.setdefault("idempotent", method != "POST")
-        return _Request(method, self._origin, target, timeout, secrets=self._secrets + secrets, **options)
+    def _request(
+        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
+        content: Any = None, body: bytes | _FileBody = b"",
+        headers: Mapping[str, str] | None = None, timeout: float | None = None,
+        idempotent: bool | None = None, calls: int = 0,
+        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
+        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
+    ) -> _Request:
+        """A request to the gateway.
 
-    def _presigned(self, method: str, url: str, **options: Any) -> _Request:
+        Args:
+            content: To be sent as JSON, in place of `body`.
+            idempotent: Whether it may be repeated; None: unless it is a POST.
+        """
+        asked = {name: value for name, value in (query or {}).items() if value is not None}
+        # Refuses what UTF-8 does not have, with the same error as in a body.
+        _encode(asked)
+        encoded = urlencode(asked, quote_via=quote)
+        timeout = self.timeout if timeout is None else timeout
+        _check_timeout(timeout)
+        if content is not None:
+            headers = {"Content-Type": "application/json"}
+        return _Request(
+            method, self._origin,
+            f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}", timeout,
+            headers=headers or {}, caller_headers=self._caller_headers(),
+            body=body if content is None else _encode(_revealed(content)),
+            idempotent=method != "POST" if idempotent is None else idempotent, calls=calls,
+            not_found=not_found, prefab=prefab or {}, credential=credential, secrets=secrets,
+        )
+
+    def _caller_headers(self) -> Mapping[str, str]:
+        """What `headers=` gives for the request that is being made."""
+        if not callable(self._headers):
+            return self._headers or {}
+        credential = self._transport.credential
+        return _check_caller_headers(self._headers(), credential.header if credential else None)
+
+    def _presigned(
+        self, method: str, url: _Secret, headers: Mapping[str, str] | None = None,
+        body: bytes | _FileBody = b"",
+    ) -> _Request:
         """A request to the storage, which must not see the credential."""
         try:
-            origin, target = _split_url(url)
+            origin, target = _split_url(url.reveal())
         except ValueError as error:
-            raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
-        return _Request(method, origin, target, self.timeout, idempotent=True, to_gateway=False, **options)
+            problem = f"The URL that the gateway gave for a {method} {error}."
+            raise GatewayError(problem) from None
+        return _Request(
+            method, origin, target, self.timeout, headers=headers or {}, body=body, idempotent=True,
+            to_gateway=False, secrets=_query_secrets(target),
+        )
 
-    def _fetch(self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-               expect: Mapping[str, type] = {}, **options: Any) -> _Json:
-        """The JSON object that such a `_request` is answered with. `expect`: fields of it, and their types."""
-        read = partial(_read_json, kind=dict, fields=expect)
-        answer: _Json = self._transport.send(self._request(method, path, query, **options), read)
+    def _fetch(
+        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
+        content: Any = None, body: bytes | _FileBody = b"",
+        headers: Mapping[str, str] | None = None, idempotent: bool | None = None,
+        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
+        expect: Mapping[str, type] = {},
+    ) -> _Json:
+        """The JSON object that such a `_request` is answered with.
+
+        Args:
+            expect: Fields that must be in it, and their types.
+        """
+        request = self._request(
+            method, path, query, content=content, body=body, headers=headers, idempotent=idempotent,
+            not_found=not_found, prefab=prefab,
+        )
+        read = partial(_read_json, kind=dict, expect=expect)
+        answer: _Json = self._transport.send(request, read, self._scopes)
         return answer
+
+
+# --- Async client ---------------------------------------------------------------------------------
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Coroutine
+
+    from typing_extensions import Concatenate, ParamSpec
+
+    _P = ParamSpec("_P")
+
+
+class _Workers:
+    """Threads for one client, as many as there are jobs at a time, each used again.
+
+    They are daemons: the end of the program waits for no call that was given up.
+    """
+
+    def __init__(self, limit: int | None) -> None:
+        import queue
+
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._threads = 0
+        # Threads that wait for a job, less the jobs that wait for a thread.
+        self._free = 0
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Has a thread do a job, as soon as one is free."""
+        with self._lock:
+            may_start = self._limit is None or self._threads < self._limit
+            starts = self._free <= 0 and may_start
+            self._free -= 1
+            if starts:
+                self._free += 1
+                self._threads += 1
+        if starts:
+            try:
+                threading.Thread(target=self._work, daemon=True).start()
+            except RuntimeError:
+                # No more threads can be started: another one does it, if there is one.
+                with self._lock:
+                    self._free -= 1
+                    self._threads -= 1
+                if not self._threads:
+                    raise
+        self._jobs.put(job)
+
+    def _work(self) -> None:
+        import queue
+
+        while True:
+            try:
+                job = self._jobs.get(timeout=_IDLE_SECONDS)
+            except queue.Empty:
+                job = None
+            if job is None:
+                with self._lock:
+                    # A job may be on its way.
+                    if self._free > 0:
+                        self._free -= 1
+                        self._threads -= 1
+                        return
+                continue
+            job()
+            # A thread that waits must not keep its last job alive.
+            del job
+            with self._lock:
+                self._free += 1
+
+    def close(self) -> None:
+        """Ends the threads that have nothing to do."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
+
+class _Work:
+    """A function with its arguments, which its `repr` does not show: there are secrets among them."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
+        self._function = function
+        self._args = args
+        self._options = options
+
+    def __call__(self) -> Any:
+        return self._function(*self._args, **self._options)
+
+
+async def _in_thread(workers: _Workers, work: Callable[[], Any], scope: _Scope) -> Any:
+    """What `work` gives, which a thread does. When the caller gives up, `scope` ends it."""
+    import asyncio
+    import contextvars
+
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)
+
+    def job() -> None:
+        result = error = None
+        try:
+            result = context.run(work)
+        except BaseException as raised:  # noqa: BLE001
+            error = raised
+        # The loop may have ended without waiting.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, result, error)
+        # Its traceback has this frame in it: a circle, which would keep both alive.
+        del error
+
+    workers.submit(job)
+    try:
+        return await done
+    finally:
+        if not done.done() or done.cancelled():
+            scope.cancel()
+
+
+class _Inbox:
+    """The events that a thread has read ahead of their reader, who waits in a loop.
+
+    The thread holds this, and not the `AsyncEventStream`: so that one can be dropped, and closes.
+    """
+
+    def __init__(self, stream: EventStream) -> None:
+        self.stream = stream
+        self.events: deque[StreamEvent] = deque()
+        self.error: BaseException | None = None
+        self.ended = False
+        # Whether a thread reads, or is about to.
+        self.reading = False
+        # Tells the reader that something has come.
+        self.wake: Callable[[], object] = _ignore
+
+    def read(self) -> None:
+        """Reads until enough is there: a reader who is slow holds the sender back."""
+        try:
+            while len(self.events) < _MAX_EVENTS_AHEAD:
+                self.events.append(next(self.stream))
+                self.wake()
+        except StopIteration:
+            self.ended = True
+        except BaseException as error:  # noqa: BLE001
+            self.error = error
+        finally:
+            self.reading = False
+            self.wake()
+
+    def has_news(self) -> bool:
+        return bool(self.events or self.ended or self.error)
+
+
+class AsyncEventStream:
+    """The events of one call, for `async for`: what `EventStream` is for a loop that blocks.
+
+    The end of an `async with`, `await close()`, a reader that is cancelled, and garbage collection end
+    the stream and free its connection.
+
+    Args:
+        events: For tests of your own, any iterable of events.
+    """
+
+    def __init__(self, events: Iterable[StreamEvent], _workers: _Workers | None = None) -> None:
+        stream = events if isinstance(events, EventStream) else EventStream(events)
+        self._inbox = _Inbox(stream)
+        self._workers = _workers or _Workers(None)
+        self._is_read = False
+
+    def __aiter__(self) -> AsyncEventStream:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        if self._is_read:
+            raise GatewayError("This stream is being read already: one task reads it.")
+        inbox = self._inbox
+        self._is_read = True
+        try:
+            while not inbox.events:
+                if inbox.error is not None:
+                    raise inbox.error
+                # An event may have come between the two looks.
+                if inbox.ended and not inbox.events:
+                    raise StopAsyncIteration
+                await self._wait()
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self._close()
+            raise
+        finally:
+            self._is_read = False
+        event = inbox.events.popleft()
+        self._read_ahead()
+        return event
+
+    async def _wait(self) -> None:
+        """Waits until something has come."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not arrived.done():
+                arrived.set_result(None)
+
+        def wake() -> None:
+            # The loop may have ended.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle)
+
+        self._inbox.wake = wake
+        try:
+            self._read_ahead()
+            if not self._inbox.has_news():
+                await arrived
+        finally:
+            self._inbox.wake = _ignore
+
+    def _read_ahead(self) -> None:
+        """Has a thread read on, if little is left."""
+        inbox = self._inbox
+        is_over = inbox.ended or inbox.error is not None
+        if not inbox.reading and not is_over and len(inbox.events) <= _MAX_EVENTS_AHEAD // 2:
+            inbox.reading = True
+            self._workers.submit(inbox.read)
+
+    async def __aenter__(self) -> AsyncEventStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._close()
+
+    async def close(self) -> None:
+        """Ends the stream, also for a task that waits for an event. May be called twice."""
+        self._close()
+
+    def _close(self) -> None:
+        self._inbox.stream.close()
+        self._inbox.events.clear()
+
+    def __del__(self) -> None:
+        # A constructor may have failed.
+        inbox = vars(self).get("_inbox")
+        if inbox:
+            inbox.stream.close()
+
+
+if TYPE_CHECKING:
+
+    class _Awaited(Generic[_P, _T]):
+        """A method of `GatewayClient`, awaited."""
+
+        def __get__(
+            self, instance: Any, owner: Any = None, /
+        ) -> Callable[_P, Coroutine[Any, Any, _T]]: ...
+
+    class _AsyncPrefab:
+        """What `Prefab` is for a client whose methods are awaited."""
+
+        def __init__(self, client: Any, prefab_id: str, version: str) -> None: ...
+
+        async def call(
+            self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+        ) -> PrefabResult: ...
+
+        async def stream(
+            self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+        ) -> AsyncEventStream: ...
+
+        def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, PrefabResult]]: ...
+
+else:
+    # Its methods give what the client's `run` gives.
+    _AsyncPrefab = Prefab
+
+
+def _awaited(method: Callable[Concatenate[GatewayClient, _P], _T]) -> _Awaited[_P, _T]:
+    """The same method for `AsyncGatewayClient`."""
+
+    @functools.wraps(method)
+    async def call(self: AsyncGatewayClient, *args: Any, **options: Any) -> Any:
+        scope = _Scope()
+        work = _Work(method, self._client._scoped(scope), *args, **options)
+        # There may be a secret among them.
+        del args, options
+        result = await _in_thread(self._workers, work, scope)
+        if isinstance(result, EventStream):
+            return AsyncEventStream(result, self._workers)
+        return result
+
+    return call  # type: ignore[return-value]
+
+
+async def _async_pages(
+    list_page: Callable[[int, Any], Awaitable[_Json]], page_size: int
+) -> AsyncIterator[_Json]:
+    """The files of all pages."""
+    token: str | None = None
+    while True:
+        page = await list_page(page_size, token)
+        for file in page["files"]:
+            yield file
+        token = _next_token(page, token)
+        if token is None:
+            return
+
+
+class AsyncGatewayClient:
+    """`GatewayClient` for programs that await: the same arguments, methods, results and errors.
+
+    The same transport on threads of its own. A call that is cancelled (`task.cancel()`,
+    `asyncio.timeout`) closes its connection at once and gives its thread back; whether it has run by
+    then is not known. `on_result` is called in the loop's thread, `on_progress` in another.
+
+    Args:
+        max_workers: Threads, and so calls and waiting streams, at a time; None: as many as needed.
+    """
+
+    def __init__(
+        self, base_url: str | None = None, api_key: str | None = None, jwt_token: str | None = None,
+        timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
+        ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
+        max_workers: int | None = None,
+    ) -> None:
+        make = _Work(
+            GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
+            max_retries=max_retries, ssl_context=ssl_context, headers=headers,
+        )
+        del base_url, api_key, jwt_token, internal_token
+        if max_workers is not None:
+            _check_number("max_workers", max_workers)
+        self._client: GatewayClient = make()
+        self._workers = _Workers(max_workers)
+
+    @classmethod
+    async def from_api_key(
+        cls: type[_AsyncClient], api_key: str, base_url: str | None = None,
+        timeout: float | None = 60, *, max_retries: int = 2, ssl_context: SSLContext | None = None,
+        headers: _CallerHeaders | None = None, max_workers: int | None = None,
+    ) -> _AsyncClient:
+        """See `GatewayClient.from_api_key`."""
+        key = _Secret(api_key)
+        del api_key
+        client = cls(
+            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
+            headers=headers, max_workers=max_workers,
+        )
+        scope = _Scope()
+        # The copy has the same transport.
+        await _in_thread(
+            client._workers, _Work(client._client._scoped(scope)._exchange, key), scope
+        )
+        return client
+
+    @classmethod
+    async def from_env(cls: type[_AsyncClient], **options: Any) -> _AsyncClient:
+        """See `GatewayClient.from_env`."""
+        name = _environment_credential()
+        if name == "AGENT_BUILDER_API_KEY":
+            return await cls.from_api_key(os.environ[name], **options)
+        if name == "X_INTERNAL_TOKEN":
+            return cls(internal_token=os.environ[name], **options)
+        if name == "GATEWAY_JWT_TOKEN":
+            return cls(jwt_token=os.environ[name], **options)
+        return cls(**options)
+
+    @property
+    def base_url(self) -> str:
+        """See `GatewayClient.base_url`."""
+        return self._client.base_url
+
+    @property
+    def internal_token(self) -> str | None:
+        """See `GatewayClient.internal_token`."""
+        return self._client.internal_token
+
+    @property
+    def timeout(self) -> float | None:
+        """The client's timeout in seconds. It can be set."""
+        return self._client.timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._client.timeout = seconds
+
+    def __repr__(self) -> str:
+        return f"Async{self._client!r}" if "_client" in vars(self) else f"{type(self).__name__}()"
+
+    async def __aenter__(self: _AsyncClient) -> _AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self, *, cancel: bool = False) -> None:
+        """See `GatewayClient.close`. It waits for nothing."""
+        self._client.close(cancel=cancel)
+        self._workers.close()
+
+    # Running
+
+    if TYPE_CHECKING:
+
+        @overload
+        async def run(
+            self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+            files: _Files | None = None, stream: Literal[False] = False, *,
+            timeout: float | None = None,
+        ) -> PrefabResult: ...
+
+        @overload
+        async def run(
+            self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+            files: _Files | None = None, *, stream: Literal[True], timeout: float | None = None,
+        ) -> AsyncEventStream: ...
+
+        @overload
+        async def run(
+            self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
+            files: _Files | None = None, stream: bool = False, *, timeout: float | None = None,
+        ) -> PrefabResult | AsyncEventStream: ...
+
+        async def run(self, *args: Any, **options: Any) -> Any: ...
+
+    else:
+        run = _awaited(GatewayClient.run)
+
+    async def run_batch(
+        self, calls: Iterable[PrefabCall], *, max_workers: int = 8, timeout: float | None = None,
+        on_result: Callable[[int, PrefabResult], object] | None = None,
+        executor: Executor | None = None, single_request: bool = False,
+    ) -> BatchResult:
+        """See `GatewayClient.run_batch`. `on_result` is called in the loop's thread."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        scope = _Scope()
+        raised: list[BaseException] = []
+
+        def hand_over(index: int, result: PrefabResult) -> None:
+            if raised or on_result is None:
+                return
+            try:
+                on_result(index, result)
+            except BaseException as error:  # noqa: BLE001
+                # It is raised below. Nothing more is sent.
+                raised.append(error)
+                scope.cancel()
+
+        def report(index: int, result: PrefabResult) -> None:
+            # What was given up has no result; what arrived before that is handed over.
+            if scope.cancelled and result.exception:
+                return
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(hand_over, index, result)
+
+        if on_result is not None and not callable(on_result):
+            raise ValidationError("on_result must be a function.")
+        work = _Work(
+            GatewayClient.run_batch, self._client._scoped(scope), list(calls),
+            max_workers=max_workers, timeout=timeout, on_result=report if on_result else None,
+            executor=executor, single_request=single_request,
+        )
+        batch: BatchResult = await _in_thread(self._workers, work, scope)
+        if raised:
+            raise raised[0]
+        return batch
+
+    def prefab(self, prefab_id: str, version: str) -> _AsyncPrefab:
+        """A prefab whose functions are called like methods, and awaited. Nothing is sent."""
+        return _AsyncPrefab(self, prefab_id, version)
+
+    list_prefabs = _awaited(GatewayClient.list_prefabs)
+    get_prefab_spec = _awaited(GatewayClient.get_prefab_spec)
+
+    # Secrets
+
+    set_secret = _awaited(GatewayClient.set_secret)
+    delete_secret = _awaited(GatewayClient.delete_secret)
+    list_secrets = _awaited(GatewayClient.list_secrets)
+
+    # Files
+
+    upload_input_file = _awaited(GatewayClient.upload_input_file)
+    upload_file = _awaited(GatewayClient.upload_file)
+    upload_temp_file = _awaited(GatewayClient.upload_temp_file)
+    download_file = _awaited(GatewayClient.download_file)
+    get_presigned_url = _awaited(GatewayClient.get_presigned_url)
+    list_files = _awaited(GatewayClient.list_files)
+    list_temp_files = _awaited(GatewayClient.list_temp_files)
+    cleanup_temp_files = _awaited(GatewayClient.cleanup_temp_files)
+
+    async def iter_files(self, page_size: int = 100) -> AsyncIterator[_Json]:
+        """The permanent files of all pages: see `list_files`."""
+        async for file in _async_pages(self.list_files, page_size):
+            yield file
+
+    async def iter_temp_files(
+        self, session_id: str | None = None, page_size: int = 100
+    ) -> AsyncIterator[_Json]:
+        """The temporary files of all pages: see `list_files`."""
+        async for file in _async_pages(partial(self.list_temp_files, session_id), page_size):
+            yield file
+
+    @asynccontextmanager
+    async def temp_session(self, session_id: str | None = None) -> AsyncIterator[str]:
+        """See `GatewayClient.temp_session`."""
+        session_id = str(session_id or os.urandom(16).hex())
+        try:
+            yield session_id
+        except BaseException:
+            # The first error says more.
+            with suppress(GatewayError):
+                await self.cleanup_temp_files(session_id)
+            raise
+        await self.cleanup_temp_files(session_id)
 
 
 # --- Command line ---------------------------------------------------------------------------------

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["dask[distributed]"]
+# ///
 """A batch on other processes or machines: `run_batch(executor=...)`.
 
     python examples/distributed_batch.py

@@ -1,11 +1,15 @@
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["fastapi>=0.118", "uvicorn"]
+# ///
 """An agent as a web service: FastAPI in front, prefabs behind, on behalf of whoever calls it.
 
     pip install "fastapi>=0.118" uvicorn
     python examples/fastapi_agent.py                    # port 8000, or that of the variable PORT
 
 The token in a request's X-Internal-Token is the one its prefabs are called with. The gateway is
-that of GATEWAY_BASE_URL; if that is not set, a local one is started. The SDK blocks, so its calls
-run in threads: the event loop never waits for the gateway.
+that of GATEWAY_BASE_URL; if that is not set, a local one is started. When a caller hangs up, the
+stream from the gateway is closed at once, which stops its prefab.
 """
 
 from __future__ import annotations
@@ -18,8 +22,7 @@ import os
 import sys
 import tempfile
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +36,9 @@ import local_gateway
 
 from gateway_sdk import (
     AgentContextRequiredError,
+    AsyncEventStream,
+    AsyncGatewayClient,
     AuthenticationError,
-    EventStream,
-    GatewayClient,
     GatewayError,
     GatewayTimeoutError,
     MissingSecretError,
@@ -59,40 +62,30 @@ STATUS_OF_ERRORS: list[tuple[type[GatewayError], int]] = [
 logger = logging.getLogger("agent")
 
 
-@asynccontextmanager
-async def many_threads(_: FastAPI) -> AsyncIterator[None]:
-    # Each open stream keeps a thread waiting; asyncio's own pool has only a few more than cores.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(max_workers=200))
-    yield
-
-
-app = FastAPI(lifespan=many_threads)
+app = FastAPI()
 
 
 @functools.lru_cache(maxsize=100)
-def client_for(token: str) -> GatewayClient:
+def client_for(token: str) -> AsyncGatewayClient:
     # Open connections and TLS settings belong to a client: who calls again finds them ready. A
     # client that falls out of the cache works on where it is in use, and then closes itself.
-    return GatewayClient(internal_token=token)
+    return AsyncGatewayClient(internal_token=token)
 
 
-async def get_client(x_internal_token: Annotated[str, Header()] = "") -> GatewayClient:
+async def get_client(x_internal_token: Annotated[str, Header()] = "") -> AsyncGatewayClient:
     if not x_internal_token:  # without one, it would be this machine that calls, not the caller
         raise HTTPException(401, "X-Internal-Token is missing")
     return client_for(x_internal_token)
 
 
-async def get_cleanup() -> AsyncIterator[ExitStack]:
+async def get_cleanup() -> AsyncIterator[AsyncExitStack]:
     """What is entered here ends after the response, also if the caller hung up in its middle."""
-    stack = ExitStack()
-    try:
+    async with AsyncExitStack() as stack:
         yield stack
-    finally:
-        await asyncio.to_thread(stack.close)  # it may block: temporary files are deleted by request
 
 
-Client = Annotated[GatewayClient, Depends(get_client)]
-Cleanup = Annotated[ExitStack, Depends(get_cleanup)]
+Client = Annotated[AsyncGatewayClient, Depends(get_client)]
+Cleanup = Annotated[AsyncExitStack, Depends(get_cleanup)]
 
 
 @app.exception_handler(GatewayError)
@@ -104,12 +97,12 @@ async def answer_error(_: Request, error: GatewayError) -> JSONResponse:
     return JSONResponse(content, status, headers)
 
 
-async def server_sent_events(events: EventStream) -> AsyncIterator[str]:
+async def server_sent_events(events: AsyncEventStream) -> AsyncIterator[str]:
     """The events as they come, each at once. A stream that breaks ends with an error event."""
     try:
-        # Unlike run_in_threadpool, to_thread can be cancelled while the thread waits: when the
-        # caller hangs up, this ends at once, and closing the stream ends the thread's wait.
-        while event := await asyncio.to_thread(next, events, None):
+        # When the caller hangs up, this is cancelled. That closes the stream, in which nothing
+        # may come for minutes.
+        async for event in events:
             yield f"data: {json.dumps(event.raw)}\n\n"
     except GatewayError as error:  # too late for an HTTP status
         logger.warning("a stream broke: %s", error.message)
@@ -117,7 +110,7 @@ async def server_sent_events(events: EventStream) -> AsyncIterator[str]:
         yield f"data: {json.dumps({'type': 'error', 'data': data})}\n\n"
 
 
-def event_response(events: EventStream) -> StreamingResponse:
+def event_response(events: AsyncEventStream) -> StreamingResponse:
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect them
     return StreamingResponse(server_sent_events(events), 200, headers, "text/event-stream")
 
@@ -125,9 +118,7 @@ def event_response(events: EventStream) -> StreamingResponse:
 @app.post("/statistics")
 async def statistics(text: Annotated[str, Body(embed=True)], client: Client) -> Any:
     """One call, and its result as JSON."""
-    parameters = {"text": text}
-    run = client.run
-    result = await asyncio.to_thread(run, "text-tools", "1.1.0", "statistics", parameters)
+    result = await client.prefab("text-tools", "1.1.0").statistics(text=text)
     if not result.is_success():
         raise HTTPException(502, result.error)
     return result.get_function_result()
@@ -139,9 +130,9 @@ async def words(
 ) -> StreamingResponse:
     """A stream, passed on event by event."""
     # A refused request raises here, and so becomes an HTTP status: no event was sent yet.
-    stream = client.prefab("text-tools", "1.1.0").stream
-    events = await asyncio.to_thread(stream, "words", text=text, delay=0.1)
-    return event_response(cleanup.enter_context(events))
+    tools = client.prefab("text-tools", "1.1.0")
+    events = await tools.stream("words", text=text, delay=0.1)
+    return event_response(await cleanup.enter_async_context(events))
 
 
 @app.post("/inspect")
@@ -151,13 +142,12 @@ async def inspect(request: Request, client: Client, cleanup: Cleanup) -> Streami
     with await asyncio.to_thread(path.open, "wb") as file:
         async for block in request.stream():
             await asyncio.to_thread(file.write, block)
-    session = cleanup.enter_context(client.temp_session())
+    session = await cleanup.enter_async_context(client.temp_session())
     # If this process is killed, nobody cleans up: then the file goes by itself after an hour.
-    upload = await asyncio.to_thread(client.upload_temp_file, path, 3600, session)
-    stream = client.prefab("file-tools", "1.0.0").stream
+    upload = await client.upload_temp_file(path, 3600, session)
     files = {"files": [upload["s3_url"]]}
-    events = await asyncio.to_thread(stream, "inspect", files=files)
-    return event_response(cleanup.enter_context(events))
+    events = await client.prefab("file-tools", "1.0.0").stream("inspect", files=files)
+    return event_response(await cleanup.enter_async_context(events))
 
 
 def main() -> None:

@@ -1,19 +1,25 @@
-"""The prefabs of a gateway as tools of the Model Context Protocol, for an agent in OpenHands, Claude or an IDE.
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mcp>=1.28,<3"]
+# ///
+"""The prefabs of a gateway as tools of the Model Context Protocol, for agents and editors.
 
-    pip install mcp                                  # CPython 3.10 or newer; tried with mcp 1.30.0 and 2.3.0
-    python examples/mcp_server.py                    # serves on stdin and stdout: an MCP client starts it
+    uv run examples/mcp_server.py                    # a client starts it: it serves on stdio
+    python examples/mcp_server.py                    # the same after `pip install mcp`
     python examples/mcp_server.py --prefab text-tools --prefab file-tools@1.0.0 --save downloads
     python examples/mcp_server.py --list             # prints the tools and ends; does without `mcp`
 
 The gateway is that of GATEWAY_BASE_URL, and the credential is in the environment, as for
-`GatewayClient.from_env()`; without GATEWAY_BASE_URL it starts a local gateway. Every function of
-the newest deployed version of every prefab is a tool, unless `--prefab` names the ones to serve.
+`GatewayClient.from_env()`; without GATEWAY_BASE_URL it starts a local gateway. Stderr says which
+gateway it is. Every function of the newest deployed version of every prefab is a tool, unless
+`--prefab` names the ones to serve.
 
 `--list` prints what the parameter `tools` of the Chat Completions API takes, and with it most APIs
 of language models: `[{"type": "function", "function": {"name", "description", "parameters"}}]`.
 
-Calls run side by side, in threads. Cancelling one closes its stream. A call that does not stream
-cannot be taken back: its answer is dropped when it comes.
+Every call has a thread of its own. Cancelling a call closes its stream. One that does not stream
+cannot be taken back: its answer is dropped when it comes. Serving needs CPython 3.10 or newer, and
+was tried with mcp 1.28.1, 1.30.0 and 2.3.0.
 """
 
 from __future__ import annotations
@@ -31,8 +37,8 @@ import re
 import shlex
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,19 +47,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where gateway_sd
 import local_gateway
 
 import gateway_sdk
-from gateway_sdk import EventStream, GatewayClient, GatewayError, MissingSecretError, PrefabResult, ValidationError
+from gateway_sdk import (
+    EventStream,
+    GatewayClient,
+    GatewayError,
+    MissingSecretError,
+    PrefabResult,
+    StreamEvent,
+    ValidationError,
+)
 
-CALL_SECONDS = 600.0  # functions take minutes, and an agent that has enough of one can cancel it
+# Functions take minutes, and an agent that has enough of one can cancel it.
+CALL_SECONDS = 600.0
+# Some clients wait on as long as they hear something.
+HEARTBEAT_SECONDS = 20.0
+# A client may ask for the tools at each turn of a conversation.
+KEPT_SECONDS = 5.0
 SPECS_AT_ONCE = 8
-MAX_DESCRIPTION_CHARACTERS = 1024  # the limit of some APIs of language models
-MAX_DEPTH = 100  # of what is sent: `mcp` fails where objects are nested about twice as deep
-FILE_HINT = "A file is a local path, which is uploaded first, or an s3:// URL."
+# The limit of some APIs of language models.
+MAX_DESCRIPTION_CHARACTERS = 1024
+# Of what is sent: `mcp` fails where objects are nested about twice as deep.
+MAX_DEPTH = 100
+
+CREDENTIALS = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
+
+# What a language model is told. Few clients hand the instructions on, so what matters most is said
+# in the descriptions and answers, too.
+INSTRUCTIONS = """\
+Each tool is a function of a prefab, which runs on a gateway. A call may take minutes and cost
+money: call a tool once, and wait for its answer. Where an answer says that a call may have run, or
+where no answer came, do not repeat the call unasked: tell the user, who decides.
+A file is given as an absolute path of this machine or as an s3:// URL. The files that a call made
+are listed as output_files; another tool takes the s3_url of one as its file."""
+FILE_HINT = "A file is an absolute local path, which is uploaded first, or an s3:// URL."
+NO_ANSWER_HINT = "If no answer comes, it may have run: do not repeat it unasked."
+REPEAT_HINT = "Do not repeat it unasked."
 
 Json = dict[str, Any]
+Files = dict[str, list[str]]  # the s3:// URLs by name
 Report = Callable[[str], Awaitable[None]]  # takes the text of an event
 
 
-# --- Texts ----------------------------------------------------------------------------------------
+# --- Texts ----------------------------------------------------------------------------
 
 
 def note(message: str) -> None:
@@ -74,34 +109,51 @@ def is_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
     return levels == 0 or any(is_deep(child, levels - 1) for child in children)
 
 
+def as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else as_json(value)
 
 
 def error_message(error: Exception) -> str:
     """What a user is told of an error."""
-    message = error.message if isinstance(error, GatewayError) else f"{type(error).__name__}: {error}"
-    if isinstance(error, MissingSecretError):
-        command = [sys.executable, str(gateway_sdk.__file__), "secret", "set", error.prefab_id, error.secret_name]
-        message += f"\nOr in a terminal, which asks for the value: {shlex.join(command)}"
-    return str(sendable(message))
+    if isinstance(error, GatewayError):
+        return str(sendable(error.message))
+    return str(sendable(f"{type(error).__name__}: {error}"))
 
 
-# --- Tools ----------------------------------------------------------------------------------------
+# --- Tools ----------------------------------------------------------------------------
 
 # What manifests call the types, and what JSON Schema calls them.
 JSON_TYPES = {
-    **{name: name for name in ("string", "integer", "number", "boolean", "array", "object", "null")},
-    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object",
+    "string": "string", "integer": "integer", "number": "number", "boolean": "boolean",
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean",
+    "array": "array", "object": "object", "null": "null",
+    "list": "array", "dict": "object",
     "InputFile": "string", "OutputFile": "string",
+}  # fmt: skip
+
+# The keywords of JSON Schema that manifests use, and how a description says them: some clients
+# take all but the descriptions out of a schema.
+KEYWORDS = {
+    "enum": "One of",
+    "format": "Format:",
+    "pattern": "Pattern:",
+    "minimum": "At least",
+    "maximum": "At most",
+    "minLength": "Characters, at least:",
+    "maxLength": "Characters, at most:",
+    "minItems": "Items, at least:",
+    "maxItems": "Items, at most:",
+    "default": "Default:",
 }
-KEPT_KEYWORDS = ("description", "enum", "default", "format", "pattern", "minimum", "maximum", "minLength", "maxLength",
-                 "minItems", "maxItems")
 
 
 def schema_of(entry: Json) -> Json:
     """The JSON Schema of a manifest's parameter, or of what is nested in one."""
-    schema = {keyword: entry[keyword] for keyword in KEPT_KEYWORDS if entry.get(keyword) is not None}
+    schema = {word: entry[word] for word in KEYWORDS if entry.get(word) is not None}
     words = re.split(r"\s*\|\s*", str(entry.get("type")))  # `string | array`, `list[str]`
     types = [JSON_TYPES.get(word.partition("[")[0], "any") for word in words]
     if "any" not in types:
@@ -112,16 +164,33 @@ def schema_of(entry: Json) -> Json:
         schema.update(object_schema(entry["properties"], default_required=False))
         if isinstance(entry.get("required"), list):
             schema["required"] = entry["required"]
-    return schema
+    description = " ".join([entry.get("description") or "", *limits_of(schema)]).strip()
+    return {**schema, "description": description} if description else schema
+
+
+def limits_of(schema: Json) -> list[str]:
+    """What a schema demands, in words, also of what is nested in it."""
+    limits = [f"{KEYWORDS[word]} {as_json(schema[word])}." for word in KEYWORDS if word in schema]
+    each = schema.get("items", {}).get("description")
+    if each:
+        limits.append(f"Each: {each}")
+    for name, field in schema.get("properties", {}).items():
+        kind = as_text(field.get("type", "any"))
+        limits.append(f"Field {name}: {kind}. {field.get('description', '')}".strip())
+    return limits
 
 
 def object_schema(fields: dict[str, Json], *, default_required: bool) -> Json:
-    """The JSON Schema of an object with these fields, each of which may say whether it is `required`."""
-    schema: Json = {"type": "object", "properties": {name: schema_of(field) for name, field in fields.items()}}
+    """The JSON Schema of an object with these fields, each of which may say if it is `required`.
+
+    The gateway counts a parameter that does not say it as required, also beside a default.
+    """
+    properties = {name: schema_of(field) for name, field in fields.items()}
+    schema: Json = {"type": "object", "properties": properties}
     required = []
     for name, field in fields.items():
-        says = field.get("required")  # of an object, it may also be the list of what is required in it
-        if says is True or (not isinstance(says, bool) and default_required and "default" not in field):
+        says = field.get("required")  # of an object, it may be the list of what is required in it
+        if says is True or (default_required and not isinstance(says, bool)):
             required.append(name)
     if required:
         schema["required"] = required
@@ -138,15 +207,28 @@ class Tool:
     """A function of a prefab, as a language model sees it and as it is called."""
 
     name: str
+    title: str
     description: str
     schema: Json  # of its arguments
     prefab_id: str
     version: str
     function: str
     streaming: bool
-    file_parameters: list[str]  # whose value is the URL of a file, or an array of them
-    file_arguments: dict[str, str] = dataclasses.field(default_factory=dict)  # to the name in the call's `files`
-    any_files: str = ""  # the argument for files by name, where only the description speaks of files
+    # Whose value is the URL of a file, or an array of them.
+    file_parameters: list[str]
+    # The name of each in the call's `files`.
+    file_arguments: dict[str, str] = dataclasses.field(default_factory=dict)
+    # The argument for files by name, where only the description speaks of files.
+    any_files: str = ""
+
+    def for_mcp(self) -> Json:
+        names = {"name": self.name, "title": self.title}
+        return {**names, "description": self.description, "inputSchema": self.schema}
+
+    def for_models(self) -> Json:
+        """As APIs of language models take it."""
+        told = {"name": self.name, "description": self.description, "parameters": self.schema}
+        return {"type": "function", "function": told}
 
 
 def tool_name(prefab_id: str, function: str, version: str = "") -> str:
@@ -166,141 +248,201 @@ def tool_name(prefab_id: str, function: str, version: str = "") -> str:
 def make_tool(spec: Json, function: Json, *, pinned: bool) -> Tool:
     """The tool for a function of a spec. `pinned`: its version is a part of its name."""
     prefab_id, version, name = spec["id"], spec["version"], function["name"]
-    about = f"{function.get('description') or name}\n\nPrefab {prefab_id} {version}. {spec.get('description') or ''}"
+    about = f"{function.get('description') or name}\n\nPrefab {prefab_id} {version}."
+    about = f"{about} {spec.get('description') or ''}".strip()
+    about = about[: MAX_DESCRIPTION_CHARACTERS - len(NO_ANSWER_HINT) - 1]
     parameters = {entry["name"]: entry for entry in function.get("parameters") or ()}
+    schema = object_schema(parameters, default_required=True)
     tool = Tool(
-        tool_name(prefab_id, name, version if pinned else ""), about.strip()[:MAX_DESCRIPTION_CHARACTERS],
-        {**object_schema(parameters, default_required=True), "additionalProperties": False},
-        prefab_id, version, name, streaming=bool(function.get("streaming")),
+        tool_name(prefab_id, name, version if pinned else ""),
+        f"{spec.get('name') or prefab_id}: {name}",
+        f"{about}\n{NO_ANSWER_HINT}",
+        {**schema, "additionalProperties": False},
+        prefab_id,
+        version,
+        name,
+        streaming=bool(function.get("streaming")),
         file_parameters=[key for key, entry in parameters.items() if is_file(entry, "InputFile")],
     )
-    add_file_arguments(tool, function.get("files"))
+    add_file_arguments(tool, about, function.get("files"))
     return tool
 
 
-def add_file_arguments(tool: Tool, files: dict[str, Json] | None) -> None:
-    """Adds an argument for each input file of the spec, and says of all that take files what a file is."""
+def add_file_arguments(tool: Tool, about: str, files: dict[str, Json] | None) -> None:
+    """Adds an argument for each input file of the spec, and says what a file is."""
     properties = tool.schema["properties"]
     for key, entry in (files or {}).items():
         if not is_file(entry, "OutputFile"):
             argument = f"{key}_files" if key in properties else key
-            properties[argument] = schema_of({**entry, "type": "array", "items": {"type": "InputFile"}})
+            array = {"type": "array", "items": {"type": "InputFile"}}
+            properties[argument] = schema_of({**entry, **array})
             tool.file_arguments[argument] = key
             if entry.get("required"):
                 tool.schema.setdefault("required", []).append(argument)
-    if files is None and not tool.file_parameters and re.search("file|文件", tool.description, re.I):
+    if files is None and not tool.file_parameters and re.search("file|文件", about, re.I):
         tool.any_files = "input_files" if "files" in properties else "files"
-        lists = {"type": "array", "items": {"type": "string"}}
-        properties[tool.any_files] = {"type": "object", "additionalProperties": lists,
-                                      "description": "Input files by name, if the function takes any."}
+        properties[tool.any_files] = {
+            "type": "object",
+            "additionalProperties": {"type": "array", "items": {"type": "string"}},
+            "description": "Input files, if the function takes any: name to array of files.",
+        }
     for argument in filter(None, [*tool.file_parameters, *tool.file_arguments, tool.any_files]):
         description = properties[argument].get("description", "")
         properties[argument]["description"] = f"{description} {FILE_HINT}".strip()
 
 
-async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function gives, run in a thread of its own. It is a daemon: the process does not wait for it."""
+def version_key(version: str) -> Any:
+    """Sorts 1.10.0 after 1.9.0, and 1.0.0-rc.1 before 1.0.0, as `get_prefab_spec` does."""
+    release, _, candidate = version.partition("-")
+    numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", release)]
+    candidate_numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", candidate)]
+    return numbers, not candidate, re.sub("[0-9]+", "", candidate), candidate_numbers
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """What the function gives, run in a thread of its own.
+
+    The thread is a daemon: the process does not wait for it.
+    """
     outcome: concurrent.futures.Future[Any] = concurrent.futures.Future()
     outcome.set_running_or_notify_cancel()  # from now on nobody but the thread settles it
 
     def run() -> None:
         try:
             outcome.set_result(function(*arguments))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where it is waited for
+        except Exception as error:  # noqa: BLE001 - it is raised where it is waited for
             outcome.set_exception(error)
 
+    future = asyncio.wrap_future(outcome)
     threading.Thread(target=run, name="mcp_server", daemon=True).start()
-    return await asyncio.wrap_future(outcome)
+    return future
 
 
 async def load_tools(client: GatewayClient, wanted: Sequence[str]) -> dict[str, Tool]:
-    """The tools by name. A prefab whose spec is no use is left out, unless it was asked for."""
+    """The tools by name, for one request for the directory and one for each spec.
+
+    A prefab whose spec is no use is left out, unless it was asked for.
+    """
     turns = asyncio.Semaphore(SPECS_AT_ONCE)
+    newest: dict[str, str] = {}
+    if not wanted or any("@" not in prefab for prefab in wanted):
+        deployed = await in_thread(client.list_prefabs, "deployed")
+        for info in sorted(deployed, key=lambda info: version_key(info.version)):
+            newest[info.prefab_id] = info.version
 
     async def load(prefab: str) -> list[Tool]:
-        prefab_id, _, version = prefab.partition("@")
+        prefab_id, _, pinned = prefab.partition("@")
+        # None, for one that is not deployed: the client looks for it, and tells what it finds.
+        version = pinned or newest.get(prefab_id)
         try:
             async with turns:
-                spec = sendable(await in_thread(client.get_prefab_spec, prefab_id, version or None))
+                spec = sendable(await in_thread(client.get_prefab_spec, prefab_id, version))
             if is_deep(spec):
                 raise ValueError("its spec is nested too deeply")
-            return [make_tool(spec, function, pinned=version != "") for function in spec["functions"]]
+            functions = spec["functions"]
+            return [make_tool(spec, function, pinned=pinned != "") for function in functions]
         except Exception as error:  # whatever a spec is like, it must not cost the other prefabs
             if wanted:
                 raise GatewayError(f"{prefab}: {error_message(error)}") from error
             note(f"left out: {prefab}: {error_message(error)}")
             return []
 
-    prefabs: Iterable[str] = wanted
-    if not wanted:
-        deployed = await in_thread(client.list_prefabs, "deployed")
-        prefabs = sorted({prefab.prefab_id for prefab in deployed})
-    loaded = await asyncio.gather(*map(load, dict.fromkeys(prefabs)))
+    prefabs: Iterable[str] = dict.fromkeys(wanted or sorted(newest))
+    loaded = await asyncio.gather(*map(load, prefabs))
     return {tool.name: tool for tools in loaded for tool in tools}
 
 
-# --- Calls ----------------------------------------------------------------------------------------
+# --- Answers --------------------------------------------------------------------------
 
 
-def make_answer(value: Any, files: Sequence[Json] = (), problem: str = "") -> Json:
-    """What MCP gives as the result of a call: text blocks, structured content, and links to files."""
+def failed(
+    error: Exception, may_have_run: bool, output: Any = None, hint: str = ""
+) -> PrefabResult:
+    """The result that stands for an error."""
+    told = {"message": error_message(error) + hint, "type": type(error).__name__}
+    if isinstance(error, GatewayError) and error.error_code:
+        told["error_code"] = error.error_code
+    return PrefabResult("FAILED", output, {**told, "may_have_run": may_have_run})
+
+
+def error_of(result: PrefabResult) -> Json:
+    """The error of a failed call. What the gateway itself gives as failed has run."""
+    if result.is_success():
+        return {}
+    error: Json = {"message": f"The call ended as {result.status}.", "may_have_run": True}
+    error.update((name, field) for name, field in (result.error or {}).items() if field is not None)
+    error["message"] = as_text(error["message"])
+    if error["may_have_run"]:
+        error["message"] += f"\n{REPEAT_HINT}"
+    return error
+
+
+def problem_of(error: Json, value: Any) -> str:
+    """Why a call failed, or why its function says that it did; nothing if all went well."""
+    if error:
+        known = ("message", "type", "may_have_run")
+        further = {name: field for name, field in error.items() if name not in known}
+        return f"{error['message']}\n{as_json(further)}" if further else str(error["message"])
+    if not isinstance(value, dict) or value.get("success") is not False:
+        return ""
+    message = value.get("error") or value.get("message") or "The function reports a failure."
+    code = value.get("error_code")
+    return f"{as_text(message)} ({code})" if code else as_text(message)
+
+
+def make_answer(result: PrefabResult, files: Sequence[Json] = (), *, links: bool = False) -> Json:
+    """What MCP gives as the result of a call: texts, structured content, and links if wanted."""
+    value, error = result.get_function_result(), error_of(result)
+    problem = problem_of(error, value)
     texts = [problem] if problem else []
-    structured = value if isinstance(value, dict) else {"result": value}
-    if value or not problem:
+    structured: Json = {}
+    if value or not error:
         texts.append(as_text(value))
+        structured = dict(value) if isinstance(value, dict) else {"result": value}
+    if error:
+        structured["error"] = error
     if files:
         texts.append(as_text({"output_files": files}))
-        structured = {**structured, "output_files": files}
+        structured["output_files"] = files
     content: list[Json] = [{"type": "text", "text": text} for text in texts]
-    for file in files:
-        if "uri" in file:
-            about = f"Output file {file['name']}: {file['s3_url']}"
-            name = file["s3_url"].rpartition("/")[2]
-            content.append({"type": "resource_link", "name": name, "uri": file["uri"], "description": about})
+    if links:
+        content += [link_to(file) for file in files if "uri" in file]
     answer = {"content": content, "isError": bool(problem)}
-    if (value or not problem) and not is_deep(structured):  # the text has it anyway
+    if not is_deep(structured):  # the text has it anyway
         answer["structuredContent"] = structured
     return dict(sendable(answer))
 
 
-def problem_of(result: PrefabResult) -> str:
-    """Why a call failed, or why its function says that it did; nothing if all went well."""
-    if not result.is_success():
-        error = result.error or {}
-        return as_text(error.get("message") or error or f"The call ended as {result.status}.")
-    value = result.get_function_result()
-    if not isinstance(value, dict) or value.get("success") is not False:
-        return ""
-    message = as_text(value.get("error") or value.get("message") or "The function reports a failure.")
-    return f"{message} ({value['error_code']})" if value.get("error_code") else message
+def link_to(file: Json) -> Json:
+    about = f"Output file {file['name']}: {file['s3_url']}"
+    name = file["s3_url"].rpartition("/")[2]
+    return {"type": "resource_link", "name": name, "uri": file["uri"], "description": about}
 
 
-async def read_stream(stream: EventStream, report: Report) -> PrefabResult:
-    """The result of a stream's events, each of which is reported as it comes."""
-    contents: list[Any] = []
-    error: Json | None = None
-    last: Json = {}
-    with stream:  # if the client cancels the call, closing the stream ends the thread's wait for an event
-        try:
-            while event := await in_thread(next, stream, None):
-                if event.type in ("content", "progress"):
-                    await report(sendable(as_text(event.data)))
-                if event.type == "content":
-                    contents.append(event.data)
-                elif event.type == "error":
-                    error = event.data if isinstance(event.data, dict) else {"message": event.data}
-                elif event.type == "done" and isinstance(event.data, dict):
-                    last = event.data
-        except GatewayError as broken:
-            error = {"message": broken.message}
-    files = last.pop("files", None)
-    value: Any = contents
-    if last and not contents:
-        value = last
-    elif all(isinstance(content, str) for content in contents):
-        value = "".join(contents)
-    status = "SUCCESS" if error is None else "FAILED"
-    return PrefabResult(status, {"status": status, "output": value, "files": files}, error)
+# --- Calls ----------------------------------------------------------------------------
+
+
+def is_file_name(path: Any) -> bool:
+    """Whether it can be a file's. No relative path can: the agent's folder is not the server's."""
+    if not isinstance(path, str):
+        return False
+    return path.startswith("s3://") or Path(path).expanduser().is_absolute()
+
+
+@dataclasses.dataclass
+class Call:
+    """What the thread of a call and the one that waits for it know of each other."""
+
+    tell: Callable[[str], object]  # takes the text of an event
+    sent: bool = False
+    given_up: bool = False
+    stream: EventStream | None = None
+
+    def give_up(self) -> None:
+        """Closes the stream, which ends the thread's wait for an event."""
+        self.given_up = True
+        if self.stream:
+            self.stream.close()
 
 
 @dataclasses.dataclass
@@ -311,35 +453,105 @@ class Prefabs:
     wanted: Sequence[str] = ()  # all if there are none
     folder: Path | None = None  # for output files
     timeout: float = CALL_SECONDS
+    links: bool = False  # whether an answer has link blocks
+    heartbeat_seconds: float = HEARTBEAT_SECONDS
     tools: dict[str, Tool] = dataclasses.field(default_factory=dict)
+    loaded_at: float = float("-inf")
+    loading: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     saving: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
-    async def list_tools(self) -> list[Tool]:
-        """The tools as they are now."""
-        self.tools = await load_tools(self.client, self.wanted)
+    async def list_tools(self, max_age: float = KEPT_SECONDS) -> list[Tool]:
+        """The tools as they are now, or were at most so many seconds ago."""
+        oldest = time.monotonic() - max_age
+        async with self.loading:  # who comes meanwhile takes what this one gets
+            if self.loaded_at <= oldest:
+                self.tools = await load_tools(self.client, self.wanted)
+                self.loaded_at = time.monotonic()
         return list(self.tools.values())
 
     async def call_tool(self, name: str, arguments: Json, report: Report) -> Json:
         """The answer of a tool. Whatever goes wrong is an answer too."""
         try:
             if name not in self.tools:
-                await self.list_tools()
+                await self.list_tools(max_age=0)
             if name not in self.tools:
                 raise ValidationError(f"Unknown tool: {name}")
-            tool = self.tools[name]
-            parameters, files = await in_thread(self._upload, tool, arguments)
-            run = partial(self.client.run, stream=tool.streaming, timeout=self.timeout)
-            result = await in_thread(run, tool.prefab_id, tool.version, tool.function, parameters, files)
-            if tool.streaming:  # a stream that nobody waits for any more closes itself
-                result = await read_stream(result, report)
-            return dict(await in_thread(self._answer, result))
         except Exception as error:  # noqa: BLE001 - it must not cost the other calls
-            return make_answer(None, problem=error_message(error))
+            return make_answer(failed(error, may_have_run=False))
+        texts: asyncio.Queue[str | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        call = Call(lambda text: loop.call_soon_threadsafe(texts.put_nowait, text))
+        answer = in_thread(self._answer, self.tools[name], arguments, call)
+        answer.add_done_callback(lambda _: texts.put_nowait(None))
+        try:
+            while (text := await self._next_text(texts)) is not None:
+                await report(text)
+            return dict(await answer)
+        finally:
+            call.give_up()
+            answer.cancel()
 
-    def _upload(self, tool: Tool, arguments: Json) -> tuple[Json, dict[str, list[str]]]:
+    async def _next_text(self, texts: asyncio.Queue[str | None]) -> str | None:
+        """The next text to report; None at the end. Of a silent call: that it goes on."""
+        if not texts.empty():
+            return texts.get_nowait()
+        try:
+            return await asyncio.wait_for(texts.get(), self.heartbeat_seconds)
+        except asyncio.TimeoutError:
+            return "The call is still running."
+
+    # What follows runs in the call's own thread.
+
+    def _answer(self, tool: Tool, arguments: Json, call: Call) -> Json:
+        try:
+            parameters, files = self._upload(tool, arguments)
+            result = self._run(tool, parameters, files, call)
+            urls = [(name, url) for name, urls in result.get_files().items() for url in urls]
+            made = [self._get_file(name, url) for name, url in urls]
+            return make_answer(result, made, links=self.links)
+        except Exception as error:  # noqa: BLE001 - it must not cost the other calls
+            may_have_run = error.may_have_run if isinstance(error, GatewayError) else True
+            hint = self._secret_hint(error) if isinstance(error, MissingSecretError) else ""
+            return make_answer(failed(error, call.sent and may_have_run, hint=hint))
+
+    def _secret_hint(self, error: MissingSecretError) -> str:
+        """How to set a secret on this gateway; that of the terminal may be another one."""
+        program = [sys.executable, str(gateway_sdk.__file__), "--base-url", self.client.base_url]
+        line = shlex.join([*program, "secret", "set", error.prefab_id, error.secret_name])
+        return f"\nOr in a terminal with this server's credential, which asks for the value: {line}"
+
+    def _run(self, tool: Tool, parameters: Json, files: Files, call: Call) -> PrefabResult:
+        if call.given_up:
+            raise GatewayError("The call was cancelled before it was sent.")
+        call.sent = True
+        prefab = (tool.prefab_id, tool.version, tool.function, parameters, files)
+        if not tool.streaming:
+            return self.client.run(*prefab, timeout=self.timeout)
+        with self.client.run(*prefab, stream=True, timeout=self.timeout) as stream:
+            call.stream = stream
+            if call.given_up:  # before there was a stream to close
+                stream.close()
+            return self._read(stream, call)
+
+    def _read(self, stream: EventStream, call: Call) -> PrefabResult:
+        """The result of a stream's events, each of which is told as it comes."""
+        events: list[StreamEvent] = []
+        try:
+            for event in stream:
+                events.append(event)
+                if event.type in ("content", "progress"):
+                    call.tell(sendable(as_text(event.data)))
+        except GatewayError as broken:
+            result = PrefabResult.from_events(events)
+            lost = failed(broken, may_have_run=True, output=result.output)
+            lost.error = {**(lost.error or {}), **(result.error or {})}
+            return lost
+        return PrefabResult.from_events(events)
+
+    def _upload(self, tool: Tool, arguments: Json) -> tuple[Json, Files]:
         """The parameters and files of a call: local files are uploaded first."""
         parameters: Json = {}
-        files: dict[str, list[str]] = {}
+        files: Files = {}
         for name, value in arguments.items():
             if name not in tool.schema["properties"]:
                 taken = ", ".join(tool.schema["properties"]) or "none"
@@ -359,18 +571,18 @@ class Prefabs:
 
     def _urls(self, name: str, value: Any) -> list[str]:
         paths = [value] if isinstance(value, str) else value  # models forget the brackets
-        is_list = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-        if not is_list or any("://" in path and not path.startswith("s3://") for path in paths):
-            raise ValidationError(f"{name} must be an array of local paths or s3:// URLs, not {as_text(value)}.")
-        return [path if path.startswith("s3://") else self.client.upload_input_file(Path(path).expanduser())
-                for path in paths]
+        if not isinstance(paths, list) or not all(map(is_file_name, paths)):
+            wanted = "an array of absolute local paths or s3:// URLs"
+            raise ValidationError(f"{name} must be {wanted}, not {as_text(value)}.")
+        return [self._url(path) for path in paths]
 
-    def _answer(self, result: PrefabResult) -> Json:
-        files = [self._get_file(name, url) for name, urls in result.get_files().items() for url in urls]
-        return make_answer(result.get_function_result(), files, problem_of(result))
+    def _url(self, path: str) -> str:
+        if path.startswith("s3://"):
+            return path
+        return self.client.upload_input_file(Path(path).expanduser())
 
     def _get_file(self, name: str, s3_url: str) -> Json:
-        """A file's URI: a link, or that of its copy. If there is none, the error: the result was paid for."""
+        """A file's URI: a link, or that of its copy. Else the error: the result was paid for."""
         file = {"name": name, "s3_url": s3_url}
         try:
             if not self.folder:
@@ -381,7 +593,7 @@ class Prefabs:
             return {**file, "error": error_message(error)}
 
     def _save(self, folder: Path, s3_url: str) -> Path:
-        """Downloads a file under the name that its URL ends with, numbered where there is such a file."""
+        """Downloads a file under the name that its URL ends with, numbered if that is taken."""
         name = re.sub(r"^\.*$|[\0\\:]", "_", s3_url.rpartition("/")[2])
         path, number = folder / name, 1
         with self.saving:  # one after another, so that no file takes another's place
@@ -392,7 +604,7 @@ class Prefabs:
         return path
 
 
-# --- MCP ------------------------------------------------------------------------------------------
+# --- MCP ------------------------------------------------------------------------------
 
 
 def make_server(prefabs: Prefabs) -> Any:
@@ -405,18 +617,18 @@ def make_server(prefabs: Prefabs) -> Any:
             tools = await prefabs.list_tools()
         except GatewayError as error:
             return types.ErrorData(code=types.INTERNAL_ERROR, message=error_message(error))
-        shown = [{"name": tool.name, "description": tool.description, "inputSchema": tool.schema} for tool in tools]
-        return types.ListToolsResult.model_validate({"tools": shown})
+        return types.ListToolsResult.model_validate({"tools": [tool.for_mcp() for tool in tools]})
 
     async def call_tool(context: Any, params: Any) -> Any:
         numbers = itertools.count(1)
 
         async def report(text: str) -> None:
             progress = (next(numbers), None, text)
+            session, meta = context.session, context.meta
             if is_mcp_2:
-                await context.session.report_progress(*progress)
-            elif context.meta and context.meta.progressToken is not None:
-                await context.session.send_progress_notification(context.meta.progressToken, *progress)
+                await session.report_progress(*progress)
+            elif meta and meta.progressToken is not None:
+                await session.send_progress_notification(meta.progressToken, *progress)
 
         answer = await prefabs.call_tool(params.name, params.arguments or {}, report)
         return types.CallToolResult.model_validate(answer)
@@ -429,7 +641,7 @@ def make_server(prefabs: Prefabs) -> Any:
 
         return handle
 
-    server: Any = Server("gateway", version=gateway_sdk.__version__)
+    server: Any = Server("gateway", version=gateway_sdk.__version__, instructions=INSTRUCTIONS)
     is_mcp_2 = hasattr(server, "add_request_handler")
     if is_mcp_2:
         server.add_request_handler("tools/list", types.PaginatedRequestParams, list_tools)
@@ -453,14 +665,14 @@ async def serve(prefabs: Prefabs, stdin: TextIO, stdout: TextIO) -> None:
 
 
 async def lines_of(stdin: TextIO) -> AsyncIterator[str]:
-    """The lines of stdin, read by daemons: a thread that waits for a line must not keep the process from ending."""
+    """The lines of stdin, read by daemons: one that waits for a line lets the process end."""
     while line := await in_thread(stdin.readline):
         yield line
     stdin.close()
 
 
 def take_stdio() -> tuple[TextIO, TextIO]:
-    """Stdin and stdout for the protocol. Whatever else prints or reads finds stderr and nothing there."""
+    """Stdin and stdout for the protocol. What else prints or reads finds stderr and nothing."""
     stdin = os.fdopen(os.dup(0), encoding="utf-8", errors="replace")
     stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -470,28 +682,50 @@ def take_stdio() -> tuple[TextIO, TextIO]:
     return stdin, stdout
 
 
+def describe_gateway(client: GatewayClient, *, is_own: bool, credentials: Sequence[str]) -> str:
+    """Which gateway is served. `credentials`: the variables that had one before ours started."""
+    if not is_own:
+        return f"The gateway is {client.base_url}."
+    told = f"GATEWAY_BASE_URL is not set, so the gateway is a local one, {client.base_url}."
+    return " ".join([told, *(f"{name} is not used." for name in credentials)])
+
+
+async def run(client: GatewayClient, options: argparse.Namespace) -> None:
+    folder = Path(options.save).resolve() if options.save else None
+    prefabs = Prefabs(client, options.prefab, folder, options.timeout, options.links)
+    if options.list:
+        print(json.dumps([tool.for_models() for tool in await prefabs.list_tools()], indent=2))
+    else:
+        await serve(prefabs, *take_stdio())
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    about = "Serve the prefabs of a gateway as MCP tools, on stdin and stdout."
+    parser = argparse.ArgumentParser(description=about)
+    add = parser.add_argument
+    add("--prefab", action="append", default=[], metavar="ID[@VERSION]",
+        help="serve only this one; may be repeated")
+    add("--save", metavar="FOLDER",
+        help="download output files; default: links that hold for an hour")
+    add("--links", action="store_true",
+        help="give output files as link blocks, too, for clients and models that take them")
+    add("--timeout", type=float, default=CALL_SECONDS,
+        help="seconds of silence that end a call (%(default)s)")
+    add("--list", action="store_true", help="print the tools as JSON and end")
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(description="Serve the prefabs of a gateway as MCP tools, on stdin and stdout.")
-    add = parser.add_argument
-    add("--prefab", action="append", default=[], metavar="ID[@VERSION]", help="serve only this one; may be repeated")
-    add("--save", metavar="FOLDER", help="download output files; default: links that hold for an hour")
-    add("--timeout", type=float, default=CALL_SECONDS, help="seconds of silence that end a call (%(default)s)")
-    add("--list", action="store_true", help="print the tools as JSON and end")
-    options = parser.parse_args(argv)
+    options = parse_arguments(argv)
     if not options.list and not importlib.util.find_spec("mcp"):
         note("serving needs the package mcp: pip install mcp (CPython 3.10 or newer)")
         return 1
-    folder = Path(options.save).resolve() if options.save else None
+    credentials = [name for name in CREDENTIALS if os.environ.get(name)]
     try:
-        with local_gateway.environment("agent"), GatewayClient.from_env() as client:
-            prefabs = Prefabs(client, options.prefab, folder, options.timeout)
-            if options.list:
-                functions = [{"name": tool.name, "description": tool.description, "parameters": tool.schema}
-                             for tool in asyncio.run(prefabs.list_tools())]
-                print(json.dumps([{"type": "function", "function": function} for function in functions], indent=2))
-            else:
-                asyncio.run(serve(prefabs, *take_stdio()))
+        with local_gateway.environment("agent") as own, GatewayClient.from_env() as client:
+            note(describe_gateway(client, is_own=own is not None, credentials=credentials))
+            asyncio.run(run(client, options))
     except KeyboardInterrupt:
         return 130
     except (GatewayError, OSError) as error:

@@ -1,6 +1,6 @@
 """Works the SDK hard, for minutes, over connections that break, and checks all that comes back.
 
-    python examples/soak.py --minutes 10
+    python examples/maintenance/soak.py --minutes 10
 
 Threads share one client and make calls, batches, streams, uploads and downloads. A local gateway,
 in a process of its own, stands behind a small TCP proxy that cuts connections at random: with FIN
@@ -35,7 +35,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from gateway_sdk import GatewayClient, GatewayError, PrefabCall, ServiceUnavailableError
 
@@ -130,7 +131,8 @@ class Relay:
             self.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:
             self.client.shutdown(socket.SHUT_WR)
-        time.sleep(0.05)  # to close at once could turn FIN into RST, and RST discards what was not yet acknowledged
+        # To close at once could turn FIN into RST, and RST discards what was not yet acknowledged.
+        time.sleep(0.05)
         return False
 
     def _note(self, data: bytes) -> None:
@@ -362,6 +364,8 @@ class Soak:
             if after[what] > count + (MEMORY_MIB if what == "memory MiB" else 1):
                 self.wrong.append(f"{what} grew from {count:g} to {after[what]:g}")
         self.wrong += [f"left behind: {path.name}" for path in self.folder.iterdir()]
+        never = {operation.__name__ for operation in OPERATIONS} - set(self.done)
+        self.wrong += [f"never succeeded: {name}" for name in sorted(never)]
         return verdict
 
 

@@ -1,12 +1,12 @@
 """How fast the SDK is, beside `http.client`, httpx, requests, urllib3 and the older SDK.
 
-    python examples/benchmark.py --older path/to/venv/bin/python
+    python examples/maintenance/benchmark.py --older path/to/venv/bin/python
 
-`http.client` is the baseline of every section. httpx, requests and urllib3 take part where they
-are installed, the older SDK (agent-builder-gateway-sdk 0.7.2) where `--older` names a Python that
-has it: its import name is ours too. Every figure is the median of rounds that take turns, each in
-a process of its own; the server has one as well and is made to cost little. CPU time is the
-steadiest figure; wall time suffers from whatever else the machine does.
+`http.client` is the baseline of every section. httpx, httpx-sse, requests and urllib3 take part
+where they are installed, the older SDK (agent-builder-gateway-sdk 0.7.2) where `--older` names a
+Python that has it: its import name is ours too. Every figure is the median of rounds that take
+turns, each in a process of its own; the server has one as well and is made to cost little. CPU time
+is the steadiest figure; wall time suffers from whatever else the machine does.
 
 From top to bottom: the server, the contenders, the sections, the rounds, the table.
 """
@@ -14,6 +14,7 @@ From top to bottom: the server, the contenders, the sections, the rounds, the ta
 from __future__ import annotations
 
 import argparse
+import asyncio
 import collections
 import concurrent.futures
 import contextlib
@@ -34,9 +35,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 try:
     import resource
@@ -44,11 +45,13 @@ except ImportError:  # Windows: no memory figures there
     resource = None  # type: ignore[assignment]
 
 HERE = os.path.abspath(__file__)
-ROOT = os.path.dirname(os.path.dirname(HERE))
+ROOT = str(Path(HERE).parents[2])
 BLOCK_BYTES = 1024 * 1024
 EVENTS_PER_CHUNK = 500
 SLOW_SECONDS = 0.05
 PARALLEL_CALLS, WORKERS = 40, 16
+STREAM_COUNTS = (200, 1000)  # open at the same time
+STREAM_SECONDS = 0.1  # between two events of each
 OLDER_CALLS = 20  # of which the older SDK makes one: it needs a hundred times as long
 RUN_PATH, UPLOAD_PATH = "/v1/internal/run", "/internal/files/upload"
 GENERATE_PATH, PRESIGN_PATH = "/internal/files/generate_upload_url", "/internal/files/download"
@@ -77,8 +80,17 @@ def stream_answer(count: int, per_chunk: int) -> bytes:
     return head + framed + b"0\r\n\r\n"
 
 
-def make_answers(url: str, events: int) -> dict[str, list[Any]]:
-    """By path, or by function for calls: bytes to send, seconds to wait, a path of a file."""
+def slow_stream(events: int, count: int) -> list[Any]:
+    """The first event at once; the others, one by one, when so many streams are open."""
+    whole = stream_answer(events, 1)
+    first, *others = [block + b"\n\n\r\n" for block in whole.split(b"\n\n\r\n")]
+    others[-1] = others[-1][: -len(b"\n\n\r\n")]  # the last chunk ends without them
+    paced = itertools.chain.from_iterable((STREAM_SECONDS, event) for event in others)
+    return [first, threading.Barrier(count), *paced]
+
+
+def make_answers(url: str, events: int, stream_events: int) -> dict[str, list[Any]]:
+    """By path, or by function for calls: bytes to send, seconds to wait, a barrier to meet at."""
     output = {"status": "SUCCESS", "output": {"success": True, "message": "done"}, "files": {}}
     result = {"status": "SUCCESS", "output": output, "error": None}
     call = json_answer({"job_id": "job-1", "status": "COMPLETED", "results": [result]})
@@ -91,6 +103,7 @@ def make_answers(url: str, events: int) -> dict[str, list[Any]]:
         "many": [stream_answer(events, EVENTS_PER_CHUNK)],
         "each": [stream_answer(events, 1)],
         "first": [first[:cut], 0.02, first[cut:]],
+        **{f"streams_{count}": slow_stream(stream_events, count) for count in STREAM_COUNTS},
         UPLOAD_PATH: [json_answer(uploaded)],
         GENERATE_PATH: [json_answer({"upload_url": f"{url}/stored", "s3_url": S3_URL})],
         PRESIGN_PATH: [json_answer({"presigned_url": f"{url}/file"})],
@@ -98,11 +111,20 @@ def make_answers(url: str, events: int) -> dict[str, list[Any]]:
     }
 
 
-def serve(events: int, file_path: str) -> None:
+def allow_many_files() -> None:
+    """Raise the limit of open files, sockets among them, which is often 1,024."""
+    if resource is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+
+
+def serve(events: int, stream_events: int, file_path: str) -> None:
     """Serve the answers, and a file under `/file`, until the standard input ends."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    allow_many_files()
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    answers = make_answers(url, events)
+    answers = make_answers(url, events, stream_events)
 
     def accept() -> None:
         while True:
@@ -134,9 +156,15 @@ def converse(sock: socket.socket, answers: dict[str, list[Any]], file_path: str)
                 sock.sendall(OK + b'ETag: "1"\r\nContent-Length: %d\r\n\r\n' % length)
                 sock.sendfile(file)
             elif key == RUN_PATH:
-                key = re.search(rb'"function_name": *"(\w+)"', body)[1].decode()  # type: ignore[index]
+                found = re.search(rb'"function_name": *"(\w+)"', body)
+                key = found[1].decode()  # type: ignore[index]
             for step in answers.get(key, ()):
-                time.sleep(step) if isinstance(step, float) else sock.sendall(step)
+                if isinstance(step, float):
+                    time.sleep(step)
+                elif isinstance(step, threading.Barrier):
+                    step.wait(60)
+                else:
+                    sock.sendall(step)
 
 
 # --- The contenders: what a careful user of each library writes ------------------------
@@ -146,6 +174,13 @@ def payload(function: str) -> dict[str, Any]:
     inputs = {"parameters": {"text": "Hello, gateway"}}
     call = {"prefab_id": "bench", "version": "1.0.0", "function_name": function, "inputs": inputs}
     return {"calls": [call]}
+
+
+class Opened(NamedTuple):
+    """What became of one of many streams."""
+
+    first_seconds: float  # from when all were asked for to its first event
+    events: int
 
 
 class Library:
@@ -173,6 +208,19 @@ class Library:
         """Forty slow calls on sixteen threads that share the client."""
         with concurrent.futures.ThreadPoolExecutor(WORKERS) as executor:
             list(executor.map(self.call, ["slow"] * PARALLEL_CALLS))
+
+    def streams(self, function: str, count: int) -> list[Opened]:
+        """So many streams, each read by a thread of its own."""
+        started = time.perf_counter()
+
+        def read(_: int) -> Opened:
+            events = self.events(function)
+            next(events)
+            wait = time.perf_counter() - started
+            return Opened(wait, 1 + sum(1 for _ in events))
+
+        with concurrent.futures.ThreadPoolExecutor(count) as executor:
+            return list(executor.map(read, range(count)))
 
     def upload(self, path: str) -> None:
         with open(path, "rb") as file:
@@ -223,6 +271,19 @@ class Bare(Library):
 
         with concurrent.futures.ThreadPoolExecutor(WORKERS, initializer=connect) as executor:
             list(executor.map(lambda _: own.client.call("slow"), range(PARALLEL_CALLS)))
+
+    def streams(self, function: str, count: int) -> list[Opened]:
+        """Each thread has a connection of its own."""
+        started = time.perf_counter()
+
+        def read(_: int) -> Opened:
+            events = Bare(self.url).events(function)
+            next(events)
+            wait = time.perf_counter() - started
+            return Opened(wait, 1 + sum(1 for _ in events))
+
+        with concurrent.futures.ThreadPoolExecutor(count) as executor:
+            return list(executor.map(read, range(count)))
 
     def post_file(self, url: str, file: BinaryIO) -> None:
         head = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="file.bin"\r\n\r\n'
@@ -315,6 +376,84 @@ class Urllib3(Library):
         self.request("PUT", url, body=file, headers=length)
 
 
+class Awaited(Library):
+    """What reads its streams in one event loop. A subclass opens one of them."""
+
+    open: Callable[[str], contextlib.AbstractAsyncContextManager[AsyncIterator[Any]]]
+
+    def call(self, _: str) -> None:
+        pass
+
+    def streams(self, function: str, count: int) -> list[Opened]:
+        """So many streams, each read by a task of its own."""
+        started = time.perf_counter()
+
+        async def read() -> Opened:
+            first_seconds, number = 0.0, 0
+            async with self.open(function) as events:
+                async for _ in events:
+                    first_seconds = first_seconds or time.perf_counter() - started
+                    number += 1
+            return Opened(first_seconds, number)
+
+        async def read_all() -> list[Opened]:
+            return await asyncio.gather(*(read() for _ in range(count)))
+
+        return asyncio.run(read_all())
+
+
+class OurAsync(Awaited):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        import gateway_sdk
+
+        self.client = gateway_sdk.AsyncGatewayClient(url, internal_token="token", timeout=60)
+
+    @contextlib.asynccontextmanager
+    async def open(self, function: str) -> AsyncIterator[AsyncIterator[Any]]:
+        parameters = {"text": "Hello"}
+        run = self.client.run("bench", "1.0.0", function, parameters, stream=True)
+        async with await run as stream:
+            yield stream
+
+
+class HttpxAsync(Awaited):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        import httpx
+
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        self.client = httpx.AsyncClient(headers=TOKEN, timeout=60, limits=limits)
+
+    @contextlib.asynccontextmanager
+    async def open(self, function: str) -> AsyncIterator[AsyncIterator[Any]]:
+        body = payload(function)
+        async with self.client.stream("POST", self.url + RUN_PATH, json=body) as answer:
+            yield self.read(answer)
+
+    async def read(self, answer: Any) -> AsyncIterator[Any]:
+        pending = b""
+        async for chunk in answer.aiter_bytes():
+            *blocks, pending = (pending + chunk).split(b"\n\n")
+            for block in blocks:
+                yield json.loads(block[6:])
+
+
+class HttpxSse(HttpxAsync):
+    @contextlib.asynccontextmanager
+    async def open(self, function: str) -> AsyncIterator[AsyncIterator[Any]]:
+        import httpx_sse
+
+        body = payload(function)
+        url = self.url + RUN_PATH
+        async with httpx_sse.aconnect_sse(self.client, "POST", url, json=body) as source:
+            yield self.read(source)
+
+    async def read(self, source: Any) -> AsyncIterator[Any]:
+        async for event in source.aiter_sse():
+            yield json.loads(event.data)
+
+
 class Curl(Library):
     def call(self, _: str) -> None:
         pass
@@ -324,9 +463,11 @@ class Curl(Library):
 
 
 BARE, OURS, OLDER, CURL = "http.client", "this SDK", "older SDK", "curl"
+OURS_ASYNC, HTTPX_ASYNC, HTTPX_SSE = "SDK, async", "httpx, async", "httpx-sse"
 CONTENDERS: dict[str, Callable[[str], Any]] = {
     BARE: Bare, OURS: OurSdk, OLDER: OlderSdk, "httpx": Httpx, "requests": Requests,
-    "urllib3": Urllib3, CURL: Curl,
+    "urllib3": Urllib3, CURL: Curl, OURS_ASYNC: OurAsync, HTTPX_ASYNC: HttpxAsync,
+    HTTPX_SSE: HttpxSse,
 }  # fmt: skip
 SDK_START = (
     "from gateway_sdk import GatewayClient\n"
@@ -406,6 +547,21 @@ def measure_parallel(contender: Any, _: dict[str, Any]) -> dict[str, float]:
     return {name: figures[name] for name in ("wall ms", "CPU ms")}
 
 
+def measure_streams(contender: Any, sizes: dict[str, Any], count: int) -> dict[str, float]:
+    allow_many_files()
+    contender.call("call")
+    opened: list[Opened] = []
+    function = f"streams_{count}"
+    figures = measure(lambda: opened.extend(contender.streams(function, count)))
+    events = sum(one.events for one in opened)
+    if events != count * sizes["stream_events"]:
+        raise RuntimeError(f"{events} events instead of {count * sizes['stream_events']}")
+    waits = [1000 * one.first_seconds for one in opened]
+    memory = {} if resource is None else {"memory MiB": figures["memory MiB"]}
+    first = {"first ms": statistics.median(waits), "last first ms": max(waits)}
+    return {"CPU us": 1000 * figures["CPU ms"] / events, **first, **memory}
+
+
 def measure_transfer(contender: Any, sizes: dict[str, Any], method: str) -> dict[str, float]:
     contender.call("call")  # what it loads for any request is not the transfer's
     target = os.path.join(sizes["folder"], "downloaded")
@@ -425,6 +581,8 @@ MEASURES: dict[str, Callable[[Any, dict[str, Any]], dict[str, float]]] = {
     "events": functools.partial(measure_events, function="many"),
     "single-events": measure_single_events,
     "parallel": measure_parallel,
+    **{f"streams-{count}": functools.partial(measure_streams, count=count)
+       for count in STREAM_COUNTS},
     "upload": functools.partial(measure_transfer, method="upload"),
     "put": functools.partial(measure_transfer, method="put"),
     "download": functools.partial(measure_transfer, method="download"),
@@ -440,6 +598,7 @@ SECTIONS = {
     "events": f"event, {EVENTS_PER_CHUNK} per chunk",
     "single-events": "event, a chunk each; first event",
     "parallel": f"{PARALLEL_CALLS} calls of {1000 * SLOW_SECONDS:.0f} ms on {WORKERS} workers",
+    **{f"streams-{count}": f"{count:,} streams at once; an event" for count in STREAM_COUNTS},
     "upload": "multipart upload of {mib} MiB",
     "put": "presigned PUT of {mib} MiB",
     "download": "download of {mib} MiB",
@@ -453,10 +612,12 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, folder: str) -> None:
         self.older, self.folder = options.older, folder
         self.rounds = options.rounds or (3 if options.quick else 7)
+        self.stream_rounds = options.rounds or (1 if options.quick else 3)  # which are long
         self.mib = 32 if options.quick else 512
         self.sizes = {
             "calls": 200 if options.quick else 1000,
             "events": 5000 if options.quick else 20000,
+            "stream_events": 10 if options.quick else 20,
             "folder": folder,
             "file": os.path.join(folder, "file.bin"),
         }
@@ -465,6 +626,10 @@ class Benchmark:
         self.environment = {k: v for k, v in os.environ.items() if k.lower() not in proxies}
 
     def contenders(self, section: str) -> list[str]:
+        if section.startswith("streams"):
+            modules = {HTTPX_ASYNC: "httpx", HTTPX_SSE: "httpx_sse"}
+            found = [name for name, module in modules.items() if importlib.util.find_spec(module)]
+            return [BARE, OURS, OURS_ASYNC, *([OLDER] if self.older else []), *found]
         libraries = filter(importlib.util.find_spec, ("httpx", "requests", "urllib3"))
         curl = [CURL] if section == "download" and shutil.which("curl") else []
         return [BARE, OURS, *([OLDER] if self.older else []), *libraries, *curl]
@@ -474,7 +639,8 @@ class Benchmark:
             file.truncate(self.mib * 2**20)
             while file.read(BLOCK_BYTES):  # the first reader would pay for bringing it into memory
                 pass
-        command = [sys.executable, HERE, "--server", str(self.sizes["events"]), self.sizes["file"]]
+        given = [str(self.sizes["events"]), str(self.sizes["stream_events"]), self.sizes["file"]]
+        command = [sys.executable, HERE, "--server", *given]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, **pipes) as server:
             try:
@@ -487,6 +653,8 @@ class Benchmark:
     def _section(self, section: str) -> None:
         is_program = section in ("import", "start")
         rounds = self.rounds * (2 if is_program else 1)  # those are short
+        if section.startswith("streams"):
+            rounds = self.stream_rounds
         for number in range(rounds + 1):  # the first is not counted: it compiles modules, say
             print(f"\r{section}: round {number} of {rounds} ", end="", file=sys.stderr, flush=True)
             for contender in self.contenders(section):
@@ -520,9 +688,9 @@ class Benchmark:
 
 # Section and figure to what our median must not exceed: a multiple of a contender's, or a value.
 TARGETS = {
-    ("import", "wall ms"): (0.45, OLDER),
-    ("start", "wall ms"): (0.45, OLDER),
-    ("call", "CPU ms"): (1.15, BARE),
+    ("import", "wall ms"): (0.65, OLDER),
+    ("start", "wall ms"): (0.50, OLDER),
+    ("call", "CPU ms"): (0.90, BARE),
     ("events", "CPU us"): (0.35, OLDER),
     ("single-events", "CPU us"): (0.40, OLDER),
     ("parallel", "wall ms"): (1.10 * 1000 * SLOW_SECONDS * -(-PARALLEL_CALLS // WORKERS), ""),
@@ -575,8 +743,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--only", type=lambda text: text.split(","), metavar="SECTION[,SECTION]",
         help=f"of {', '.join(SECTIONS)}")
-    add("--quick", action="store_true", help="in a minute; too small for the targets")
-    add("--rounds", type=int, metavar="N", help="default: 7, with --quick 3")
+    add("--quick", action="store_true", help="in two minutes; too small for the targets")
+    add("--rounds", type=int, metavar="N", help="default: 7 (many streams: 3), with --quick 3 (1)")
     add("--json", metavar="FILE", help="write the figures of all rounds")
     add("--older", metavar="PYTHON", help="a Python that has agent-builder-gateway-sdk==0.7.2")
     options = parser.parse_args()
@@ -603,10 +771,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--server"]:
-        serve(int(sys.argv[2]), sys.argv[3])
+        serve(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     elif sys.argv[1:2] == ["--worker"]:
         request = json.loads(sys.argv[2])
-        if request[0] == OURS:
+        if request[0] in (OURS, OURS_ASYNC):
             sys.path.insert(0, ROOT)
         print(json.dumps(MEASURES[request[1]](CONTENDERS[request[0]](request[2]), request[3])))
     else:

@@ -1,1 +1,0 @@
-from gateway_sdk import *
