@@ -4524,8 +4524,8 @@ _ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROLS - set(b"\t\n\r")}
 # How a text may begin that is not plain UTF-8, and the encoding that this tells.
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 # What no name of a file should have: Windows refuses it, or a reader is misled by it.
-_ODD_IN_NAMES = re.compile(r'[\0-\x1f\x7f-\x9f<>:"|?*\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
-_DEVICES = re.compile(r"(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)", re.I)
+_ODD_IN_NAMES = r'[\0-\x1f\x7f-\x9f<>:"|?*\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
+_DEVICES = r"(?i)(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)"
 _CALL_FIELDS = ("prefab_id", "version", "function_name", "parameters", "files")
 
 
@@ -4826,11 +4826,11 @@ def _require_folder(folder: str) -> None:
 
 def _local_name(url: str) -> str:
     """A name for a file of the gateway: the end of its URL, but for what some system refuses."""
-    name = _ODD_IN_NAMES.sub("_", url.rpartition("/")[2][-200:])
+    name = re.sub(_ODD_IN_NAMES, "_", url.rpartition("/")[2][-200:])
     stem = name.rstrip(". ")  # Windows would leave those out
     if stem != name or not name:
         name = f"{stem}_"
-    if _DEVICES.match(name):
+    if re.match(_DEVICES, name):
         name = f"_{name}"
     while len(name.encode()) > 240:  # most systems take 255, and a number may come in front
         name = name[1:]
