@@ -37,7 +37,9 @@ import time
 import weakref
 from base64 import b64encode, urlsafe_b64decode
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -122,8 +124,6 @@ _MAX_INTERIM_RESPONSES = 100
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_ERROR_BYTES = 64 * 1024
 _MAX_WORKER_TRANSPORTS = 8
-# How many events an `AsyncEventStream` reads ahead: a slow reader must hold the sender back.
-_MAX_EVENTS_AHEAD = 16
 # Fits the processor's cache: larger blocks cost more.
 _BLOCK_BYTES = 256 * 1024
 _MAX_SHOWN_CHARACTERS = 500
@@ -145,9 +145,18 @@ _CallerHeaders = Union[Mapping[str, str], Callable[[], Mapping[str, str]]]
 _MODULE_ID = os.urandom(8)
 
 
-def _process_id() -> tuple[bytes, int]:
-    """Where this code runs: another value after a fork, and in another interpreter."""
-    return _MODULE_ID, os.getpid()
+class _Process:
+    """Where this code runs: another `id` after a fork, and in another interpreter."""
+
+    id = _MODULE_ID, os.getpid()
+
+    @classmethod
+    def renew(cls) -> None:
+        cls.id = _MODULE_ID, os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Process.renew)
 
 
 def _log(message: str, *args: object) -> None:
@@ -737,7 +746,15 @@ class PrefabResult:
         files: _Json = {}
         error: _Json | None = None
         seen: list[_Json] = []
-        for event in events:
+        read: list[StreamEvent] = []
+        try:
+            read.extend(events)
+        except ServiceUnavailableError as broken:
+            # What came was paid for.
+            contents = [event.data for event in read if event.type == StreamEventType.CONTENT]
+            broken.details.update(partial_output=contents, events=[event.raw for event in read])
+            raise
+        for event in read:
             seen.append(event.raw or {"type": str(event.type), "data": event.data})
             if event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
                 contents.append(event.data)
@@ -745,6 +762,8 @@ class PrefabResult:
                 error = _event_error(event)
             elif event.type == StreamEventType.DONE and isinstance(event.data, dict):
                 merged.update(event.data)
+                if set(event.data) - {"files", "job_id"}:
+                    last_done = merged
                 if isinstance(event.data.get("files"), dict):
                     files.update(event.data["files"])
             elif event.type == StreamEventType.DONE and event.data not in (None, "", "[DONE]"):
@@ -752,8 +771,8 @@ class PrefabResult:
         merged.pop("files", None)
         job_id = merged.pop("job_id", None)
         value: Any = contents
-        if not contents and (merged or last_done is not None):
-            value = merged or last_done
+        if not contents and last_done is not None:
+            value = last_done
         elif all(isinstance(content, str) for content in contents):
             value = "".join(contents)
         if not seen:
@@ -1373,6 +1392,14 @@ def _proxy_for(origin: str) -> _Proxy | None:
     return proxy
 
 
+def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
+    """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
+    if name not in fields:
+        return []
+    items = ",".join(fields[name]).lower().split(",")
+    return [item.strip() for item in items if item.strip()]
+
+
 @dataclass(frozen=True)
 class _Head:
     """Start line and fields of an answer, and how its body is framed (RFC 9112 §4 to §6)."""
@@ -1403,15 +1430,11 @@ class _Head:
 
     def content_encoding(self) -> str:
         """How the body is encoded; empty if it is not. Some servers name a charset there."""
+        if not self.coding and "content-encoding" not in self.fields:
+            return ""
         codings = [self.coding, *_list_of(self.fields, "content-encoding")]
         none = ("", "identity", "none", "utf-8", "utf8")
         return ", ".join(coding[:80] for coding in codings if coding not in none)
-
-
-def _list_of(fields: Mapping[str, Sequence[str]], name: str) -> list[str]:
-    """The items of a field that is a list, of all its lines, in lower case (RFC 9110 §5.6.1)."""
-    items = ",".join(fields.get(name, ())).lower().split(",")
-    return [item.strip() for item in items if item.strip()]
 
 
 def _read_line(reader: Any) -> bytes:
@@ -1452,44 +1475,50 @@ def _read_fields(reader: Any) -> dict[str, list[str]]:
     raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
 
 
-def _read_head(reader: Any) -> _Head:
-    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
-    for _ in range(_MAX_INTERIM_RESPONSES):
-        line = _read_line(reader).decode("latin-1").rstrip()
-        found = re.fullmatch(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?", line)
-        if not found:
-            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line!r}")
-        status, fields = int(found[2]), _read_fields(reader)
-        # After 101 the server speaks another protocol.
-        if status >= 200 or status == 101:
-            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
-            return _frame(_Head(status, reason, fields), is_old=found[1] == "0")
-    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
-
-
-def _frame(head: _Head, *, is_old: bool) -> _Head:
-    """A head with how its body is framed. Where that is doubtful, the connection is not kept.
+def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> dict[str, Any]:
+    """How the body behind a head is framed. Where that is doubtful, the connection is not kept.
 
     Args:
         is_old: The answer is in HTTP/1.0, where a connection ends unless the server says otherwise.
     """
-    options = _list_of(head.fields, "connection")
+    options = _list_of(fields, "connection")
     keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
-    lengths = set(_list_of(head.fields, "content-length"))
-    codings = _list_of(head.fields, "transfer-encoding")
-    if head.status < 200 or head.status in (204, 304):
-        return replace(head, length=0, keep_alive=keep_alive and not codings and lengths <= {"0"})
+    lengths = set(_list_of(fields, "content-length"))
+    codings = _list_of(fields, "transfer-encoding")
+    if status < 200 or status in (204, 304):
+        return {"length": 0, "keep_alive": keep_alive and not codings and lengths <= {"0"}}
     if codings:
         chunked = codings[-1] == "chunked"
-        return replace(
-            head, chunked=chunked, coding=", ".join(codings[:-1] if chunked else codings),
-            keep_alive=keep_alive and codings == ["chunked"] and not lengths,
-        )
-    if len(lengths) != 1 or not re.fullmatch("[0-9]+", min(lengths)):
+        return {
+            "chunked": chunked,
+            "coding": ", ".join(codings[:-1] if chunked else codings),
+            "keep_alive": keep_alive and codings == ["chunked"] and not lengths,
+        }
+    if len(lengths) != 1:
         # None, or two of which either may be right: until the connection ends.
-        return head
+        return {}
+    if not re.fullmatch("[0-9]+", min(lengths)):
+        raise _Fault(f"the answer's length is {min(lengths)[:80]!r}")
     # Python itself refuses to read very long numbers.
-    return replace(head, length=int(min(lengths)[-18:]), keep_alive=keep_alive)
+    return {"length": int(min(lengths)[-18:]), "keep_alive": keep_alive}
+
+
+_status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullmatch
+
+
+def _read_head(reader: Any) -> _Head:
+    """The head of an answer, behind all interim ones (RFC 9110 §15.2)."""
+    for _ in range(_MAX_INTERIM_RESPONSES):
+        line = _Secret(_read_line(reader).decode("latin-1").rstrip())
+        found = _status_line(line.reveal())
+        if not found:
+            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line.reveal()!r}")
+        status, fields = int(found[2]), _read_fields(reader)
+        # After 101 the server speaks another protocol.
+        if status >= 200 or status == 101:
+            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
+            return _Head(status, reason, fields, **_framing(status, fields, found[1] == "0"))
+    raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
 
 
 def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
@@ -1541,7 +1570,7 @@ class _Connection:
     def __init__(self, origin: str, proxy: _Proxy | None) -> None:
         self.origin = origin
         self.proxy = proxy
-        self.process_id = _process_id()
+        self.process_id = _Process.id
         self.idle_since = 0.0
         self.reader: Any = None
         self._sock: Any = None
@@ -1661,14 +1690,14 @@ class _Connection:
         """Closes it, also while another thread waits in an operation on it, which then ends."""
         if self._closing.acquire(blocking=False):
             # When Python ends, the names of this module may be gone already.
-            if _process_id is not None:
+            if _Process is not None:
                 self._wake()
             self._shut = True
             self._free()
 
     def _wake(self) -> None:
         """Ends an operation that waits. After a fork, the parent may still use the connection."""
-        if self._sock is not None and self.process_id == _process_id():
+        if self._sock is not None and self.process_id == _Process.id:
             with suppress(OSError):
                 self._bare().shutdown(socket.SHUT_RDWR)
 
@@ -1697,18 +1726,22 @@ class _Connection:
             return False
         try:
             self._sock.settimeout(0)
-            # A byte is left over from an answer, or is half a record of TLS; none is the end.
-            self._bare().recv(1, socket.MSG_PEEK)
-            return False
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError):
-            return False
-        try:
-            return not self.reader.peek(1)
-        except OSError as error:
+            # Half a record of TLS is nothing to read yet, but seen by the socket itself.
+            if self._is_tls and self._has_bytes():
+                return False
+            # A byte would be left over from an answer, and b"" would be the end.
+            return self.reader.read(1) is None
+        except (OSError, ValueError) as error:
             # So TLS reports that nothing can be read.
             return type(error).__name__ == "SSLWantReadError"
+
+    def _has_bytes(self) -> bool:
+        """Whether a byte, or the end, has arrived on the socket below TLS."""
+        try:
+            self._bare().recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        return True
 
     def set_timeout(self, seconds: float | None) -> None:
         """Seconds for each wait from now on; 0 reads only what has already arrived."""
@@ -1761,7 +1794,7 @@ class _Pool:
 
     def acquire(self, origin: str) -> _Connection | None:
         """An idle connection that can be used, or None."""
-        idle = self._idle.get((_process_id(), origin), [])
+        idle = self._idle.get((_Process.id, origin), [])
         with suppress(IndexError):
             while True:
                 connection = idle.pop()
@@ -1868,6 +1901,9 @@ class _Scope:
 # --- Responses ------------------------------------------------------------------------------------
 
 
+_is_chunk_size = re.compile(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n").fullmatch
+
+
 class _Response:
     """An answer, whose head is read. Its body can be read once, piece by piece (RFC 9112 §6, §7).
 
@@ -1902,8 +1938,7 @@ class _Response:
         """
         # No `except` here: when Python ends with an open stream, its name would be gone already.
         try:
-            while piece := self._next_piece():
-                yield piece
+            yield from iter(self._next_piece, b"")
         finally:
             self.close()
 
@@ -1913,20 +1948,22 @@ class _Response:
             if self._deadline is not None:
                 self._connection.set_timeout(max(self._deadline - time.monotonic(), 1e-3))
             piece = self._connection.guarded(self._read_some)
-            if not piece:
-                if self._flight.take() is None:
-                    raise _Fault("")
-                if self._may_keep and not self.broken:
-                    self._pool.release(self._connection)
-                else:
-                    self._connection.close()
-            return piece
-        except _Fault as fault:
+            if piece:
+                return piece
             if self._flight.take() is None:
-                fault = _Fault("it was closed here")
-            self._connection.close()
-            doing = f"the answer ({self.status}) was cut short"
-            raise _wire_error(self.request, fault, doing)
+                raise _Fault("it was closed here")
+            if self._may_keep and not self.broken:
+                self._pool.release(self._connection)
+            else:
+                self._connection.close()
+            return b""
+        except _Fault as caught:
+            fault = caught
+        # Out here, the error has no context: frames there hold what the server sent.
+        if self._flight.take() is None:
+            fault = _Fault("it was closed here")
+        self._connection.close()
+        raise _wire_error(self.request, fault, f"the answer ({self.status}) was cut short")
 
     def _read_some(self) -> bytes:
         """The next bytes; none at the end of the body. One operation on the connection."""
@@ -1957,7 +1994,7 @@ class _Response:
             line = _read_line(reader)
         elif self._line_end_is_due:
             self._may_keep = False
-        if not re.fullmatch(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n", line):
+        if not _is_chunk_size(line):
             self._may_keep = False
         try:
             size = int(line.partition(b";")[0], 16)
@@ -1965,12 +2002,11 @@ class _Response:
             size = -1
         if size < 0:
             raise _Fault(f"a chunk's size is {line[:80]!r}")
-        if size == 0:
-            try:
-                _read_fields(reader)
-            except _Fault:
-                # The body is whole all the same.
-                self._may_keep = False
+        if size == 0 and reader.peek(1):
+            _read_fields(reader)
+        elif size == 0:
+            # The connection ended, but the body is whole.
+            self._may_keep = False
         return size
 
     def read_all(self) -> bytes:
@@ -2035,6 +2071,10 @@ def _json_of(response: _Response) -> Any:
     return None
 
 
+def _request_id(response: _Response) -> str | None:
+    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
+
+
 def _unexpected_response(response: _Response, problem: str) -> GatewayError:
     """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
     request, body = response.request, response.body
@@ -2045,10 +2085,6 @@ def _unexpected_response(response: _Response, problem: str) -> GatewayError:
         {"body": text}, may_have_run=not request.idempotent, status_code=response.status,
         request_id=_request_id(response),
     )
-
-
-def _request_id(response: _Response) -> str | None:
-    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
 
 
 def _read_json(response: _Response, kind: Any, expect: Mapping[str, type] = {}) -> Any:
@@ -2253,16 +2289,17 @@ def _next_request(response: _Response) -> _Request:
     location = _Secret(
         quote(response.head.get("Location").encode("latin-1"), safe=_URL_CHARACTERS)
     )
-    base = _Secret(f"{request.origin}{request.target}")
+    base, problem = _Secret(f"{request.origin}{request.target}"), ""
     try:
         origin, target = _split_url(urljoin(base.reveal(), location.reveal()))
-        if request.origin.startswith("https:") and origin.startswith("http:"):
-            raise ValueError("leads from https to http")
-        if not location.reveal():
-            raise ValueError("is missing")
     except ValueError as error:
-        problem = f"{request!r} answered {response.status}, but its Location {error}."
-        raise GatewayError(problem) from None
+        origin, target, problem = "", "", str(error)
+    if not location.reveal():
+        problem = "is missing"
+    elif request.origin.startswith("https:") and origin.startswith("http:"):
+        problem = "leads from https to http"
+    if problem:
+        raise GatewayError(f"{request!r} answered {response.status}, but its Location {problem}.")
     secrets = request.secrets + _query_secrets(target)
     return replace(request, origin=origin, target=target, secrets=secrets)
 
@@ -2270,63 +2307,49 @@ def _next_request(response: _Response) -> _Request:
 # --- Transport ------------------------------------------------------------------------------------
 
 
-def _retry_delay(
-    request: _Request, error: GatewayError, attempt: int, max_retries: int
-) -> float | None:
+def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float | None:
     """Seconds before `request` is sent again after `error`; None if it must not be.
 
-    No connection: nothing was sent, so it always may. Lost or 502, 503, 504: only if sending it twice
-    does no more than once. Everything else, a timeout among it, is raised.
+    Without a connection, always, as nothing was sent. Lost or 502 to 504: only if it does no more
+    when it is sent twice. Everything else, a timeout among it, is raised.
     """
-    if attempt > max_retries:
-        return None
+    unsent = error._fault == "unreachable"
     passing = error._fault == "lost" or error.status_code in (502, 503, 504)
-    if error._fault == "unreachable":
-        base, least = _CONNECT_BACKOFF_BASE_SECONDS, 0.5
-    elif request.idempotent and passing:
-        base, least = _BACKOFF_BASE_SECONDS, 0.0
-    else:
+    if not unsent and not (passing and request.idempotent):
         return None
     if error.retry_after is not None:
         return error.retry_after if error.retry_after <= _RETRY_AFTER_CAP_SECONDS else None
+    base = _CONNECT_BACKOFF_BASE_SECONDS if unsent else _BACKOFF_BASE_SECONDS
     # 2.0**1024 overflows.
     longest = min(_BACKOFF_CAP_SECONDS, base * 2.0 ** min(attempt - 1, 100))
     import random
 
     # Its own generator: a retry must not change what a program that seeds the global one does.
-    return random.Random().uniform(least * longest, longest)
+    return random.Random().uniform(longest / 2 if unsent else 0.0, longest)
 
 
 class _Resume:
-    """A transfer that can go on where an attempt broke off."""
+    """How a transfer goes on after an attempt that broke off: like this, from the start."""
 
     def headers(self) -> Mapping[str, str]:
         """What the next attempt asks for."""
-        raise NotImplementedError
+        return {}
 
     def made_progress(self) -> bool:
         """Whether more came since this was asked last than ever before."""
-        raise NotImplementedError
+        return False
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """What one attempt adds to a request, and which it is."""
-
-    credential: _Credential | None
-    more_headers: Mapping[str, str]
-    number: int
-    # Whether it must not use an idle connection.
-    fresh: bool
+_FROM_THE_START = _Resume()
 
 
 def _check_whole(response: _Response) -> None:
     """Raises if a 2xx is none: its request did not arrive, or its body is in an unknown coding."""
+    request, head = response.request, response.head
     if response.broken:
-        raise _wire_error(response.request, response.broken, "sending broke off")
-    head = response.head
+        raise _wire_error(request, response.broken, "sending broke off")
     # A file in a storage may have been stored in an encoding.
-    encoding = head.content_encoding() if response.request.to_gateway else head.coding
+    encoding = head.content_encoding() if request.to_gateway else head.coding
     if encoding:
         raise _unexpected_response(response, f"the body is in {encoding}, which was not asked for")
 
@@ -2347,74 +2370,73 @@ class _Transport:
     ) -> None:
         # None for the allow-list.
         self.credential = credential
+        self.max_retries = max_retries
         # Exchanges the API key for a new token.
         self.token_request: _Request | None = None
+        # Whether the gateway turned out to read parameters flat: see `_send_call`.
+        self.reads_flat = False
+        # Where it was made, and which it is: the same for its copies.
+        self.origin = _Process.id, os.urandom(16)
+        self._given_tls = tls
+        self._start()
+
+    def _start(self) -> None:
+        """Makes what a copy does not share with its original."""
         self.pool = _Pool()
         # All requests of the client.
         self.scope = _Scope()
-        self.process_id = _process_id()
-        # The same for its copies in other processes.
-        self.identity = os.urandom(16)
-        # Whether the gateway turned out to read parameters flat: see `_send_call`.
-        self.reads_flat = False
-        self.max_retries = max_retries
-        self._given_tls = self._tls = tls
-        # By process: a lock held during a fork stays held in the child. A signal handler of the same
-        # thread may come in between, hence RLock.
+        self._tls = self._given_tls
+        # By process, as one held during a fork stays held in the child. RLocks for signal handlers.
         self._locks: dict[Any, Any] = {}
         # Of the last exchange that failed.
         self._renewal_error: GatewayError | None = None
 
     def __getstate__(self) -> _Json:
         if self._given_tls:
-            raise _NotPicklableError(
-                "A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do."
-            )
-        own = {"pool": _Pool(), "scope": _Scope(), "_tls": None, "_locks": {}}
-        return {**self.__dict__, **own}
+            problem = "A client with an ssl_context cannot be pickled; SSL_CERT_FILE may do."
+            raise _NotPicklableError(problem)
+        names = ("credential", "max_retries", "token_request", "reads_flat", "origin", "_given_tls")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: _Json) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def send(
         self, request: _Request, read: Callable[[_Response], _T], scopes: tuple[_Scope, ...] = (),
-        resume: _Resume | None = None,
+        resume: _Resume = _FROM_THE_START,
     ) -> _T:
         """What `read` makes of the 2xx answer to `request`, after as many attempts as are allowed.
 
-        Args:
-            scopes: By which it can be ended, beside the client's own.
-            resume: A transfer that goes on where the attempt before broke off.
+        `scopes` can end it, as can the client's own.
         """
         flight = _Flight((self.scope, *scopes))
-        if flight.cancelled:
-            raise GatewayError(f"{request!r}: not sent, as it was cancelled before.")
-        may_renew = request.to_gateway and not request.credential and bool(self.token_request)
-        attempt, fresh = 1, False
-        while True:
+        may_renew = request.to_gateway and not request.credential and self.token_request is not None
+        attempt = 1
+        while not flight.cancelled:
             credential = request.credential or self.credential
-            more_headers = resume.headers() if resume else {}
             try:
-                attempted = _Attempt(credential, more_headers, attempt, fresh)
-                return self._attempt(flight, request, attempted, read)
+                attempted = self._for_attempt(request, credential, resume.headers())
+                return self._attempt(flight, attempted, attempt, read)
             except GatewayError as error:
                 if flight.cancelled:
                     raise
-                refused = error.status_code == 401 and may_renew
-                if resume and resume.made_progress():
+                if resume.made_progress():
                     # So that a long download on a bad line ends.
                     attempt = 1
-                delay = 0.0 if refused else _retry_delay(request, error, attempt, self.max_retries)
-                if delay is None:
+                delay = _retry_delay(request, error, attempt)
+                is_refused = error.status_code == 401 and may_renew
+                if not is_refused and (delay is None or attempt > self.max_retries):
                     raise
-                _log("%s; it is sent again in %.1f s", error.message, delay)
-            if refused:
+                _log("%s; it is sent again in %.1f s", error.message, delay or 0.0)
+            if is_refused:
                 # A second refusal is final.
                 may_renew = False
                 self.renew_token(credential, request.caller_headers, scopes, flight)
             else:
-                # Whatever made the first one fail may be wrong with other idle connections, too.
-                attempt, fresh = attempt + 1, True
-                flight.wait(delay)
-            if flight.cancelled:
-                raise GatewayError(f"{request!r}: cancelled before it was sent again.")
+                attempt += 1
+                flight.wait(delay or 0.0)
+        raise GatewayError(f"{request!r}: cancelled before it was sent.")
 
     def exchange(self, token_request: _Request, scopes: tuple[_Scope, ...]) -> None:
         """Gets a token by this request, now and whenever the last one is refused."""
@@ -2425,16 +2447,12 @@ class _Transport:
         self, refused: _Credential | None, caller_headers: Mapping[str, str],
         scopes: tuple[_Scope, ...], flight: _Flight | None = None,
     ) -> None:
-        """Exchanges the API key for a new token, unless another thread has done so meanwhile.
+        """Exchanges the API key for a token in place of `refused`, for a request that needs it.
 
-        If that thread's exchange failed, this one's fails with it, and does not wait for its own.
-
-        Args:
-            refused: The credential that is to be replaced.
-            flight: Of the request that needs the token: when it is cancelled, waiting ends.
+        If another thread does so meanwhile, its token serves both, or both fail with its error.
         """
         error_before = self._renewal_error
-        lock = self._locks.setdefault(_process_id(), threading.RLock())
+        lock = self._locks.setdefault(_Process.id, threading.RLock())
         while not lock.acquire(timeout=0.2):
             if flight and flight.cancelled:
                 return
@@ -2444,26 +2462,39 @@ class _Transport:
             if self._renewal_error and self._renewal_error is not error_before:
                 raise copy.copy(self._renewal_error)
             token_request = replace(self.token_request, caller_headers=caller_headers)
-            try:
-                self.credential = self.send(token_request, _read_token, scopes)
-            except GatewayError as error:
-                if not any(scope.cancelled for scope in scopes):
-                    # The copy has no traceback, which would keep much alive.
-                    self._renewal_error = copy.copy(error)
-                raise
+            self.credential = self.send(token_request, _read_token, scopes)
+        except GatewayError as error:
+            if not any(scope.cancelled for scope in scopes):
+                # The copy has no traceback, which would keep much alive.
+                self._renewal_error = copy.copy(error)
+            raise
         finally:
             lock.release()
 
+    def _for_attempt(
+        self, request: _Request, credential: _Credential | None, more_headers: Mapping[str, str]
+    ) -> _Request:
+        """The request as an attempt sends it, with what its messages must not show."""
+        headers = {**request.headers, **more_headers}
+        if not request.to_gateway:
+            return replace(request, headers=headers)
+        # The token, and the key that it was given for.
+        known = [credential, self.token_request.credential if self.token_request else None]
+        secrets = [_Secret(one.value.rpartition("Bearer ")[2]) for one in known if one]
+        if credential:
+            headers[credential.header] = credential.value
+        return replace(request, headers=headers, secrets=(*request.secrets, *secrets))
+
     def _attempt(
-        self, flight: _Flight, request: _Request, attempted: _Attempt,
-        read: Callable[[_Response], _T],
+        self, flight: _Flight, request: _Request, attempt: int, read: Callable[[_Response], _T]
     ) -> _T:
-        """What `read` makes of one answer, behind redirects. On failure the connection is closed."""
+        """What `read` makes of one answer, behind redirects. A failure closes the connection."""
         try:
             for _ in range(1 + _MAX_REDIRECTS):
                 started, status = time.perf_counter(), "failed"
                 try:
-                    response = self._exchange(flight, request, attempted)
+                    # Whatever made the first attempt fail may be wrong with other idle connections.
+                    response = self._exchange(flight, request, fresh=attempt > 1)
                     status = str(response.status)
                     if response.status < 300:
                         _check_whole(response)
@@ -2471,22 +2502,27 @@ class _Transport:
                     request = _next_request(response)
                 finally:
                     milliseconds = 1000 * (time.perf_counter() - started)
-                    _log("%r %s %.0f ms, attempt %d", request, status, milliseconds, attempted.number)
+                    _log("%r %s %.0f ms, attempt %d", request, status, milliseconds, attempt)
                 response.close()
             raise GatewayError(f"{request!r}: more than {_MAX_REDIRECTS} redirects")
-        except BaseException:
+        except BaseException as error:
             flight.close()
+            # So comes a StopIteration of a callback out of a generator.
+            if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration):
+                raise error.__cause__
             raise
 
-    def _exchange(self, flight: _Flight, request: _Request, attempted: _Attempt) -> _Response:
+    def _exchange(self, flight: _Flight, request: _Request, *, fresh: bool) -> _Response:
         """Sends a request once, and reads the head of the answer."""
-        connection = None if attempted.fresh else self.pool.acquire(request.origin)
-        is_new = connection is None
-        if connection is None:
-            connection = _Connection(request.origin, _proxy_for(request.origin))
-        request = self._for_attempt(request, attempted, connection)
+        idle = None if fresh else self.pool.acquire(request.origin)
+        connection = idle or _Connection(request.origin, _proxy_for(request.origin))
+        proxy = connection.proxy
+        # A redirect may go round the proxy of the request before.
+        if proxy or request.proxy:
+            secrets = request.secrets + (proxy.secrets if proxy else ())
+            request = replace(request, secrets=secrets, proxy=str(proxy or ""))
         flight.hold(connection)
-        if is_new:
+        if not idle:
             self._open(connection, request)
         broken: _Fault | None = None
         try:
@@ -2499,24 +2535,6 @@ class _Transport:
         response.broken = broken
         return response
 
-    def _for_attempt(
-        self, request: _Request, attempted: _Attempt, connection: _Connection
-    ) -> _Request:
-        """The request as this attempt sends it, with what its messages must not show."""
-        headers = {**request.headers, **attempted.more_headers}
-        secrets = request.secrets
-        proxy = connection.proxy
-        if proxy:
-            secrets += proxy.secrets
-        if request.to_gateway:
-            if self.token_request and self.token_request.credential:
-                # The key that the token was given for.
-                secrets += (_Secret(self.token_request.credential.value[len("Bearer ") :]),)
-            if attempted.credential:
-                headers[attempted.credential.header] = attempted.credential.value
-                secrets += (_Secret(attempted.credential.value.rpartition("Bearer ")[2]),)
-        return replace(request, headers=headers, secrets=secrets, proxy=str(proxy) if proxy else "")
-
     def _open(self, connection: _Connection, request: _Request) -> None:
         """Opens a connection. Its failure is told as one of `request`."""
         tls = self._tls_context() if request.origin.startswith("https:") else None
@@ -2526,8 +2544,8 @@ class _Transport:
             # A ValueError: a host or a port that there cannot be.
             fault = error if isinstance(error, _Fault) else _Fault(str(error), error)
             doing = f"no connection to {request.origin}"
-            if connection.proxy:
-                doing += f" through {connection.proxy}"
+            if request.proxy:
+                doing += f" through {request.proxy}"
             raise _wire_error(request, fault, doing, connected=False)
 
     def _tls_context(self) -> SSLContext:
@@ -2535,74 +2553,42 @@ class _Transport:
         if self._tls is None:
             try:
                 import ssl
+
+                self._tls = ssl.create_default_context()
             except ImportError as error:
                 # There are Pythons without it; they can do http.
-                raise GatewayError(
-                    "https needs Python's ssl module, which is missing here."
-                ) from error
-            try:
-                self._tls = ssl.create_default_context()
+                problem = "https needs Python's ssl module, which is missing here."
+                raise GatewayError(problem) from error
             except OSError as error:
-                raise GatewayError(
-                    "TLS cannot be set up: is the file right that SSLKEYLOGFILE, SSL_CERT_FILE or"
-                    f" SSL_CERT_DIR names? {error}"
-                ) from error
+                names = "SSLKEYLOGFILE, SSL_CERT_FILE or SSL_CERT_DIR"
+                problem = f"TLS cannot be set up: is the file right that {names} names? {error}"
+                raise GatewayError(problem) from error
         return self._tls
 
 
 # --- Event stream ---------------------------------------------------------------------------------
 
-
-class _EventDecoder(json.JSONDecoder):
-    """Decodes the JSON of events. Can be pickled, which the decoder that it extends cannot."""
-
-    def __init__(self) -> None:
-        super().__init__(strict=False)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _EventDecoder, ()
-
-
-# Its `raw_decode` takes half the time of `json.loads`.
-_event_decoder = _EventDecoder()
+_LAST_EVENTS = (StreamEventType.DONE, StreamEventType.ERROR)
 
 
 def _decode_data(text: str) -> Any:
     """The JSON of an event's data."""
     text = text.strip(" \t\n\r")
-    if text == "[DONE]":
-        return {"type": "done", "data": text}
-    return _decode_json(text)
+    return {"type": "done", "data": text} if text == "[DONE]" else _decode_json(text)
 
 
 def _make_event(value: Any, name: str = "") -> StreamEvent:
-    """The event of decoded data. Its type is the data's `type`, or else `name`, the `event:` field."""
+    """The event of decoded data. Its type is the data's `type`, or else `name`, of `event:`."""
     if isinstance(value, dict) and "type" in value:
         return StreamEvent.from_dict(value)
     raw = value if isinstance(value, dict) else {"type": name or "content", "data": value}
     return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
 
 
-def _simple_event(block: str) -> StreamEvent | None:
-    """The event of a block that is one `data:` line with an object, as nearly all are; else None.
-
-    This short way takes half the time of `_block_events`.
-    """
-    if not block.startswith("data: {") or "\n" in block:
-        return None
-    try:
-        value, end = _event_decoder.raw_decode(block, 6)
-    except (ValueError, RecursionError):
-        return None
-    return _make_event(value) if end == len(block) else None
-
-
 def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     """The events of the lines between two blank lines: one, or none if there is no data.
 
-    Some servers leave out the blank lines: if the data is not JSON, but each of its lines is, each is
-    an event. Data that is not JSON at all is the text of an event, unless the block may be cut short
-    (not `whole`).
+    A block that may be cut short (not `whole`) has none whose data is not JSON.
     """
     name, lines = "", []
     for line in block.split("\n"):
@@ -2615,21 +2601,20 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
     if not data.strip():
         # WHATWG dispatches an empty line of data: it is an event if its type says something.
         return [_make_event("", name)] if lines and whole and name in _EVENT_TYPES else []
+    # Some servers leave out the blank lines: then the data is no JSON, but each of its lines is.
     for candidates in ([data], lines):
-        try:
+        with suppress(ValueError, RecursionError):
             return [_make_event(_decode_data(candidate), name) for candidate in candidates]
-        except (ValueError, RecursionError):
-            continue
     return [_make_event(data, name)] if whole else []
 
 
-def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[StreamEvent]:
-    """The events of a stream (WHATWG HTML §9.2.6), each as soon as its blank line has arrived.
+def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[list[StreamEvent]]:
+    """The events of a stream (WHATWG HTML §9.2.6), all those that a chunk completes together.
 
-    Args:
-        framed: Whether HTTP says where the stream ends. If not, its end may be a break, and half an
-            event is dropped.
+    If HTTP does not say where the stream ends (not `framed`), its end may be a break.
     """
+    # Takes half the time of `json.loads`.
+    decode = json.JSONDecoder(strict=False).raw_decode
     # The pieces of a block are joined once: a large event may come in thousands.
     pending, last = [b""], b""
     after_cr = False
@@ -2644,65 +2629,82 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[S
         if b"\r" in chunk:
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         pending.append(chunk)
-        blank = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
+        has_blank_line = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
         last = chunk[-1:] or last
-        if blank:
-            *blocks, begun = b"".join(pending).split(b"\n\n")
-            pending = [begun]
-            for block in blocks:
-                text, codec = block.decode(codec, "replace"), "utf-8"
-                event = _simple_event(text)
-                if event:
-                    yield event
-                else:
-                    yield from _block_events(text)
-    yield from _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
+        if not has_blank_line:
+            continue
+        *blocks, begun = b"".join(pending).split(b"\n\n")
+        pending = [begun]
+        events: list[StreamEvent] = []
+        for block in blocks:
+            text, codec = block.decode(codec, "replace"), "utf-8"
+            # A short way, in half the time, for one line with an object, as nearly all are.
+            if text.startswith("data: {") and "\n" not in text:
+                try:
+                    value, end = decode(text, 6)
+                    if end == len(text):
+                        events.append(_make_event(value))
+                        continue
+                except (ValueError, RecursionError):
+                    pass
+            events += _block_events(text)
+        if events:
+            yield events
+    events = _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
+    if events:
+        yield events
 
 
-def _read_events(response: _Response) -> Iterator[StreamEvent]:
-    """The events of an answer.
+def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
+    """The events of an answer, as they arrive. If there is none, `response.body` is what came.
 
-    After `done` or `error` more may follow: a function yields its own `done`, and the gateway's file
-    URLs come when they are uploaded. So the stream goes on until the server ends it, or until
+    More may follow `done` or `error`: a function yields its own `done`, and the gateway's file URLs
+    come when they are uploaded. So it goes on until the server ends it or breaks it off, or until
     `timeout` seconds in all have brought no further event.
-
-    Raises:
-        ServiceUnavailableError: the connection broke when the last event was neither `done` nor
-            `error`, or ended there where a break would look just like the end.
-        GatewayError: there was no event at all.
     """
-    last: StreamEvent | None = None
-    # What came before the first event.
+    # Whether the last event was `done` or `error`; None: there was no event yet.
+    is_end: bool | None = None
     unread: list[bytes] = []
 
     def chunks() -> Iterator[bytes]:
         for chunk in response.chunks():
-            if last is None:
+            if is_end is None:
                 unread.append(chunk)
             yield chunk
 
-    try:
-        for event in _parse_events(chunks(), framed=response.head.framed):
-            last = event
-            unread.clear()
-            yield event
-            is_end = event.type in (StreamEventType.DONE, StreamEventType.ERROR)
-            seconds = response.request.timeout or _AFTER_DONE_SECONDS
-            response.wait_at_most(seconds if is_end else None)
-    except ServiceUnavailableError:
-        if last is None or last.type not in (StreamEventType.DONE, StreamEventType.ERROR):
-            raise
-    if last is None:
+    lists = _parse_events(chunks(), framed=response.head.framed)
+    while True:
+        # No `yield` in here: when Python ends, this name may be gone.
+        try:
+            events = next(lists, [])
+        except ServiceUnavailableError:
+            if not is_end:
+                raise
+            return
+        if not events:
+            break
+        is_end = events[-1].type in _LAST_EVENTS
+        yield events
+        seconds = response.request.timeout or _AFTER_DONE_SECONDS
+        response.wait_at_most(seconds if is_end else None)
+    if is_end is None:
         response.body = b"".join(unread)
-        yield from _events_of_json(response)
-    elif not response.head.framed and last.type not in (StreamEventType.DONE, StreamEventType.ERROR):
+    if not response.head.framed and not is_end and not response.body:
         fault = _Fault("no done or error event")
         raise _wire_error(response.request, fault, "the stream was cut short")
 
 
-def _events_of_json(response: _Response) -> list[StreamEvent]:
-    """The events of a body that is no event stream, but the JSON answer of a run request."""
-    return _result_events(_parse_results(response, 1)[0])
+def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
+    """The results of a run request with `count` calls, from the JSON in `response.body`."""
+    content = _json_of(response)
+    answer = _Secret(content if isinstance(content, dict) else {})
+    entries = _Secret(answer.reveal().get("results"))
+    del content
+    is_list = isinstance(entries.reveal(), list)
+    if not is_list or [type(entry) for entry in entries.reveal()] != [dict] * count:
+        raise _unexpected_response(response, f"'results' is not a list of {count} objects")
+    job_id = answer.reveal().get("job_id")
+    return [PrefabResult._from_dict(entry, job_id) for entry in entries.reveal()]
 
 
 def _result_events(result: PrefabResult) -> list[StreamEvent]:
@@ -2712,76 +2714,71 @@ def _result_events(result: PrefabResult) -> list[StreamEvent]:
         return [StreamEvent.from_dict({"type": "error", "data": error})]
     files = result.get_files()
     done = {"job_id": result.job_id, "files": files} if files else None
-    return [
-        StreamEvent.from_dict({"type": "content", "data": result.get_result()}),
-        StreamEvent.from_dict({"type": "done", "data": done}),
-    ]
+    events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": done}]
+    return [StreamEvent.from_dict(event) for event in events]
 
 
-def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
-    """The results of a run request with `count` calls, from the JSON in `response.body`."""
-    answer = _json_of(response)
-    if not isinstance(answer, dict):
-        raise _unexpected_response(response, "the body is not JSON of the type dict")
-    entries = answer.get("results")
-    if not isinstance(entries, list):
-        raise _unexpected_response(response, "'results' is not a list")
-    if len(entries) != count or not all(isinstance(entry, dict) for entry in entries):
-        raise _unexpected_response(response, f"'results' is not a list of {count} objects")
-    return [PrefabResult._from_dict(entry, answer.get("job_id")) for entry in entries]
+def _read_event_stream(response: _Response) -> Iterator[list[StreamEvent]]:
+    """The events of an answer, or else those that stand for the result in it."""
+    is_empty = True
+    for events in _read_events(response):
+        is_empty = False
+        yield events
+    if is_empty:
+        yield _result_events(_parse_results(response, 1)[0])
 
 
 class EventStream(Iterator[StreamEvent]):
     """The events of one call, each handed over as it arrives: an iterator and a context manager.
 
-    `close()`, the end of a `with` and garbage collection end the stream and free its connection. One
-    thread reads it; any may close it, and so may a signal handler: a loop that waits for an event then
-    ends. An `error` event is yielded, not raised.
-
-    Args:
-        events: For tests of your own, any iterable of events.
+    `close()`, the end of a `with` and garbage collection end the stream and free its connection.
+    One thread reads it; any may close it, and so may a signal handler: a loop that waits for an
+    event then ends. An `error` event is yielded, not raised. Tests can make it of any `events`.
 
     Raises (from iterating):
-        ServiceUnavailableError: the connection broke: the stream is not complete.
-        GatewayTimeoutError: nothing came for `timeout` seconds.
-        GatewayError: it was read on after it failed, or after it was closed before its end, or by two
-            threads at a time; or it had no events.
+        ServiceUnavailableError, GatewayTimeoutError: it broke, so it is not complete.
+        GatewayError: it had no events, or was read by two threads or after it failed or was closed.
     """
 
     def __init__(self, events: Iterable[StreamEvent], _response: _Response | None = None) -> None:
-        self._events = iter(events)
         self._response = _response
-        self._state: Literal["open", "ended", "closed", "failed"] = "open"
-        # The text of the error that ended it.
-        self._failure = ""
+        self._lists = _read_event_stream(_response) if _response else ([event] for event in events)
+        # What came with the last event.
+        self._arrived: Iterator[StreamEvent] = iter(())
+        self._ended = False
+        # What ended it before its end.
+        self._problem = ""
         self._reading = threading.Lock()
 
     def __next__(self) -> StreamEvent:
-        if self._state in ("closed", "failed"):
-            raise self._no_more()
+        if self._problem:
+            raise GatewayError(f"This stream {self._problem}: what came is not all there is.")
         # Never waits: a signal handler may read while the same thread does.
         if not self._reading.acquire(blocking=False):
             raise GatewayError("This stream is being read already: one thread or handler reads it.")
         try:
-            return next(self._events)
+            for event in self._arrived:
+                return event
+            self._arrived = iter(next(self._lists))
+            return next(self._arrived)
         except StopIteration:
-            if self._state == "open":
-                self._state = "ended"
+            self._ended = not self._problem
             raise
         except BaseException as error:
             # It was closed while this thread waited.
-            if self._state == "closed" and isinstance(error, GatewayError):
+            if self._problem and isinstance(error, GatewayError):
                 raise StopIteration from None
-            self._state, self._failure = "failed", str(error)
+            self._problem = f"cannot be read on, since it failed ({str(error).rstrip('.')})"
             raise
         finally:
             self._reading.release()
 
-    def _no_more(self) -> GatewayError:
-        what_happened = "was closed before its end"
-        if self._state == "failed":
-            what_happened = f"cannot be read on, since it failed: {self._failure.rstrip('.')}"
-        return GatewayError(f"This stream {what_happened}. What came before is not all there is.")
+    def _read_some(self) -> list[StreamEvent]:
+        """Waits for an event, and gives those that came with it, too; none at the end."""
+        for event in self:
+            rest, self._arrived = self._arrived, iter(())
+            return [event, *rest]
+        return []
 
     def __enter__(self) -> EventStream:
         return self
@@ -2791,8 +2788,8 @@ class EventStream(Iterator[StreamEvent]):
 
     def close(self) -> None:
         """Ends the stream, also for another thread that waits for an event. May be called twice."""
-        if self._state == "open":
-            self._state = "closed"
+        if not self._ended and not self._problem:
+            self._problem = "was closed before its end"
         if self._response:
             self._response.close()
 
@@ -2802,44 +2799,34 @@ def _read_results(response: _Response, count: int = 1) -> list[PrefabResult]:
     if response.head.media_type() != "text/event-stream":
         response.read_all()
         return _parse_results(response, count)
+    result = PrefabResult.from_events(itertools.chain.from_iterable(_read_events(response)))
+    if not result.raw["events"]:
+        return _parse_results(response, count)
     if count > 1:
-        raise _unexpected_response(
-            response, f"with one stream of events, which cannot be the results of {count} calls"
-        )
-    events: list[StreamEvent] = []
-    try:
-        events.extend(_read_events(response))
-    except ServiceUnavailableError as broken:
-        # What came was paid for.
-        contents = [event.data for event in events if event.type is StreamEventType.CONTENT]
-        broken.details["partial_output"] = contents
-        broken.details["events"] = [event.raw for event in events]
-        raise
-    return [PrefabResult.from_events(events)]
+        problem = f"with one stream of events, which cannot be the results of {count} calls"
+        raise _unexpected_response(response, problem)
+    return [result]
 
 
 def _read_stream(response: _Response) -> EventStream:
     """The events of a run request, also of a function that does not stream."""
     if response.head.media_type() == "text/event-stream":
-        return EventStream(_read_events(response), response)
-    return EventStream(_result_events(_read_results(response)[0]), response)
+        return EventStream((), response)
+    return EventStream(_result_events(_read_results(response)[0]))
 
 
 def _read_prefabs(response: _Response) -> list[PrefabInfo]:
     """The entries of the directory."""
     entries = _read_json(response, list)
     for entry in entries:
-        known = isinstance(entry, dict) and all(
-            isinstance(entry.get(key), str) for key in ("id", "version")
-        )
-        if not known:
+        names = [entry.get("id"), entry.get("version")] if isinstance(entry, dict) else []
+        if [type(name) for name in names] != [str, str]:
             raise _unexpected_response(response, "an entry lacks its id or version")
     return [PrefabInfo._from_dict(entry) for entry in entries]
 
 
 # --- Files ----------------------------------------------------------------------------------------
 
-# The type of a compressed file is that of its compression, not of what is inside.
 _COMPRESSED_TYPES = {
     "gzip": "application/gzip",
     "bzip2": "application/x-bzip2",
@@ -2850,58 +2837,44 @@ _COMPRESSED_TYPES = {
 
 
 def _file_name(path: _Path) -> str:
-    """The last part of a path. Bytes in it that are not UTF-8 are replaced, so that it can be sent."""
+    """The last part of a path, with bytes in it replaced that UTF-8 does not have."""
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
 
 def _open_file(path: _Path) -> Any:
     """The file at a path, to be read from its start. The caller closes it."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValidationError(
-            f"The path of a file is needed, not {_shown(path)}: save the contents in a file first."
-        )
+    if not isinstance(path, (str, os.PathLike)) or re.match(r"\w+://", str(path)):
+        problem = f"The path of a file is needed, not {_shown(path)}"
+        raise ValidationError(f"{problem}: save the contents in a file first.")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValidationError(
-            f"{path} is not a regular file, so its length is not known beforehand."
-        )
+        raise ValidationError(f"{path} is not a regular file, whose length is known beforehand.")
     file = open(path, "rb")  # noqa: SIM115
     # As in /proc.
     if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        raise ValidationError(
-            f"{path} says that it is empty, but is not: copy it into a regular file first."
-        )
+        problem = "says that it is empty, but is not: copy it into a regular file first."
+        raise ValidationError(f"{path} {problem}")
     return file
 
 
-def _guess_type(name: str) -> str:
-    """The media type of a file, by its name."""
+def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
+    """A form with a file in it (RFC 7578): its type, what precedes the file and what follows it."""
     # Reads the system's tables: for uploads only.
     import mimetypes
 
+    boundary, name = os.urandom(16).hex(), _file_name(path)
     media_type, compression = mimetypes.guess_type(name)
     if compression:
-        return _COMPRESSED_TYPES.get(compression, "application/octet-stream")
-    return media_type or "application/octet-stream"
-
-
-def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, bytes]:
-    """`fields`, then a file, as `multipart/form-data`.
-
-    File names go out as browsers send them: UTF-8, quotes and line breaks percent-encoded (RFC 7578).
-
-    Returns:
-        The content type, and what stands in front of the file and behind it.
-    """
-    boundary, name = os.urandom(16).hex(), _file_name(path)
-    media_type = _guess_type(name)
+        # Not the type of what is inside.
+        media_type = _COMPRESSED_TYPES.get(compression)
+    # As browsers do.
     name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
     part = f"--{boundary}\r\nContent-Disposition: form-data; name="
     head = "".join(f'{part}"{key}"\r\n\r\n{value}\r\n' for key, value in fields.items())
-    head += f'{part}"file"; filename="{name}"\r\nContent-Type: {media_type}\r\n\r\n'
+    head += f'{part}"file"; filename="{name}"\r\n'
+    head += f"Content-Type: {media_type or 'application/octet-stream'}\r\n\r\n"
     tail = f"\r\n--{boundary}--\r\n"
-    content_type = f"multipart/form-data; boundary={boundary}"
-    return content_type, head.encode(errors="replace"), tail.encode()
+    return f"multipart/form-data; boundary={boundary}", head.encode(errors="replace"), tail.encode()
 
 
 @contextmanager
@@ -2917,80 +2890,78 @@ def _naming(target: str) -> Iterator[None]:
 
 def _replace(path: str, target: str) -> None:
     """Renames a file. Windows refuses that while somebody else has the old one open."""
-    deadline = time.monotonic() + 1.0
-    while True:
-        try:
-            return os.replace(path, target)
-        except PermissionError:
-            if sys.platform != "win32" or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+    for seconds in (0.05, 0.2, 0.8) if sys.platform == "win32" else ():
+        with suppress(PermissionError):
+            os.replace(path, target)
+            return
+        time.sleep(seconds)
+    os.replace(path, target)
 
 
 @contextmanager
 def _replacement(target: str) -> Iterator[Any]:
     """A new file that takes the target's place if all goes well, and is gone if not."""
     with _naming(target):
-        # Fails early for a name that is too long; a missing file is fine.
+        # Fails early for a name that is too long.
         with suppress(FileNotFoundError):
             os.lstat(target)
         folder = os.path.dirname(target)
-        # A missing one is made at the end, when there is something for it; a missing drive is its own
-        # parent.
+        # Missing ones are made when there is something for them. A missing drive is its own parent.
         while not os.path.exists(folder) and folder != os.path.dirname(folder):
             folder = os.path.dirname(folder)
         path = os.path.join(folder, f".{os.urandom(4).hex()}.part")
         file = open(path, "xb")  # noqa: SIM115
     try:
-        try:
-            yield file
-        finally:
-            with _naming(target):
-                file.close()
+        yield file
         with _naming(target):
+            file.close()
             os.makedirs(os.path.dirname(target), exist_ok=True)
             _replace(path, target)
     finally:
+        with suppress(OSError):
+            file.close()
         # Unless it was renamed.
         with suppress(OSError):
             os.unlink(path)
 
 
 class _Download(_Resume):
-    """A file on its way here: writes what comes, and knows what to ask for when a transfer broke."""
+    """A file on its way here: writes what comes, and knows what to ask for after a break."""
 
     def __init__(self, file: Any, target: str, on_progress: _Progress | None) -> None:
         self._file = file
         self._target = target
         self._on_progress = on_progress or _ignore
+        # Of the object that `file` has the beginning of: its length and its encoding, and a strong
+        # ETag (RFC 9110 §13.1.5), without which the next attempt asks for the whole object.
         self._size: int | None = None
-        # Of the object that `file` has the beginning of: a strong ETag (RFC 9110 §13.1.5), and how it
-        # is encoded.
-        self._etag = ""
         self._encoding = ""
-        # Bytes of the object that the best attempt so far had, and when progress was last asked for.
-        self._most = 0
-        self._most_before = 0
-
-    def start_over(self) -> None:
-        """Has the next attempt ask for the whole object."""
         self._etag = ""
+        # Bytes of the object that the best attempt had: by now, and when that was looked at last.
+        self._most = self._most_before = self._most_of_urls = 0
+        self._restarts = 0
 
     def headers(self) -> Mapping[str, str]:
-        """What the next attempt asks for: the bytes that are missing, unless the object changed."""
         if not self._etag:
             return {}
         return {"Range": f"bytes={self._file.tell()}-", "If-Range": self._etag}
 
     def made_progress(self) -> bool:
-        """Whether more bytes of the object came since this was asked last than ever before."""
         progressed = self._most > self._most_before
         self._most_before = self._most
         return progressed
 
-    def has_some(self) -> bool:
-        """Whether the next attempt goes on with what there is."""
-        return bool(self._etag) and self._file.tell() > 0
+    def outlasts(self, error: GatewayError, max_restarts: int) -> bool:
+        """Whether it goes on after the storage refused to: with a new URL, or after a 416 anew."""
+        if error.status_code == 416 and self._etag:
+            # The object is shorter than what was received of it.
+            self._etag = ""
+            self._restarts += 1
+            return self._restarts <= max_restarts
+        # A URL has expired if it served anything before that.
+        served = self._most > self._most_of_urls
+        self._most_of_urls = self._most
+        return served and error.status_code in (400, 401, 403)
 
     def receive(self, response: _Response) -> None:
         """Writes an answer where the last one ended."""
@@ -3000,10 +2971,11 @@ class _Download(_Resume):
         etag, encoding = head.get("ETag"), head.content_encoding()
         done, total = self._file.tell(), head.length
         if response.status == 206:
-            total = self._total_of_range(head, done)
+            found = re.fullmatch(rf"bytes {done}-\d+/(\d{{1,18}})", head.get("Content-Range"))
+            total = int(found[1]) if found else None
             is_same = self._etag == etag and self._encoding == encoding
             if not total or self._size not in (None, total) or not is_same:
-                self.start_over()
+                self._etag = ""
                 raise self._broken(response, "the object changed in between")
         else:
             # The object from its beginning.
@@ -3021,11 +2993,6 @@ class _Download(_Resume):
         if total not in (None, done):
             raise self._broken(response, f"only {done} of {total} bytes came")
 
-    def _total_of_range(self, head: _Head, begin: int) -> int | None:
-        """The object's size, if the answer goes on at `begin`."""
-        found = re.fullmatch(rf"bytes {begin}-\d+/(\d{{1,18}})", head.get("Content-Range"))
-        return int(found[1]) if found else None
-
     def _broken(self, response: _Response, reason: str) -> GatewayError:
         return _wire_error(response.request, _Fault(reason), "the download broke off")
 
@@ -3033,38 +3000,26 @@ class _Download(_Resume):
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def _body_of(request: _Request) -> _Json:
-    """The JSON that a run request sends."""
-    body: _Json = json.loads(request.body) if isinstance(request.body, bytes) else {}
-    return body
+def _flattened(request: _Request) -> tuple[_Request, set[str]]:
+    """A run request with flat parameters, `{"inputs": {"text": ...}}`, and their names.
 
-
-def _flattened(request: _Request) -> _Request:
-    """A run request for a gateway that reads parameters flat: `{"inputs": {"text": ...}}`.
-
-    Files are parameters there: a URL, or a list where there are several.
+    A file is a parameter there: its URL, or a list where there are several.
     """
-    body = _body_of(request)
+    names: set[str] = set()
+    body = json.loads(request.body if isinstance(request.body, bytes) else b"{}")
     for call in body["calls"]:
         inputs = call["inputs"]
-        urls = inputs.get("files", {})
-        files = {name: found[0] if len(found) == 1 else found for name, found in urls.items()}
-        call["inputs"] = {**inputs["parameters"], **files}
-    return replace(request, body=_encode(body))
+        call["inputs"] = inputs["parameters"]
+        for name, urls in inputs.get("files", {}).items():
+            call["inputs"][name] = urls[0] if len(urls) == 1 else urls
+        names.update(call["inputs"])
+    return replace(request, body=_encode(body)), names
 
 
 def _missing_parameter(error: GatewayError) -> str | None:
-    """The name of the parameter that the gateway says is missing; None if it says something else."""
+    """The name of the parameter that the gateway says is missing; None if it says no such thing."""
     found = re.search(r"Missing required parameter: (.+)", error.message)
     return found[1].strip() if found and error.status_code == 422 else None
-
-
-def _was_given(request: _Request, name: str | None) -> bool:
-    """Whether a parameter or a file of this name is in a request with one call."""
-    if name is None or request.calls != 1:
-        return False
-    inputs = _body_of(request)["calls"][0]["inputs"]
-    return name in inputs["parameters"] or name in inputs.get("files", {})
 
 
 def _send_call(
@@ -3073,39 +3028,41 @@ def _send_call(
 ) -> _T:
     """What `read` makes of the answer to a run request, in the form in which the gateway reads it.
 
-    The published gateway reads parameters flat. It refuses the usual form before anything has run, so
-    the call is sent again, flat; if that helped, all later ones are sent so at once.
+    The published one reads parameters flat, and refuses the usual form before anything has run. So
+    a single call is sent again, flat; if that helped, all later ones are sent so at once.
     """
     if transport.reads_flat:
-        return transport.send(_flattened(request), read, scopes)
+        return transport.send(_flattened(request)[0], read, scopes)
     try:
         return transport.send(request, read, scopes)
     except ValidationError as error:
-        if not _was_given(request, _missing_parameter(error)):
+        flat, names = _flattened(request)
+        if request.calls != 1 or _missing_parameter(error) not in names:
             raise
-    helped = True
     try:
-        return transport.send(_flattened(request), read, scopes)
-    except ValidationError as error:
-        helped = _missing_parameter(error) is None
+        answer = transport.send(flat, read, scopes)
+    except GatewayError as error:
+        # Any other answer is none to the form.
+        if error.status_code and not _missing_parameter(error):
+            transport.reads_flat = True
         raise
-    finally:
-        transport.reads_flat = transport.reads_flat or helped
+    transport.reads_flat = True
+    return answer
 
 
 # In a worker process, of the clients whose calls it ran last.
-_worker_transports: dict[bytes, _Transport] = {}
+_worker_transports: dict[Any, _Transport] = {}
 
 
 def _run_one(
     transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
 ) -> PrefabResult:
-    """Sends one call of a batch. Picklable, as are its arguments, so that any executor can run it."""
-    # The calls of one client share connections and token in a worker process, too.
-    if transport.process_id != _process_id():
-        transport = _worker_transports.setdefault(transport.identity, transport)
-        for identity in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
-            _worker_transports.pop(identity, None)
+    """Sends one call of a batch. Any executor can run it: all of it can be pickled."""
+    # Calls of one client share connections and token in a worker process, too.
+    if transport.origin[0] != _Process.id:
+        transport = _worker_transports.setdefault(transport.origin, transport)
+        for origin in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
+            _worker_transports.pop(origin, None)
     try:
         return _send_call(transport, request, _read_results, scopes)[0]
     except Exception as error:  # noqa: BLE001
@@ -3113,33 +3070,24 @@ def _run_one(
         return PrefabResult._from_exception(error)
 
 
-def _cancels_only_waiting(executor: Executor) -> bool:
-    """Whether a future that this executor gives back as cancelled was never started."""
-    known = ("concurrent.futures.thread", "concurrent.futures.process")
-    return any(base.__module__ in known for base in type(executor).__mro__)
-
-
 class _Batch:
-    """Single calls on their way, in threads or on an executor. Each arrives once, with its result."""
+    """Calls on their way, in threads or on an executor. Each arrives once, with its result."""
 
     def __init__(
         self, transport: _Transport, requests: Iterable[_Request], executor: Executor | None,
         scopes: tuple[_Scope, ...],
     ) -> None:
-        import queue
-
         self._transport = transport
         self._executor = executor
         # Ends the calls in flight when the batch is interrupted.
         self._scope = _Scope()
         self._scopes = (*scopes, self._scope)
-        # The only reference to the requests: memory is freed as calls are sent.
+        # The only reference to the requests, so that memory is freed as calls are sent.
         self._waiting = deque(enumerate(requests))
         self._futures: dict[int, Future[PrefabResult]] = {}
-        # What has come and was not handed over yet, and a token for each: a result cannot be lost
-        # between a queue and a variable.
+        # What has come and was not handed over yet, and what is released then.
         self._arrived: deque[tuple[int, PrefabResult]] = deque()
-        self._tokens: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
         self._results: dict[int, PrefabResult] = {}
         self._refused: GatewayError | None = None
 
@@ -3150,22 +3098,21 @@ class _Batch:
         count = len(self._waiting)
         # Takes a result and calls `on_result` in one step: no signal comes in between.
         handing_over = itertools.starmap(on_result, iter(self._arrived.popleft, None))
-        handed_over = 0
         is_callbacks_own = False
         try:
             if self._executor:
                 self._work()
             else:
                 self._start_threads(min(max_workers, count))
-            while handed_over < count:
-                self._wait_for_token()
-                while self._arrived:
-                    try:
-                        next(handing_over)
-                    except Exception:
-                        is_callbacks_own = True
-                        raise
-                    handed_over += 1
+            for _ in range(count):
+                while not self._arrived:
+                    # On Windows, a wait without an end does not notice Ctrl-C.
+                    self._gate.acquire(timeout=0.2)
+                try:
+                    next(handing_over)
+                except Exception:
+                    is_callbacks_own = True
+                    raise
         except BaseException:
             # At once and in one step, whatever interrupts what follows.
             self._waiting.clear()
@@ -3181,16 +3128,6 @@ class _Batch:
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
         return [self._results[index] for index in range(count)]
-
-    def _wait_for_token(self) -> None:
-        if sys.platform != "win32":
-            return self._tokens.get()
-        import queue
-
-        # There, a wait without an end does not notice Ctrl-C.
-        while True:
-            with suppress(queue.Empty):
-                return self._tokens.get(timeout=0.2)
 
     def _start_threads(self, count: int) -> None:
         import contextvars
@@ -3213,26 +3150,21 @@ class _Batch:
                 # Another thread took the last one.
                 return
             if self._refused:
-                self._arrive(index, self._unsent())
-            elif self._executor:
-                self._submit(self._executor, index, request)
-            else:
+                self._fail(index, self._unsent())
+            elif not self._executor:
                 self._arrive(index, _run_one(self._transport, request, self._scopes))
-
-    def _submit(self, executor: Executor, index: int, request: _Request) -> None:
-        """Hands one call to the executor; `_finish` is called when it is done."""
-        try:
-            future = executor.submit(_run_one, self._transport, request)
-        except Exception as error:  # noqa: BLE001
-            # A broken executor must not cost the other results.
-            unsent = ServiceUnavailableError(f"Not sent: the executor did not take it: {error}")
-            self._arrive(index, PrefabResult._from_exception(unsent))
-        else:
-            self._futures[index] = future
-            future.add_done_callback(partial(self._finish, index))
+            else:
+                try:
+                    future = self._executor.submit(_run_one, self._transport, request)
+                except Exception as error:  # noqa: BLE001
+                    # A broken executor must not cost the other results.
+                    self._fail(index, self._unsent(f"the executor did not take it: {error}"))
+                else:
+                    self._futures[index] = future
+                    future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
-        """Takes the result of a future: of its call, of the executor's failure, or of a cancelled one."""
+        """Takes the result of a call from its future, or the error that the executor gives."""
         # A cluster may run a call again as long as somebody holds its future.
         self._futures.pop(index, None)
         try:
@@ -3241,24 +3173,26 @@ class _Batch:
                 raise TypeError(f"the executor gave {_shown(result)}")
         except BaseException as error:  # noqa: BLE001
             # Each call must arrive, or the batch would wait for ever.
-            result = PrefabResult._from_exception(error)
-            if future.cancelled():
-                result = self._cancelled()
-        self._arrive(index, result)
+            self._fail(index, self._cancelled() if future.cancelled() else error)
+        else:
+            self._arrive(index, result)
 
-    def _cancelled(self) -> PrefabResult:
-        """The result of a call whose future was cancelled, by this batch or by somebody else."""
-        if self._executor and _cancels_only_waiting(self._executor):
-            return self._unsent()
+    def _cancelled(self) -> GatewayError:
+        """The error of a call whose future was cancelled, by this batch or by somebody else."""
+        # What these executors give back as cancelled was never started.
+        known = ("concurrent.futures.thread", "concurrent.futures.process")
+        if any(base.__module__ in known for base in type(self._executor).__mro__):
+            return self._unsent("the executor cancelled it.")
         problem = "The executor cancelled the call, and cannot tell if it was running by then."
-        error = ServiceUnavailableError._create(problem, may_have_run=True)
-        return PrefabResult._from_exception(error)
+        return ServiceUnavailableError._create(problem, may_have_run=True)
 
-    def _unsent(self) -> PrefabResult:
-        error: GatewayError = ServiceUnavailableError("Not sent: the executor cancelled it.")
+    def _unsent(self, reason: str = "") -> GatewayError:
         if self._refused:
-            error = AuthenticationError("Not sent: the credential of an earlier call was refused.")
-        return PrefabResult._from_exception(error)
+            return AuthenticationError("Not sent: the credential of an earlier call was refused.")
+        return ServiceUnavailableError(f"Not sent: {reason}")
+
+    def _fail(self, index: int, error: BaseException) -> None:
+        self._arrive(index, PrefabResult._from_exception(error))
 
     def _arrive(self, index: int, result: PrefabResult) -> None:
         if result.exception and result.exception.status_code == 401:
@@ -3266,7 +3200,9 @@ class _Batch:
             self._cancel_futures()
         self._results[index] = result
         self._arrived.append((index, result))
-        self._tokens.put(None)
+        # It may be released already.
+        with suppress(RuntimeError):
+            self._gate.release()
 
     def _cancel_futures(self) -> None:
         for future in list(self._futures.values()):
@@ -3279,31 +3215,38 @@ class _Batch:
 def _version_key(version: str) -> tuple[Any, ...]:
     """Sorts versions by their numbers: 1.10.0 after 1.9.0, and 1.0.0-rc.1 before 1.0.0."""
     release, _, candidate = version.partition("-")
-    numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", release)]
-    candidate_numbers = [int(digits[:99]) for digits in re.findall("[0-9]+", candidate)]
-    return numbers, not candidate, re.sub("[0-9]+", "", candidate), candidate_numbers
+    numbers, last = (
+        [int(digits[:99]) for digits in re.findall("[0-9]+", part)] for part in (release, candidate)
+    )
+    return numbers, not candidate, re.sub("[0-9]+", "", candidate), last
 
 
-def _next_token(page: _Json, token: str | None) -> str | None:
+def _next_token(page: _Json, token: str) -> str | None:
     """The token of the page behind `page`, which `token` led to; None if it is the last."""
     following: str | None = page.get("next_token") or None
-    if following is not None and following == token:
+    if following == token:
         raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
     return following
 
 
 def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
     """The files of all pages."""
-    token: str | None = None
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = list_page(page_size, token)
         yield from page["files"]
         token = _next_token(page, token)
-        if token is None:
-            return
 
 
-# What serializers, templates and tests ask any object for, to learn what it is. Each would be a call.
+def _session_id(given: Any) -> str:
+    """The id of a session, a new one if none is given. Raises if no request can carry it."""
+    # Also a UUID.
+    session_id = str(given or os.urandom(16).hex())
+    _encode({"session_id": session_id})
+    return session_id
+
+
+# What serializers, templates and tests ask any object for, to learn what it is.
 _PROTOCOL_NAMES = frozenset(
     (
         "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
@@ -3316,11 +3259,11 @@ _PROTOCOL_NAMES = frozenset(
 class Prefab:
     """A version of a prefab. Any function is a method: `llm.chat(...)` is `llm.call("chat", ...)`.
 
-    Names that begin with an underscore, or that protocols ask any object for (`keys`, `to_dict`,
-    `model_dump` ...), are no methods: `call("keys")` reaches such a function.
+    Only `call` reaches one whose name begins with an underscore, or is one that protocols ask any
+    object for (`keys`, `to_dict`, `model_dump` ...).
     """
 
-    _client: Any = field(repr=False)
+    _client: GatewayClient = field(repr=False)
     prefab_id: str
     version: str
 
@@ -3328,29 +3271,22 @@ class Prefab:
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> PrefabResult:
         """Runs a function: see `GatewayClient.run`."""
-        result: PrefabResult = self._client.run(
-            self.prefab_id, self.version, function_name, parameters, files
-        )
-        return result
+        return self._client.run(self.prefab_id, self.version, function_name, parameters, files)
 
     def stream(
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> EventStream:
         """Runs a function and gives its events: see `GatewayClient.run`."""
-        events: EventStream = self._client.run(
-            self.prefab_id, self.version, function_name, parameters, files, stream=True
-        )
-        return events
+        run = self._client.run
+        return run(self.prefab_id, self.version, function_name, parameters, files, stream=True)
 
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
         if name.startswith("_") or name in _PROTOCOL_NAMES:
-            raise AttributeError(f"{name} is no method of a Prefab; call({name!r}) runs a function.")
+            raise AttributeError(f"{name} is no method of a Prefab: call({name!r}) runs it.")
 
         def function(*values: Any, **parameters: Any) -> PrefabResult:
             if values:
-                raise ValidationError(
-                    f"{name}() takes its parameters by name, as in {name}(text=...)."
-                )
+                raise ValidationError(f"{name}() takes parameters by name, as {name}(text=...).")
             return self.call(name, **parameters)
 
         return function
@@ -3359,61 +3295,60 @@ class Prefab:
 def _check_credential(name: str, value: _Secret) -> None:
     """Raises if a value cannot be a credential. The error does not show it."""
     _check_header_value(name, value)
-    if re.match("https?://", value.reveal(), re.IGNORECASE):
+    if re.match(" *https?://", value.reveal(), re.IGNORECASE):
         raise ValidationError(
-            f"{name} is a URL: the address of the gateway goes into base_url=,"
-            " which is the first argument."
+            f"{name} is a URL: the address of the gateway goes into base_url=, the first argument,"
+            " and a token into internal_token=."
         )
 
 
 def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
     """The one credential among these, by their headers; None if all are None."""
-    names = [name for name, value in given.items() if value.reveal() is not None]
-    if len(names) > 1:
-        raise ValidationError(f"Give one credential, not {' and '.join(names)}: who is the client?")
-    for name in names:
-        _check_credential(f"The credential ({name})", given[name])
-        if name == "Authorization":
-            bearer = re.compile("^bearer +", re.IGNORECASE)
-            return _Credential(name, f"Bearer {bearer.sub('', given[name].reveal().strip())}")
-        return _Credential(name, given[name].reveal())
+    headers = [header for header, value in given.items() if value.reveal() is not None]
+    if len(headers) > 1:
+        names = " and ".join(headers)
+        raise ValidationError(f"Give one credential, not {names}: who is the client?")
+    for header in headers:
+        value = given[header]
+        _check_credential(f"The credential ({header})", value)
+        if header == "Authorization":
+            token = _Secret(re.sub("(?i)^bearer +", "", value.reveal().strip()))
+            value = _Secret(f"Bearer {token.reveal()}")
+        return _Credential(header, value.reveal())
     return None
 
 
 def _gateway_address(base_url: _Secret) -> tuple[str, str]:
-    """Origin and path prefix of the gateway. The error does not show a value that may be a token."""
+    """Origin and path prefix of the gateway. The error shows no value, as that may be a token."""
     if base_url.reveal() is None:
         base_url = _Secret(os.environ.get("GATEWAY_BASE_URL") or DEFAULT_BASE_URL)
     # Blanks come from copy and paste.
     base_url = _Secret(str(base_url.reveal()).strip())
-    problem = ""
     try:
-        origin, target = _split_url(base_url.reveal())
+        if re.search(r"[?#\s\0-\x1f]", base_url.reveal()):
+            raise ValueError("must not have a query, a fragment or blanks in it")
+        origin, path = _split_url(base_url.reveal())
+        return origin, path.rstrip("/")
     except ValueError as error:
-        problem = str(error)
-    if not problem and re.search(r"[?#\s\0-\x1f]", base_url.reveal()):
-        problem = "must not have a query, a fragment or blanks in it"
-    if problem:
-        raise ValidationError._create(
-            f"The address of the gateway {problem}.",
-            {},
-            _Advice(
-                "It comes from base_url, or else from GATEWAY_BASE_URL. A token goes into"
-                " internal_token=.",
-                "It comes from --base-url, or else from GATEWAY_BASE_URL. A token goes into"
-                " X_INTERNAL_TOKEN.",
-            ),
-        )
-    return origin, target.rstrip("/")
+        problem = f"The address of the gateway {error}."
+    # Not in the `except`: the other error's frames show the value.
+    text = "It comes from {}, or else from GATEWAY_BASE_URL. A token goes into {}."
+    advice = _Advice(
+        text.format("base_url", "internal_token="), text.format("--base-url", "X_INTERNAL_TOKEN")
+    )
+    raise ValidationError._create(problem, {}, advice)
 
 
-def _environment_credential() -> str | None:
-    """The name of the one variable that has a credential, or None."""
+def _from_env(client_class: Any, options: _Json) -> Any:
+    """What a class of clients, or its `from_api_key`, gives for the environment's credential."""
     names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
     given = [name for name in names if os.environ.get(name)]
     if len(given) > 1:
         raise ValidationError(f"Set one credential, not {' and '.join(given)}: who is the client?")
-    return given[0] if given else None
+    if given == ["AGENT_BUILDER_API_KEY"]:
+        return client_class.from_api_key(os.environ[given[0]], **options)
+    token, jwt = (_Secret(os.environ.get(name) or None) for name in (names[0], names[2]))
+    return client_class(internal_token=token.reveal(), jwt_token=jwt.reveal(), **options)
 
 
 class GatewayClient:
@@ -3423,23 +3358,19 @@ class GatewayClient:
         base_url: http(s), path prefix included; None: `GATEWAY_BASE_URL`, else `DEFAULT_BASE_URL`.
         api_key: Sent as such; `from_api_key` exchanges one.
         jwt_token: With or without `Bearer `.
-        timeout: Seconds for connecting and for each wait for bytes; None waits for ever. A call's own
-            counts instead, unless it is None.
-        internal_token: What the gateway gave to an agent or a prefab. Without any credential, it must
-            have this machine's address on its allow-list.
+        timeout: Seconds for connecting and for each wait for bytes; None waits for ever.
+        internal_token: What the gateway gave to an agent or a prefab. Without any credential, this
+            machine's address must be on the gateway's allow-list.
         max_retries: How often a request is sent again, if that can do no harm.
         ssl_context: For https; None trusts what the system does, or `SSL_CERT_FILE`.
-        headers: Further headers of each request to the gateway, such as `traceparent`; or a function
-            that gives them, called once for each request, in the thread that asked for it.
+        headers: Further headers of each request to the gateway, such as `traceparent`; or a
+            function that gives them, called once for each request, in the thread that asked for it.
 
-    `on_progress` is called with the bytes done and the bytes in all (None: unknown), from 0 on; an
-    upload that is sent again starts over.
-
-    Raises (every method that sends):
-        ValidationError, OSError: an argument or a file cannot be used; nothing was sent.
+    `on_progress` gets the bytes done and in all (None: unknown), from 0 on, and again from 0 when
+    an upload is sent again. Every method that sends raises a `GatewayError`, of these classes:
+        ValidationError: an argument cannot be used; nothing was sent. For files, also `OSError`.
         AuthenticationError, ServiceUnavailableError (no answer, or a 5xx), GatewayTimeoutError.
-        AgentContextRequiredError: a file operation but `upload_input_file`, without an agent's token.
-        GatewayError: any other unexpected answer.
+        AgentContextRequiredError: only `upload_input_file` needs no agent's token.
     """
 
     def __init__(
@@ -3447,24 +3378,24 @@ class GatewayClient:
         timeout: float | None = 60, *, internal_token: str | None = None, max_retries: int = 2,
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
     ) -> None:
-        # From here on, no local variable shows a secret.
         given = {
             "X-Internal-Token": _Secret(internal_token),
             "X-API-Key": _Secret(api_key),
             "Authorization": _Secret(jwt_token),
         }
         address = _Secret(base_url)
+        # From here on, no local variable shows a secret.
         del internal_token, api_key, jwt_token, base_url
         credential = _choose_credential(given)
+        header = credential.header if credential else None
         self._origin, self._prefix = _gateway_address(address)
         _check_timeout(timeout)
         _check_number("max_retries", max_retries, above=-1)
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError("ssl_context must be an SSLContext.")
-        header = credential.header if credential else None
-        # A function is asked, and checked, for each request.
-        if headers is not None and not callable(headers):
-            headers = dict(_check_caller_headers(headers, header))
+        # A function is asked for each request.
+        if not callable(headers):
+            headers = dict(_check_caller_headers({} if headers is None else headers, header))
         self._headers = headers
         is_users = header in ("X-API-Key", "Authorization")
         self._run_path = "/v1/run" if is_users else "/v1/internal/run"
@@ -3496,9 +3427,11 @@ class GatewayClient:
         """Has the transport use the token for an API key. Closes the client if there is none."""
         try:
             _check_credential("api_key", key)
+            if not callable(self._headers):
+                _check_caller_headers(self._headers, "X-Internal-Token")
             token_request = self._request(
-                "POST", "/v1/auth/convert_to_internal_token",
-                credential=_Credential("Authorization", f"Bearer {key.reveal()}"), idempotent=True,
+                "POST", "/v1/auth/convert_to_internal_token", idempotent=True,
+                credential=_Credential("Authorization", f"Bearer {key.reveal()}"),
             )
             self._transport.exchange(token_request, self._scopes)
         except BaseException:
@@ -3508,19 +3441,12 @@ class GatewayClient:
 
     @classmethod
     def from_env(cls: type[_Client], **options: Any) -> _Client:
-        """A client with the environment's credential: `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY`
-        (which is exchanged), `GATEWAY_JWT_TOKEN`, or none; two are an error.
+        """A client with the one credential of the environment, if there is one, and these options.
 
-        `options` are `base_url`, `timeout`, `max_retries`, `ssl_context` and `headers`.
+        `X_INTERNAL_TOKEN`, `AGENT_BUILDER_API_KEY` (which is exchanged) or `GATEWAY_JWT_TOKEN`.
         """
-        name = _environment_credential()
-        if name == "AGENT_BUILDER_API_KEY":
-            return cls.from_api_key(os.environ[name], **options)
-        if name == "X_INTERNAL_TOKEN":
-            return cls(internal_token=os.environ[name], **options)
-        if name == "GATEWAY_JWT_TOKEN":
-            return cls(jwt_token=os.environ[name], **options)
-        return cls(**options)
+        client: _Client = _from_env(cls, options)
+        return client
 
     @property
     def base_url(self) -> str:
@@ -3531,23 +3457,25 @@ class GatewayClient:
     def internal_token(self) -> str | None:
         """The internal token in use, or None. It can't be changed: that would be another client."""
         credential = self._transport.credential
-        is_token = credential is not None and credential.header == "X-Internal-Token"
-        return credential.value if credential and is_token else None
+        if credential is None or credential.header != "X-Internal-Token":
+            return None
+        return credential.value
 
-    @internal_token.setter
-    def internal_token(self, value: str) -> NoReturn:
-        del value
-        raise AttributeError(
-            "internal_token cannot be set: who else is to be the client needs another one,"
-            " GatewayClient(base_url, internal_token=...)."
-        )
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("internal_token", "api_key", "jwt_token"):
+            del value
+            raise AttributeError(
+                f"{name} cannot be set: who else is to be the client needs another one,"
+                f" GatewayClient(base_url, {name}=...)."
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
-        # Of a client whose constructor failed, a crash reporter asks this, too.
-        if "_transport" not in vars(self):
-            return f"{type(self).__name__}(not initialized)"
-        credential = self._transport.credential
-        mode = credential.header if credential else "allow-list"
+        # A crash reporter asks also a client whose constructor failed.
+        transport = vars(self).get("_transport")
+        if transport is None:
+            return f"{type(self).__name__}()"
+        mode = transport.credential.header if transport.credential else "allow-list"
         return f"{type(self).__name__}({self.base_url!r}, {mode})"
 
     def __enter__(self: _Client) -> _Client:
@@ -3559,9 +3487,8 @@ class GatewayClient:
     def close(self, *, cancel: bool = False) -> None:
         """Closes the idle connections. May be called twice, by any thread and by a signal handler.
 
-        Args:
-            cancel: Also ends all requests and streams in flight, whatever they wait for: whoever waits
-                gets a `GatewayError`. Nothing is sent any more.
+        With `cancel`, all requests and streams in flight end, too, whatever they wait for, with a
+        `GatewayError`; and nothing is sent any more.
         """
         self._transport.pool.close()
         if cancel:
@@ -3590,12 +3517,6 @@ class GatewayClient:
 
     @overload
     def run(
-        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
-        files: _Files | None, stream: Literal[True], *, timeout: float | None = None,
-    ) -> EventStream: ...
-
-    @overload
-    def run(
         self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
         files: _Files | None = None, stream: bool = False, *, timeout: float | None = None,
     ) -> PrefabResult | EventStream: ...
@@ -3609,17 +3530,20 @@ class GatewayClient:
         Args:
             files: An input's name to a list of `s3://` URLs.
             stream: Gives the events as they come, and not the result at the end.
+            timeout: Counts instead of the client's, unless it is None.
 
         Returns:
             The result, also of a function that failed: see `is_success()`; or the events.
 
         Raises:
             PrefabNotFoundError, MissingSecretError, QuotaExceededError: nothing ran.
-            ServiceUnavailableError: it may have run if `may_have_run`; it was sent once at most.
+            ServiceUnavailableError: it was sent once at most; has it run? See `may_have_run`.
         """
-        call = PrefabCall(prefab_id, version, function_name, parameters, files)
-        _check_call(call)
-        request = self._run_request([call], timeout)
+        # A URL may have been given that is a secret.
+        call = _Secret(PrefabCall(prefab_id, version, function_name, parameters, files))
+        del parameters, files
+        _check_call(call.reveal())
+        request = self._run_request([call.reveal()], timeout)
         if stream:
             return _send_call(self._transport, request, _read_stream, self._scopes)
         return _send_call(self._transport, request, _read_results, self._scopes)[0]
@@ -3629,20 +3553,20 @@ class GatewayClient:
         on_result: Callable[[int, PrefabResult], object] | None = None,
         executor: Executor | None = None, single_request: bool = False,
     ) -> BatchResult:
-        """Runs calls side by side, each a request like that of `run`, so that none costs another's.
+        """Runs calls side by side, each a request of its own, so that none costs another's result.
 
         Args:
             calls: Read and checked whole before anything is sent.
             max_workers: Calls at a time, in threads. They see the caller's context variables.
-            on_result: Called in this thread with index and result, as each comes. If it raises, nothing
-                more is sent. Whatever else ends the batch, what has arrived is handed over first.
+            on_result: Called in this thread with index and result, as each comes. If it raises,
+                nothing more is sent. Whatever else ends the batch, what has arrived is handed over.
             executor: Runs the calls instead of threads: a process pool, a cluster.
-            single_request: Sends one POST instead, whose calls the gateway runs one after another, and
-                fails as a whole with the first bad one.
+            single_request: Sends one POST instead: the gateway runs its calls one after another,
+                and fails them all with the first bad one.
 
         Returns:
-            The results in the order of the calls; one that raised is FAILED and has `exception`. Only
-            a 401 is raised, if no call has a result; nothing is sent after it.
+            The results in the order of the calls; one that raised is FAILED and has `exception`.
+            A 401 is raised if no call has a result; nothing is sent after it.
         """
         calls, report = list(calls), on_result or _ignore
         _check_number("max_workers", max_workers)
@@ -3661,9 +3585,7 @@ class GatewayClient:
             for index, result in enumerate(results):
                 report(index, result)
             return BatchResult._from_results(results, results[0].job_id)
-        requests = (
-            self._run_request([call], timeout, index) for index, call in enumerate(calls)
-        )
+        requests = (self._run_request([call], timeout, index) for index, call in enumerate(calls))
         batch = _Batch(self._transport, requests, executor, self._scopes)
         return BatchResult._from_results(batch.run(max_workers, report), None)
 
@@ -3671,32 +3593,27 @@ class GatewayClient:
         self, calls: Sequence[PrefabCall], timeout: float | None, place: int | None = None
     ) -> _Request:
         """The request with these calls; `place`: of the first of them in a batch."""
+        bodies = []
+        for index, call in enumerate(calls, place or 0):
+            where = "" if place is None else f"calls[{index}]"
+            bodies.append(_encode(call.to_dict(), where))
         prefab = {}
         if len(calls) == 1:
             prefab = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
-        try:
-            return self._request(
-                "POST", self._run_path, content={"calls": [call.to_dict() for call in calls]},
-                timeout=timeout, calls=len(calls), not_found=PrefabNotFoundError, prefab=prefab,
-            )
-        except ValidationError:
-            # The path that this error gives begins with what the user knows.
-            for index, call in enumerate(calls, place or 0):
-                if place is None:
-                    _encode(call.parameters)
-                else:
-                    _encode(call.to_dict()["inputs"], f"calls[{index}].inputs")
-            raise
+        return self._request(
+            "POST", self._run_path, headers={"Content-Type": "application/json"},
+            body=b'{"calls":[%b]}' % b",".join(bodies), timeout=timeout, calls=len(calls),
+            not_found=PrefabNotFoundError, prefab=prefab,
+        )
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
         """A prefab whose functions are called like methods. Nothing is sent."""
         return Prefab(self, prefab_id, version)
 
     def list_prefabs(self, status: str | None = None) -> list[PrefabInfo]:
-        """The directory, newest first: all, or those `"deployed"` or `"failed"`. `GET /v1/prefabs`"""
-        request = self._request(
-            "GET", "/v1/prefabs", {"status": status}, not_found=PrefabNotFoundError
-        )
+        """The directory, newest first; all, or only `"deployed"`, `"failed"`. `GET /v1/prefabs`"""
+        query = {"status": status}
+        request = self._request("GET", "/v1/prefabs", query, not_found=PrefabNotFoundError)
         return self._transport.send(request, _read_prefabs, self._scopes)
 
     def get_prefab_spec(self, prefab_id: str, version: str | None = None) -> _Json:
@@ -3713,14 +3630,13 @@ class GatewayClient:
                     f"The gateway's directory has no prefab {_shown(prefab_id)}.", missing,
                     PrefabNotFoundError._advice_for(missing),
                 )
-            newest = max(
-                found, key=lambda info: (info.status != "failed", _version_key(info.version))
-            )
+            newest = max(found, key=lambda one: (one.status != "failed", _version_key(one.version)))
             version = newest.version
-        return self._fetch(
+        request = self._request(
             "GET", f"/v1/prefabs/{path}/{_segments(version)}/spec", not_found=PrefabNotFoundError,
             prefab={"prefab_id": prefab_id, "version": version},
         )
+        return self._fetch(request)
 
     # Secrets
 
@@ -3735,23 +3651,20 @@ class GatewayClient:
             raise ValidationError("secret_value has characters that UTF-8 does not have.")
         names = {"prefab_id": prefab_id, "secret_name": secret_name}
         content = _Secret({**names, "secret_value": secret.reveal()})
-        request = self._request("POST", "/v1/secrets", content=content, secrets=(secret,))
-        self._transport.send(request, _Response.read_all, self._scopes)
+        self._send(self._request("POST", "/v1/secrets", content=content, secrets=(secret,)))
 
     def delete_secret(self, prefab_id: str, secret_name: str) -> None:
         """Deletes a secret of yours. `DELETE /v1/secrets/{prefab_id}/{secret_name}`"""
-        request = self._request("DELETE", f"/v1/secrets/{_segments(prefab_id, secret_name)}")
-        self._transport.send(request, _Response.read_all, self._scopes)
+        path = f"/v1/secrets/{_segments(prefab_id, secret_name)}"
+        self._send(self._request("DELETE", path))
 
     def list_secrets(self, prefab_id: str | None = None) -> list[dict[str, str]]:
         """Your secrets, as `{"prefab_id", "secret_name"}`. `GET /v1/secrets[/{prefab_id}]`"""
         if prefab_id is None:
-            return list(self._fetch("GET", "/v1/secrets", expect={"secrets": list})["secrets"])
-        path = f"/v1/secrets/{_segments(prefab_id)}"
-        answer = self._fetch("GET", path, expect={"secret_names": list})
-        return [
-            {"prefab_id": prefab_id, "secret_name": name} for name in answer["secret_names"]
-        ]
+            return list(self._fetch(self._request("GET", "/v1/secrets"), secrets=list)["secrets"])
+        request = self._request("GET", f"/v1/secrets/{_segments(prefab_id)}")
+        names = self._fetch(request, secret_names=list)["secret_names"]
+        return [{"prefab_id": prefab_id, "secret_name": name} for name in names]
 
     # Files
 
@@ -3761,25 +3674,21 @@ class GatewayClient:
     ) -> str:
         """Uploads an input of a call, of a type such as `"video/mp4"`, and gives its `s3://` URL.
 
-        `POST /internal/files/generate_upload_url`, then a presigned PUT straight to the storage.
+        `POST /internal/files/generate_upload_url`, then a presigned PUT to the storage.
         """
-        headers = {}
-        # It is part of the signature, and so is its absence.
-        if content_type is not None:
-            _check_header_value("content_type", _Secret(content_type))
-            headers["Content-Type"] = content_type
+        # The type is part of the signature, and so is its absence.
+        headers = {} if content_type is None else {"Content-Type": content_type}
+        for value in headers.values():
+            _check_header_value("content_type", _Secret(value))
         with _open_file(file_path) as file:
-            answer = _Secret(
-                self._fetch(
-                    "POST", "/internal/files/generate_upload_url",
-                    content={"filename": _file_name(file_path), "content_type": content_type},
-                    idempotent=True, expect={"upload_url": str, "s3_url": str},
-                )
+            content = {"filename": _file_name(file_path), "content_type": content_type}
+            request = self._request(
+                "POST", "/internal/files/generate_upload_url", content=content, idempotent=True
             )
-            body = _FileBody(b"", file, b"", on_progress)
+            answer = _Secret(self._fetch(request, upload_url=str, s3_url=str))
             url = _Secret(answer.reveal()["upload_url"])
-            request = self._presigned("PUT", url, headers, body)
-            self._transport.send(request, _Response.read_all, self._scopes)
+            body = _FileBody(b"", file, b"", on_progress)
+            self._send(self._presigned("PUT", url, headers=headers, body=body))
         return str(answer.reveal()["s3_url"])
 
     def upload_file(self, file_path: _Path, *, on_progress: _Progress | None = None) -> _Json:
@@ -3787,7 +3696,7 @@ class GatewayClient:
 
         `POST /internal/files/upload`
         """
-        return self._upload("/internal/files/upload", {}, file_path, on_progress)
+        return self._upload("upload", {}, file_path, on_progress)
 
     def upload_temp_file(
         self, file_path: _Path, ttl: int = 86400, session_id: str | None = None, *,
@@ -3801,17 +3710,18 @@ class GatewayClient:
         form = {"ttl": str(ttl)}
         if session_id:
             form["session_id"] = str(session_id)
-        return self._upload("/internal/files/upload_temp", form, file_path, on_progress)
+        return self._upload("upload_temp", form, file_path, on_progress)
 
     def _upload(
-        self, path: str, form: Mapping[str, str], file_path: _Path, on_progress: _Progress | None,
+        self, name: str, form: Mapping[str, str], path: _Path, on_progress: _Progress | None
     ) -> _Json:
-        with _open_file(file_path) as file:
-            content_type, head, tail = _multipart(form, file_path)
-            return self._fetch(
-                "POST", path, headers={"Content-Type": content_type},
-                body=_FileBody(head, file, tail, on_progress), expect={"s3_url": str},
+        with _open_file(path) as file:
+            content_type, head, tail = _multipart(form, path)
+            request = self._request(
+                "POST", f"/internal/files/{name}", headers={"Content-Type": content_type},
+                body=_FileBody(head, file, tail, on_progress),
             )
+            return self._fetch(request, s3_url=str)
 
     def download_file(
         self, s3_url: str, local_path: _Path, mode: str = "presigned", *,
@@ -3819,55 +3729,55 @@ class GatewayClient:
     ) -> None:
         """Downloads a file straight from the storage; a transfer that breaks goes on where it was.
 
-        `local_path` is the old file or the whole new one, never a part. Missing folders are made. As
-        long as a new attempt brings more of the file, the count of `max_retries` starts anew, and if
-        the presigned URL expires meanwhile, a new one is asked for.
+        `local_path` is the old file or the whole new one, never a part. Missing folders are made.
+        While new attempts bring more of the file, the count of `max_retries` starts anew. If the
+        presigned URL expires meanwhile, a new one is asked for.
         """
+        # Another URL, given by mistake, may be a secret.
+        url = _Secret(s3_url)
+        del s3_url
         if mode != "presigned":
             raise ValidationError(f"mode must be 'presigned', not {_shown(mode)}.")
         target = os.path.realpath(local_path)
         can_be_made = os.path.basename(local_path) and not os.path.exists(target)
         if not can_be_made and not os.path.isfile(target):
-            raise ValidationError(f"{target} is not a file: local_path needs the file's name, too.")
-        request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
+            problem = "is not a file: local_path needs the file's name, too."
+            raise ValidationError(f"{_mask_queries(target)} {problem}")
+        request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
         with _replacement(target) as file:
             download = _Download(file, target, on_progress)
-            restarts = 0
             while True:
                 try:
                     return self._transport.send(request, download.receive, self._scopes, download)
                 except GatewayError as error:
-                    restarts = 0 if download.made_progress() else restarts + 1
-                    may_restart = download.has_some() and restarts <= self._transport.max_retries
-                    if not may_restart or error.status_code not in (400, 401, 403, 416):
+                    if not download.outlasts(error, self._transport.max_retries):
                         raise
                     if error.status_code == 416:
-                        # The object is shorter than what was received of it.
-                        download.start_over()
+                        continue
                 # The URL has expired meanwhile.
-                request = self._presigned("GET", _Secret(self.get_presigned_url(s3_url)))
+                request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
-        """A URL that anyone can download from for `expires_in` seconds. `GET /internal/files/download`"""
-        _check_s3_url("s3_url", s3_url, "a result's get_file_urls(), or list_files(),")
+        """A URL to download from for `expires_in` seconds. `GET /internal/files/download`"""
+        # Another URL, given by mistake, may be a secret.
+        url = _Secret(s3_url)
+        del s3_url
+        _check_s3_url("s3_url", url.reveal(), "a result's get_file_urls(), or list_files(),")
         _check_number("expires_in", expires_in)
-        query = {"s3_url": s3_url, "mode": "presigned", "expires_in": expires_in}
-        answer = self._fetch(
-            "GET", "/internal/files/download", query, expect={"presigned_url": str}
-        )
-        return str(answer["presigned_url"])
+        query = {"s3_url": url.reveal(), "mode": "presigned", "expires_in": expires_in}
+        request = self._request("GET", "/internal/files/download", query)
+        return str(self._fetch(request, presigned_url=str)["presigned_url"])
 
     def list_files(self, limit: int = 100, continuation_token: str | None = None) -> _Json:
         """A page of the permanent files. `GET /internal/files/list`
 
-        It is `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; the last page has
-        no `next_token`, which is the `continuation_token` of the next one.
+        It is `{"files": [{"key", "size", "last_modified", "s3_url"}], "next_token"}`; `next_token`
+        is the `continuation_token` of the next page, if there is one.
         """
         return self._list("list", limit, continuation_token)
 
     def list_temp_files(
-        self, session_id: str | None = None, limit: int = 100,
-        continuation_token: str | None = None,
+        self, session_id: str | None = None, limit: int = 100, continuation_token: str | None = None
     ) -> _Json:
         """A page of the temporary files: see `list_files`. `GET /internal/files/list_temp`"""
         return self._list("list_temp", limit, continuation_token, session_id)
@@ -3876,12 +3786,8 @@ class GatewayClient:
         self, name: str, limit: int, token: str | None, session_id: str | None = None
     ) -> _Json:
         _check_number("limit", limit)
-        query = {
-            "limit": limit,
-            "session_id": session_id or None,
-            "continuation_token": token or None,
-        }
-        return self._fetch("GET", f"/internal/files/{name}", query, expect={"files": list})
+        query = {"limit": limit, "session_id": session_id, "continuation_token": token}
+        return self._fetch(self._request("GET", f"/internal/files/{name}", query), files=list)
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
@@ -3894,19 +3800,16 @@ class GatewayClient:
         return _pages(partial(self.list_temp_files, session_id), page_size)
 
     def cleanup_temp_files(self, session_id: str) -> int:
-        """Deletes a session's temporary files, and counts them. `DELETE /internal/files/cleanup_temp`"""
+        """Deletes and counts a session's files. `DELETE /internal/files/cleanup_temp`"""
         _check_text(session_id=session_id)
         query = {"session_id": session_id}
-        answer = self._fetch(
-            "DELETE", "/internal/files/cleanup_temp", query, expect={"deleted_count": int}
-        )
-        return int(answer["deleted_count"])
+        request = self._request("DELETE", "/internal/files/cleanup_temp", query)
+        return int(self._fetch(request, deleted_count=int)["deleted_count"])
 
     @contextmanager
     def temp_session(self, session_id: str | None = None) -> Iterator[str]:
         """A session id for temporary files, which are deleted on the way out, error or not."""
-        # Also a UUID.
-        session_id = str(session_id or os.urandom(16).hex())
+        session_id = _session_id(session_id)
         try:
             yield session_id
         except BaseException:
@@ -3919,75 +3822,53 @@ class GatewayClient:
     # What the endpoints are made of
 
     def _request(
-        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-        content: Any = None, body: bytes | _FileBody = b"",
-        headers: Mapping[str, str] | None = None, timeout: float | None = None,
-        idempotent: bool | None = None, calls: int = 0,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
-        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
+        self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
+        timeout: float | None = None, credential: _Credential | None = None, **more: Any,
     ) -> _Request:
-        """A request to the gateway.
+        """A request to the gateway, with `more` fields. What is empty in `query` is not sent.
 
-        Args:
-            content: To be sent as JSON, in place of `body`.
-            idempotent: Whether it may be repeated; None: unless it is a POST.
+        `content` is to be sent as JSON; it may be in a `_Secret`.
         """
-        asked = {name: value for name, value in (query or {}).items() if value is not None}
-        # Refuses what UTF-8 does not have, with the same error as in a body.
+        asked = {name: value for name, value in query.items() if value not in (None, "")}
+        # Refuses what UTF-8 does not have.
         _encode(asked)
-        encoded = urlencode(asked, quote_via=quote)
+        target = f"{self._prefix}{path}"
+        if asked:
+            target += f"?{urlencode(asked, quote_via=quote)}"
         timeout = self.timeout if timeout is None else timeout
         _check_timeout(timeout)
+        given = self._headers() if callable(self._headers) else self._headers
+        in_use = credential or self._transport.credential
+        caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
-            headers = {"Content-Type": "application/json"}
+            more["headers"] = {"Content-Type": "application/json"}
+            more["body"] = _encode(_revealed(content))
+        more.setdefault("idempotent", method != "POST")
         return _Request(
-            method, self._origin,
-            f"{self._prefix}{path}?{encoded}" if encoded else f"{self._prefix}{path}", timeout,
-            headers=headers or {}, caller_headers=self._caller_headers(),
-            body=body if content is None else _encode(_revealed(content)),
-            idempotent=method != "POST" if idempotent is None else idempotent, calls=calls,
-            not_found=not_found, prefab=prefab or {}, credential=credential, secrets=secrets,
+            method, self._origin, target, timeout, caller_headers=caller_headers,
+            credential=credential, **more,
         )
 
-    def _caller_headers(self) -> Mapping[str, str]:
-        """What `headers=` gives for the request that is being made."""
-        if not callable(self._headers):
-            return self._headers or {}
-        credential = self._transport.credential
-        return _check_caller_headers(self._headers(), credential.header if credential else None)
-
-    def _presigned(
-        self, method: str, url: _Secret, headers: Mapping[str, str] | None = None,
-        body: bytes | _FileBody = b"",
-    ) -> _Request:
+    def _presigned(self, method: str, url: _Secret, **more: Any) -> _Request:
         """A request to the storage, which must not see the credential."""
         try:
             origin, target = _split_url(url.reveal())
+            return _Request(
+                method, origin, target, self.timeout, idempotent=True, to_gateway=False,
+                secrets=_query_secrets(target), **more,
+            )
         except ValueError as error:
             problem = f"The URL that the gateway gave for a {method} {error}."
-            raise GatewayError(problem) from None
-        return _Request(
-            method, origin, target, self.timeout, headers=headers or {}, body=body, idempotent=True,
-            to_gateway=False, secrets=_query_secrets(target),
-        )
+        # Not in the `except`: the other error's frames show the URL.
+        raise GatewayError(problem)
 
-    def _fetch(
-        self, method: str, path: str, query: Mapping[str, Any] | None = None, *,
-        content: Any = None, body: bytes | _FileBody = b"",
-        headers: Mapping[str, str] | None = None, idempotent: bool | None = None,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] | None = None,
-        expect: Mapping[str, type] = {},
-    ) -> _Json:
-        """The JSON object that such a `_request` is answered with.
+    def _send(self, request: _Request) -> bytes:
+        """The body of the answer to a request."""
+        return self._transport.send(request, _Response.read_all, self._scopes)
 
-        Args:
-            expect: Fields that must be in it, and their types.
-        """
-        request = self._request(
-            method, path, query, content=content, body=body, headers=headers, idempotent=idempotent,
-            not_found=not_found, prefab=prefab,
-        )
-        read = partial(_read_json, kind=dict, expect=expect)
+    def _fetch(self, request: _Request, **expected: type) -> _Json:
+        """The JSON object that a request is answered with, which has these fields."""
+        read = partial(_read_json, kind=dict, expect=expected)
         answer: _Json = self._transport.send(request, read, self._scopes)
         return answer
 
@@ -3995,8 +3876,6 @@ class GatewayClient:
 # --- Async client ---------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Coroutine
-
     from typing_extensions import Concatenate, ParamSpec
 
     _P = ParamSpec("_P")
@@ -4009,255 +3888,122 @@ class _Workers:
     """
 
     def __init__(self, limit: int | None) -> None:
-        import queue
-
         self._limit = limit
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        self._threads = 0
-        # Threads that wait for a job, less the jobs that wait for a thread.
-        self._free = 0
+        self._changed = threading.Condition()
+        self._jobs: deque[Callable[[], object]] = deque()
+        self._threads = self._idle = 0
+        self._idle_seconds = _IDLE_SECONDS
 
-    def submit(self, job: Callable[[], object]) -> None:
+    def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
-        with self._lock:
-            may_start = self._limit is None or self._threads < self._limit
-            starts = self._free <= 0 and may_start
-            self._free -= 1
-            if starts:
-                self._free += 1
-                self._threads += 1
-        if starts:
-            try:
-                threading.Thread(target=self._work, daemon=True).start()
-            except RuntimeError:
-                # No more threads can be started: another one does it, if there is one.
-                with self._lock:
-                    self._free -= 1
-                    self._threads -= 1
-                if not self._threads:
-                    raise
-        self._jobs.put(job)
+        with self._changed:
+            self._jobs.append(job)
+            is_full = self._limit is not None and self._threads >= self._limit
+            if is_full or len(self._jobs) <= self._idle:
+                return self._changed.notify()
+            self._threads += 1
+        try:
+            threading.Thread(target=self._work, daemon=True).start()
+        except RuntimeError:
+            # No more threads can be started: another one does it, if there is one.
+            self._threads -= 1
+            if not self._threads:
+                self._jobs.clear()
+                raise
 
     def _work(self) -> None:
-        import queue
-
         while True:
-            try:
-                job = self._jobs.get(timeout=_IDLE_SECONDS)
-            except queue.Empty:
-                job = None
-            if job is None:
-                with self._lock:
-                    # A job may be on its way.
-                    if self._free > 0:
-                        self._free -= 1
-                        self._threads -= 1
-                        return
-                continue
+            with self._changed:
+                if not self._jobs:
+                    self._idle += 1
+                    self._changed.wait(self._idle_seconds)
+                    self._idle -= 1
+                if not self._jobs:
+                    self._threads -= 1
+                    return
+                job = self._jobs.popleft()
             job()
             # A thread that waits must not keep its last job alive.
             del job
-            with self._lock:
-                self._free += 1
+
+    async def do(self, work: _Secret, give_up: Callable[[], object]) -> Any:
+        """What the function in `work` gives in a thread. A cancelled task has `give_up` end it."""
+        import asyncio
+        import contextvars
+
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        context = contextvars.copy_context()
+        results: list[Any] = []
+        errors: list[BaseException] = []
+
+        def job() -> None:
+            try:
+                results.append(context.run(work.reveal()))
+            except BaseException as error:  # noqa: BLE001
+                errors.append(error)
+            # The loop may have ended without waiting.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(done.set)
+
+        self._submit(job)
+        try:
+            await done.wait()
+        except BaseException:
+            give_up()
+            raise
+        if errors:
+            raise errors.pop()
+        return results.pop()
 
     def close(self) -> None:
-        """Ends the threads that have nothing to do."""
-        for _ in range(self._threads):
-            self._jobs.put(None)
-
-
-class _Work:
-    """A function with its arguments, which its `repr` does not show: there are secrets among them."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any, **options: Any) -> None:
-        self._function = function
-        self._args = args
-        self._options = options
-
-    def __call__(self) -> Any:
-        return self._function(*self._args, **self._options)
-
-
-async def _in_thread(workers: _Workers, work: Callable[[], Any], scope: _Scope) -> Any:
-    """What `work` gives, which a thread does. When the caller gives up, `scope` ends it."""
-    import asyncio
-    import contextvars
-
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)
-
-    def job() -> None:
-        result = error = None
-        try:
-            result = context.run(work)
-        except BaseException as raised:  # noqa: BLE001
-            error = raised
-        # The loop may have ended without waiting.
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, result, error)
-        # Its traceback has this frame in it: a circle, which would keep both alive.
-        del error
-
-    workers.submit(job)
-    try:
-        return await done
-    finally:
-        if not done.done() or done.cancelled():
-            scope.cancel()
-
-
-class _Inbox:
-    """The events that a thread has read ahead of their reader, who waits in a loop.
-
-    The thread holds this, and not the `AsyncEventStream`: so that one can be dropped, and closes.
-    """
-
-    def __init__(self, stream: EventStream) -> None:
-        self.stream = stream
-        self.events: deque[StreamEvent] = deque()
-        self.error: BaseException | None = None
-        self.ended = False
-        # Whether a thread reads, or is about to.
-        self.reading = False
-        # Tells the reader that something has come.
-        self.wake: Callable[[], object] = _ignore
-
-    def read(self) -> None:
-        """Reads until enough is there: a reader who is slow holds the sender back."""
-        try:
-            while len(self.events) < _MAX_EVENTS_AHEAD:
-                self.events.append(next(self.stream))
-                self.wake()
-        except StopIteration:
-            self.ended = True
-        except BaseException as error:  # noqa: BLE001
-            self.error = error
-        finally:
-            self.reading = False
-            self.wake()
-
-    def has_news(self) -> bool:
-        return bool(self.events or self.ended or self.error)
+        """Ends the threads when they have nothing to do."""
+        with self._changed:
+            self._idle_seconds = 0.0
+            self._changed.notify_all()
 
 
 class AsyncEventStream:
-    """The events of one call, for `async for`: what `EventStream` is for a loop that blocks.
+    """The events of one call, for `async for`: what `EventStream` is for `for`.
 
-    The end of an `async with`, `await close()`, a reader that is cancelled, and garbage collection end
-    the stream and free its connection.
-
-    Args:
-        events: For tests of your own, any iterable of events.
+    It is closed by `await close()`, the end of an `async with`, a reader that is cancelled, and
+    garbage collection. For tests of your own, `events` can be any iterable of events.
     """
 
     def __init__(self, events: Iterable[StreamEvent], _workers: _Workers | None = None) -> None:
-        stream = events if isinstance(events, EventStream) else EventStream(events)
-        self._inbox = _Inbox(stream)
+        self._stream = events if isinstance(events, EventStream) else EventStream(events)
         self._workers = _workers or _Workers(None)
-        self._is_read = False
+        # What has arrived. No more is read before it is taken: a slow reader holds the sender back.
+        self._arrived: deque[StreamEvent] = deque()
 
     def __aiter__(self) -> AsyncEventStream:
         return self
 
     async def __anext__(self) -> StreamEvent:
-        if self._is_read:
-            raise GatewayError("This stream is being read already: one task reads it.")
-        inbox = self._inbox
-        self._is_read = True
-        try:
-            while not inbox.events:
-                if inbox.error is not None:
-                    raise inbox.error
-                # An event may have come between the two looks.
-                if inbox.ended and not inbox.events:
-                    raise StopAsyncIteration
-                await self._wait()
-        except BaseException as error:
-            if not isinstance(error, Exception):
-                self._close()
-            raise
-        finally:
-            self._is_read = False
-        event = inbox.events.popleft()
-        self._read_ahead()
-        return event
-
-    async def _wait(self) -> None:
-        """Waits until something has come."""
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Future[None] = loop.create_future()
-
-        def settle() -> None:
-            if not arrived.done():
-                arrived.set_result(None)
-
-        def wake() -> None:
-            # The loop may have ended.
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(settle)
-
-        self._inbox.wake = wake
-        try:
-            self._read_ahead()
-            if not self._inbox.has_news():
-                await arrived
-        finally:
-            self._inbox.wake = _ignore
-
-    def _read_ahead(self) -> None:
-        """Has a thread read on, if little is left."""
-        inbox = self._inbox
-        is_over = inbox.ended or inbox.error is not None
-        if not inbox.reading and not is_over and len(inbox.events) <= _MAX_EVENTS_AHEAD // 2:
-            inbox.reading = True
-            self._workers.submit(inbox.read)
+        if not self._arrived:
+            read = _Secret(self._stream._read_some)
+            self._arrived.extend(await self._workers.do(read, self._stream.close))
+        if not self._arrived:
+            raise StopAsyncIteration
+        return self._arrived.popleft()
 
     async def __aenter__(self) -> AsyncEventStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._close()
+        await self.close()
 
     async def close(self) -> None:
         """Ends the stream, also for a task that waits for an event. May be called twice."""
-        self._close()
-
-    def _close(self) -> None:
-        self._inbox.stream.close()
-        self._inbox.events.clear()
-
-    def __del__(self) -> None:
-        # A constructor may have failed.
-        inbox = vars(self).get("_inbox")
-        if inbox:
-            inbox.stream.close()
+        self._stream.close()
+        self._arrived.clear()
 
 
 if TYPE_CHECKING:
 
-    class _Awaited(Generic[_P, _T]):
-        """A method of `GatewayClient`, awaited."""
-
-        def __get__(
-            self, instance: Any, owner: Any = None, /
-        ) -> Callable[_P, Coroutine[Any, Any, _T]]: ...
-
     class _AsyncPrefab:
         """What `Prefab` is for a client whose methods are awaited."""
 
-        def __init__(self, client: Any, prefab_id: str, version: str) -> None: ...
+        def __init__(self, client: AsyncGatewayClient, prefab_id: str, version: str) -> None: ...
 
         async def call(
             self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
@@ -4274,46 +4020,43 @@ else:
     _AsyncPrefab = Prefab
 
 
-def _awaited(method: Callable[Concatenate[GatewayClient, _P], _T]) -> _Awaited[_P, _T]:
+def _awaited(
+    method: Callable[Concatenate[GatewayClient, _P], _T],
+) -> Callable[Concatenate[AsyncGatewayClient, _P], Coroutine[Any, Any, _T]]:
     """The same method for `AsyncGatewayClient`."""
 
     @functools.wraps(method)
-    async def call(self: AsyncGatewayClient, *args: Any, **options: Any) -> Any:
+    async def call(self: AsyncGatewayClient, /, *args: Any, **options: Any) -> Any:
         scope = _Scope()
-        work = _Work(method, self._client._scoped(scope), *args, **options)
-        # There may be a secret among them.
+        # There may be a secret among the arguments.
+        work = _Secret(partial(method, self._client._scoped(scope), *args, **options))
         del args, options
-        result = await _in_thread(self._workers, work, scope)
+        result = await self._workers.do(work, scope.cancel)
         if isinstance(result, EventStream):
             return AsyncEventStream(result, self._workers)
         return result
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 async def _async_pages(
     list_page: Callable[[int, Any], Awaitable[_Json]], page_size: int
 ) -> AsyncIterator[_Json]:
     """The files of all pages."""
-    token: str | None = None
-    while True:
+    token: str | None = ""
+    while token is not None:
         page = await list_page(page_size, token)
         for file in page["files"]:
             yield file
         token = _next_token(page, token)
-        if token is None:
-            return
 
 
 class AsyncGatewayClient:
     """`GatewayClient` for programs that await: the same arguments, methods, results and errors.
 
-    The same transport on threads of its own. A call that is cancelled (`task.cancel()`,
-    `asyncio.timeout`) closes its connection at once and gives its thread back; whether it has run by
-    then is not known. `on_result` is called in the loop's thread, `on_progress` in another.
-
-    Args:
-        max_workers: Threads, and so calls and waiting streams, at a time; None: as many as needed.
+    The same transport, on threads of its own: `max_workers`, or as many as are needed. A call that
+    is cancelled (`task.cancel()`, `asyncio.timeout`) closes its connection; it may have run.
+    `on_result` is called in the loop's thread, `on_progress` in another.
     """
 
     def __init__(
@@ -4322,14 +4065,15 @@ class AsyncGatewayClient:
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
         max_workers: int | None = None,
     ) -> None:
-        make = _Work(
+        make = partial(
             GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
             max_retries=max_retries, ssl_context=ssl_context, headers=headers,
         )
-        del base_url, api_key, jwt_token, internal_token
+        hidden = _Secret(make)
+        del base_url, api_key, jwt_token, internal_token, make
         if max_workers is not None:
             _check_number("max_workers", max_workers)
-        self._client: GatewayClient = make()
+        self._client: GatewayClient = hidden.reveal()()
         self._workers = _Workers(max_workers)
 
     @classmethod
@@ -4345,24 +4089,18 @@ class AsyncGatewayClient:
             base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
             headers=headers, max_workers=max_workers,
         )
-        scope = _Scope()
-        # The copy has the same transport.
-        await _in_thread(
-            client._workers, _Work(client._client._scoped(scope)._exchange, key), scope
-        )
+        await client._exchange(key)
         return client
+
+    # A copy of the client, with which this is called, has the same transport.
+    _exchange = _awaited(GatewayClient._exchange)
 
     @classmethod
     async def from_env(cls: type[_AsyncClient], **options: Any) -> _AsyncClient:
         """See `GatewayClient.from_env`."""
-        name = _environment_credential()
-        if name == "AGENT_BUILDER_API_KEY":
-            return await cls.from_api_key(os.environ[name], **options)
-        if name == "X_INTERNAL_TOKEN":
-            return cls(internal_token=os.environ[name], **options)
-        if name == "GATEWAY_JWT_TOKEN":
-            return cls(jwt_token=os.environ[name], **options)
-        return cls(**options)
+        made = _from_env(cls, options)
+        client: _AsyncClient = made if isinstance(made, cls) else await made
+        return client
 
     @property
     def base_url(self) -> str:
@@ -4376,12 +4114,8 @@ class AsyncGatewayClient:
 
     @property
     def timeout(self) -> float | None:
-        """The client's timeout in seconds. It can be set."""
+        """Seconds for connecting and for each wait for bytes."""
         return self._client.timeout
-
-    @timeout.setter
-    def timeout(self, seconds: float | None) -> None:
-        self._client.timeout = seconds
 
     def __repr__(self) -> str:
         return f"Async{self._client!r}" if "_client" in vars(self) else f"{type(self).__name__}()"
@@ -4433,35 +4167,30 @@ class AsyncGatewayClient:
         """See `GatewayClient.run_batch`. `on_result` is called in the loop's thread."""
         import asyncio
 
-        loop = asyncio.get_running_loop()
-        scope = _Scope()
+        loop, scope = asyncio.get_running_loop(), _Scope()
         raised: list[BaseException] = []
 
         def hand_over(index: int, result: PrefabResult) -> None:
-            if raised or on_result is None:
-                return
             try:
-                on_result(index, result)
+                if on_result and not raised:
+                    on_result(index, result)
             except BaseException as error:  # noqa: BLE001
                 # It is raised below. Nothing more is sent.
                 raised.append(error)
                 scope.cancel()
 
         def report(index: int, result: PrefabResult) -> None:
-            # What was given up has no result; what arrived before that is handed over.
-            if scope.cancelled and result.exception:
-                return
+            # What was given up has no result. The loop may have ended without waiting.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(hand_over, index, result)
+                if not scope.cancelled or result.exception is None:
+                    loop.call_soon_threadsafe(hand_over, index, result)
 
-        if on_result is not None and not callable(on_result):
-            raise ValidationError("on_result must be a function.")
-        work = _Work(
-            GatewayClient.run_batch, self._client._scoped(scope), list(calls),
-            max_workers=max_workers, timeout=timeout, on_result=report if on_result else None,
+        work = partial(
+            self._client._scoped(scope).run_batch, list(calls), max_workers=max_workers,
+            timeout=timeout, on_result=report if callable(on_result) else on_result,
             executor=executor, single_request=single_request,
         )
-        batch: BatchResult = await _in_thread(self._workers, work, scope)
+        batch: BatchResult = await self._workers.do(_Secret(work), scope.cancel)
         if raised:
             raise raised[0]
         return batch
@@ -4490,22 +4219,20 @@ class AsyncGatewayClient:
     list_temp_files = _awaited(GatewayClient.list_temp_files)
     cleanup_temp_files = _awaited(GatewayClient.cleanup_temp_files)
 
-    async def iter_files(self, page_size: int = 100) -> AsyncIterator[_Json]:
-        """The permanent files of all pages: see `list_files`."""
-        async for file in _async_pages(self.list_files, page_size):
-            yield file
+    def iter_files(self, page_size: int = 100) -> AsyncIterator[_Json]:
+        """See `GatewayClient.iter_files`."""
+        return _async_pages(self.list_files, page_size)
 
-    async def iter_temp_files(
+    def iter_temp_files(
         self, session_id: str | None = None, page_size: int = 100
     ) -> AsyncIterator[_Json]:
-        """The temporary files of all pages: see `list_files`."""
-        async for file in _async_pages(partial(self.list_temp_files, session_id), page_size):
-            yield file
+        """See `GatewayClient.iter_temp_files`."""
+        return _async_pages(partial(self.list_temp_files, session_id), page_size)
 
     @asynccontextmanager
     async def temp_session(self, session_id: str | None = None) -> AsyncIterator[str]:
         """See `GatewayClient.temp_session`."""
-        session_id = str(session_id or os.urandom(16).hex())
+        session_id = _session_id(session_id)
         try:
             yield session_id
         except BaseException:
