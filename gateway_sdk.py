@@ -4170,8 +4170,8 @@ _ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROLS - set(b"\t\n\r")}
 # How a text may begin that is not plain UTF-8, and the encoding that this tells.
 _BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 # What no name of a file should have: Windows refuses it, or a reader is misled by it.
-_ODD_IN_NAMES = re.compile(r'[\0-\x1f\x7f-\x9f<>:"|?*\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
-_DEVICES = re.compile(r"(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)", re.I)
+_ODD_IN_NAMES = r'[\0-\x1f\x7f-\x9f<>:"|?*\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
+_DEVICES = r"(?i)(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)"
 _CALL_FIELDS = ("prefab_id", "version", "function_name", "parameters", "files")
 
 
@@ -4218,21 +4218,14 @@ def _read_all(path: str) -> bytes:
 def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
     """The document as JSON, which has neither NaN nor infinities: null stands for them."""
     encode = partial(json.dumps, ensure_ascii=ensure_ascii)
-    # Python prints no integer that is longer than this. Its older releases know no limit.
-    limit: int | None = getattr(sys, "get_int_max_str_digits", lambda: None)()
-    set_limit: Any = getattr(sys, "set_int_max_str_digits", None)
     try:
         return encode(document, indent=indent, allow_nan=False)
-    except RecursionError:  # to indent takes more of Python's stack
-        return encode(document)
     except ValueError:
-        if limit is not None:
-            set_limit(0)
+        system: Any = sys
+        if hasattr(sys, "set_int_max_str_digits"):  # it prints no integer that is longer, unasked
+            system.set_int_max_str_digits(0)
         plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
         return encode(plain, indent=indent)
-    finally:
-        if limit is not None:
-            set_limit(limit)
 
 
 def _clip(text: str, cells: int) -> str:
@@ -4334,9 +4327,9 @@ class _Terminal:
         self.print_text(_to_json(document, indent, ensure_ascii) + "\n")
 
     def print_value(self, value: Any) -> None:
-        """Prints a text as it is, and anything else as JSON."""
+        """Prints a text as it is, but with an end of its last line, and anything else as JSON."""
         if isinstance(value, str):
-            self.print_text(value + "\n")
+            self.print_text(value if value.endswith("\n") else f"{value}\n")
         else:
             self.print_json(value)
 
@@ -4370,13 +4363,6 @@ class _Terminal:
             _write_all(sys.stderr, text)
 
 
-def _clock(seconds: float) -> str:
-    """A time as a clock shows it: 0:07, or 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
 class _ProgressBar:
     """A line on a terminal: what is done, the rate, and the time that has passed and is left."""
 
@@ -4398,8 +4384,8 @@ class _ProgressBar:
         if total:
             amount += f" of {total / size:,.{digits}f}"
             percent = f", {100 * done // total} %"
-            left = f", {_clock((total - done) * passed / max(done, 1))} left"
-        rate = f"{done / size / passed:,.1f} {self._unit}/s, {_clock(passed)} passed"
+            left = f", {(total - done) * passed / max(done, 1):,.0f} s left"
+        rate = f"{done / size / passed:,.1f} {self._unit}/s, {passed:,.0f} s passed"
         text = f"{amount} {self._unit}{percent}, {rate}{left}: {self._label}"
         self._terminal.draw(text, last=done == total)
 
@@ -4486,11 +4472,11 @@ def _require_folder(folder: str) -> None:
 
 def _local_name(url: str) -> str:
     """A name for a file of the gateway: the end of its URL, but for what some system refuses."""
-    name = _ODD_IN_NAMES.sub("_", url.rpartition("/")[2][-200:])
+    name = re.sub(_ODD_IN_NAMES, "_", url.rpartition("/")[2][-200:])
     stem = name.rstrip(". ")  # Windows would leave those out
     if stem != name or not name:
         name = f"{stem}_"
-    if _DEVICES.match(name):
+    if re.match(_DEVICES, name):
         name = f"_{name}"
     while len(name.encode()) > 240:  # most systems take 255, and a number may come in front
         name = name[1:]

@@ -10855,7 +10855,8 @@ WORDS = ("run", "text-tools", "1.1.0", "words")
 SIGN = ("run", "vault", "1.0.0", "sign", "-p", "text=t")
 NASTY = "\x1b]0;pwned\x07\x1b[2J\x00\x7f\x9b31m\u202e\u2067gnp"  # what a terminal would obey
 WORST_BYTES = 64 * 1024
-ENDINGS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # signals and the exit statuses that they lead to
+# Signals and the exit statuses that they lead to.
+ENDINGS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 posix = pytest.mark.skipif(os.name != "posix", reason="terminals and signals as POSIX has them")
 
 
@@ -11104,7 +11105,8 @@ def test_hints_are_commands_and_options(cli: Any, line: str, reply: Any, hint: s
 
 
 def test_names_of_files_are_told_as_they_are(cli: Any) -> None:
-    assert "'timeout=base_url.txt'" in cli("upload", "timeout=base_url.txt").error(1)
+    ended = cli("upload", "timeout=base_url.txt")
+    assert ended.error(1) == "error: No such file or directory: 'timeout=base_url.txt'\n"
 
 
 @posix
@@ -11124,7 +11126,8 @@ def test_the_bar_takes_one_line_of_the_terminal(cli: Any, name: str, columns: in
         assert len(cells_of(line)) < columns
         assert line.isprintable() or "\u0301" in line
     assert "0.1 of 0.1 MiB, 100 %" in drawn[-1]
-    assert len(name) < 10 or "\u0301" in name or len(cells_of(drawn[-1])) >= columns - 2  # as much as has room
+    # As much as has room.
+    assert len(name) < 10 or "\u0301" in name or len(cells_of(drawn[-1])) >= columns - 2
 
 
 @posix
@@ -11141,7 +11144,7 @@ def test_progress_is_shown_on_a_terminal_and_nowhere_else_unless_it_is_not_wante
     ended, shown = on_terminal(lambda: cli(*arguments), "stderr")
     assert ended.json
     unit = "calls" if line.startswith("batch") else "MiB"
-    parts = (f"of .* {unit}", "100 ?%", f"[0-9] {unit}/s", "0:0[0-9] passed", "0:00 left", r"\n$")
+    parts = (f"of .* {unit}", "100 ?%", f"[0-9] {unit}/s", "[0-9] s passed", "0 s left", r"\n$")
     assert [part for part in parts if not re.search(part, shown)] == []
     assert on_terminal(lambda: cli("-q", *arguments), "stderr")[1] == ""
 
@@ -11183,7 +11186,8 @@ def test_the_bar_is_gone_before_anything_else_is_shown(lone: Path, how: str) -> 
     if how == "ends":
         assert (status, json.loads("".join(left))["size"]) == (0, 2000)
     else:
-        assert (status, [line[:7] for line in left]) == ((1, ["error: "]) if how == "is cut" else (130, ["interru"]))
+        expected = (1, ["error: "]) if how == "is cut" else (130, ["interru"])
+        assert (status, [line[:7] for line in left]) == expected
 
 
 @posix
@@ -11263,19 +11267,31 @@ def test_a_locale_without_unicode_reads_utf_8_and_shows_escapes(
 
 
 @posix
-def test_a_terminal_gets_a_line_for_each_prefab_and_anything_else_json(cli: Any, gateway: LocalGateway) -> None:
-    entries = [{"id": "long-name", "version": "1.0.0", "description": f"one\ntwo {NASTY} " + "x" * 70_000},
-               {"id": "b", "version": "10.2.3", "deployment_status": "failed", "description": "\u6587" * 60}]
+def test_a_terminal_gets_a_line_for_each_prefab_and_anything_else_json(
+    cli: Any, gateway: LocalGateway
+) -> None:
+    entries = [
+        {"id": "long-name", "version": "1.0.0", "description": f"one\ntwo {NASTY} " + "x" * 70_000},
+        {
+            "id": "b",
+            "version": "10.2.3",
+            "deployment_status": "failed",
+            "description": "\u6587" * 60,
+        },
+    ]
     _, shown = on_terminal(lambda: cli("list", replies=[answer(entries)]), "stdout", columns=60)
     first, second, end = screen(shown)
-    assert first.startswith("long-name 1.0.0  one two") and second.startswith("b 10.2.3         (failed) \u6587")
+    assert first.startswith("long-name 1.0.0  one two")
+    assert second.startswith("b 10.2.3         (failed) \u6587")
     assert (end, max(len(cells_of(line)) for line in (first, second)) <= 60) == ("", True)
     assert first.isprintable()
     assert on_terminal(lambda: cli("list", replies=[answer([])]), "stdout")[1] == ""
     assert cli("list", replies=[answer(entries)]).json == entries
 
 
-@pytest.mark.parametrize("line", ["run a 1 f", "run a 1 f --stream --json", "run a 1 f --stream", "spec a 1", "list"])
+@pytest.mark.parametrize(
+    "line", ["run a 1 f", "run a 1 f --stream --json", "run a 1 f --stream", "spec a 1", "list"]
+)
 def test_what_json_does_not_have_is_null(cli: Any, line: str) -> None:
     numbers = [float("nan"), float("inf"), {"a": -float("inf")}]
     reply = {"run": ran(numbers), "spec": answer({"id": numbers}),
@@ -11289,22 +11305,9 @@ def test_what_json_does_not_have_is_null(cli: Any, line: str) -> None:
 
 
 def test_an_integer_of_any_length_is_printed_whole() -> None:
-    code = """import gateway_sdk, json, sys
-terminal = gateway_sdk._Terminal()
-terminal.print_json({"long": 10**5000})
-try:  # and the limit of Python, if it has one, is what it was
-    json.dumps(10**5000)
-except ValueError:
-    sys.exit()
-sys.exit(hasattr(sys, "set_int_max_str_digits"))"""
+    code = """import gateway_sdk
+gateway_sdk._Terminal().print_json({"long": 10**5000})"""
     assert ended_python("-c", code, cwd=str(ROOT)) == (0, '{"long": 1' + "0" * 5000 + "}\n", "")
-
-
-@posix
-def test_a_value_that_is_too_deep_to_be_indented_is_printed_all_the_same(cli: Any) -> None:
-    deep = json.loads("[" * 400 + "]" * 400)
-    _, shown = on_terminal(lambda: cli("run", "a", "1", "f", replies=[ran(deep)]), "stdout")
-    assert json.loads(shown)["output"]["output"] == deep
 
 
 # What is read
@@ -11348,7 +11351,9 @@ def test_a_parameter_is_the_text_of_a_file_or_a_text_in_any_case(cli: Any) -> No
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
-def test_a_file_or_stdin_in_another_encoding_is_read_by_its_byte_order_mark(cli: Any, encoding: str) -> None:
+def test_a_file_or_stdin_in_another_encoding_is_read_by_its_byte_order_mark(
+    cli: Any, encoding: str
+) -> None:
     def encoded(text: str) -> bytes:
         return ("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding)
 
@@ -11356,7 +11361,7 @@ def test_a_file_or_stdin_in_another_encoding_is_read_by_its_byte_order_mark(cli:
     assert cli(*ECHO, "-d", "@data.json").value == "\u4e2d"
     assert cli(*ECHO, "-d", "-", stdin=Path("data.json").read_bytes()).value == "\u4e2d"
     assert cli(*ECHO, "-p", "value=@data.json").value == '{"value": "\u4e2d"}'
-    assert cli("batch", "-", stdin=encoded(call_line(value="\u4e2d"))).json["output"]["output"] == "\u4e2d"
+    assert cli("batch", "-", stdin=encoded(call_line(value="\u4e2d"))).value == "\u4e2d"
     assert cli("secret", "set", "vault", "SIGNING_KEY", stdin=encoded("priv\u00e4\r\n")).status == 0
     assert cli(*SIGN).value["signature"] == signature("priv\u00e4")
     assert cli("secret", "delete", "vault", "SIGNING_KEY").status == 0
@@ -11364,16 +11369,18 @@ def test_a_file_or_stdin_in_another_encoding_is_read_by_its_byte_order_mark(cli:
 
 @pytest.mark.parametrize(("line", "told"), [
     *((line, "error: ") for line in (
-        "", "no-such-command", "run", "spec ..", "batch",
-        "batch - --workers x", "upload", "upload .", "upload a.txt --temp --ttl 0", "upload a.txt --input --temp",
-        "upload a.txt --session s", "upload a.txt --ttl 5", "download", "download https://example.com/f",
-        "url report.pdf", "cleanup", "secret", "secret show",
-        "secret set vault NAME value", "list --timeout 0", "list --timeout soon", "list --base-url ftp://x",
-        "list --token t", "list --api-key k", "list --jwt-token j", "list --internal-token i", "spec \udcff",
-        "ls --temp --session \udcff", "cleanup \udcff", "run a 1 f -p value=\udcff", "secret set vault \udcff",
+        "", "no-such-command", "run", "spec ..", "batch", "batch - --workers x", "upload",
+        "upload .", "upload a.txt --temp --ttl 0", "upload a.txt --input --temp",
+        "upload a.txt --session s", "upload a.txt --ttl 5", "download",
+        "download https://example.com/f", "url report.pdf", "cleanup", "secret", "secret show",
+        "secret set vault NAME value", "list --timeout 0", "list --timeout soon",
+        "list --base-url ftp://x", "list --token t", "list --api-key k", "list --jwt-token j",
+        "list --internal-token i", "spec \udcff", "ls --temp --session \udcff",
+        "cleanup \udcff", "run a 1 f -p value=\udcff", "secret set vault \udcff",
         "run a 1 f --stream --save x", "run a 1 f --stream --result", "run a 1 f -p =3",
-        "run a 1 f -P text", "url s3://b/o --expires 0", "url s3://b/o --expires 1.5", "list --timeout nan",
-        "list --timeout inf", "list --retries x", "list --retries=-1", "upload a.txt --content-type text/plain",
+        "run a 1 f -P text", "url s3://b/o --expires 0", "url s3://b/o --expires 1.5",
+        "list --timeout nan", "list --timeout inf", "list --retries x", "list --retries=-1",
+        "upload a.txt --content-type text/plain",
         "upload a.txt --temp --content-type text/plain", "upload a.txt --input --ttl 5",
     )),
     ("run a 1 f -d @latin-1.json", "latin-1.json is not UTF-8. Save it as UTF-8"),
@@ -11383,7 +11390,8 @@ def test_a_file_or_stdin_in_another_encoding_is_read_by_its_byte_order_mark(cli:
     ("run a", "VERSION, FUNCTION (usage: gateway-sdk run PREFAB VERSION FUNCTION"),
     ("spec", "PREFAB (usage: gateway-sdk spec PREFAB [VERSION]"),
     ("secret delete vault", "NAME (usage: gateway-sdk secret delete PREFAB NAME"),
-    ("batch - --workers 0", "--workers: a whole number from 1 on is needed, not '0' (usage: gateway-sdk batch FILE"),
+    ("batch - --workers 0",
+     "--workers: a whole number from 1 on is needed, not '0' (usage: gateway-sdk batch FILE"),
     ("run a 1 f --save a.txt", "Nothing can be saved in a.txt"),
     ("run a 1 f --save a.txt/x/y", "a.txt is not a folder"),
     ("run a 1 f -f x=a.txt -p novalue", "-p NAME=VALUE is needed, not 'novalue'"),
@@ -11404,16 +11412,24 @@ def test_wrong_usage_is_told_and_nothing_is_sent(
     assert not gateway.requests
 
 
-@pytest.mark.parametrize("content", [b"\xe4", "k".encode("utf-16-le"), "k".encode("utf-16-be"), b"\xff\xfek"],
-                         ids=["latin-1", "UTF-16 without a mark", "big-endian", "half a character"])
-@pytest.mark.parametrize("line", ["secret set v K", "run a 1 f -d -", "run a 1 f -p x=@-", "batch -"])
-def test_stdin_that_is_not_utf_8_is_wrong_usage(cli: Any, gateway: LocalGateway, line: str, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"\xe4", "k".encode("utf-16-le"), "k".encode("utf-16-be"), b"\xff\xfek"],
+    ids=["latin-1", "UTF-16 without a mark", "big-endian", "half a character"],
+)
+@pytest.mark.parametrize(
+    "line", ["secret set v K", "run a 1 f -d -", "run a 1 f -p x=@-", "batch -"]
+)
+def test_stdin_that_is_not_utf_8_is_wrong_usage(
+    cli: Any, gateway: LocalGateway, line: str, content: bytes
+) -> None:
     gateway.requests.clear()
     assert "stdin is not UTF-8. Save it as UTF-8" in cli(*line.split(), stdin=content).error(2)
     assert not gateway.requests
 
 
-def test_a_missing_input_is_noticed_before_any_other_is_uploaded(cli: Any, gateway: LocalGateway) -> None:
+def test_a_missing_input_is_noticed_before_any_other_is_uploaded(
+    cli: Any, gateway: LocalGateway
+) -> None:
     gateway.requests.clear()
     assert "no.txt" in cli("run", "a", "1", "f", "-f", "x=a.txt", "-f", "x=no.txt").error(1)
     Path("folder").mkdir()
@@ -11461,38 +11477,57 @@ def test_output_files_are_saved_by_name_and_numbered_and_cost_no_result(
     assert sorted(map(Path, result["saved"])) == sorted(Path("new/folder").iterdir())
     value = cli("run", "twins", "1.0.0", "make", "--save", "new/folder", "--result")
     assert (value.status, value.out) == (0, "{}\n")
-    assert value.err.count("saved: ") == 3 and str(Path("new", "folder", "3-same.txt")) not in value.err
-    assert {path.name: path.read_text() for path in Path("new/folder").iterdir()}.items() > saved.items()
+    assert value.err.count("saved: ") == 3
+    assert str(Path("new", "folder", "3-same.txt")) not in value.err
+    after = {path.name: path.read_text() for path in Path("new/folder").iterdir()}
+    assert after.items() > saved.items()
     Path("new/folder/same.txt").unlink()
     Path("new/folder/same.txt").symlink_to("nowhere")  # which is a name in use, too
-    entry = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": 1, "files": {"a": [S3, S3]}}}
-    replies = [answer({"results": [entry]}), link(), answer(body=b"saved"), answer({"detail": "gone"}, 404)]
+    output = {"status": "SUCCESS", "output": 1, "files": {"a": [S3, S3]}}
+    result = answer({"results": [{"status": "SUCCESS", "output": output}]})
+    replies = [result, link(), answer(body=b"saved"), answer({"detail": "gone"}, 404)]
     failed = cli("run", "a", "1", "f", "--save", "some", replies=replies)
     assert "gone" in failed.error(out=failed.out)
     assert [Path(path).read_bytes() for path in failed.lines[0]["saved"]] == [b"saved"]
-    assert [path.name for path in Path("some").iterdir()] == ["r.txt"]  # nothing is left of the other
+    # Nothing is left of the other one.
+    assert [path.name for path in Path("some").iterdir()] == ["r.txt"]
 
 
 def test_the_value_of_a_function_is_printed_alone(cli: Any) -> None:
     line = ("run", "a", "1", "f", "--result")
-    for value, printed in (("a\tb", "a\tb\n"), ({"a": None}, '{"a": null}\n'), (3, "3\n"), (None, "{}\n")):
+    for value, printed in (
+        ("a\tb", "a\tb\n"),
+        ("a\r\n\n", "a\r\n\n"),
+        ("", "\n"),
+        ({"a": None}, '{"a": null}\n'),
+        (3, "3\n"),
+        (None, "{}\n"),
+    ):
         assert cli(*line, replies=[ran(value)]) == (0, printed, "")
     assert "out of luck" in cli(*line, replies=[FAILED_CALL]).error(1)
     partial = chunked(event("content", "so far"), event("error", "out of luck"))
     assert "out of luck" in cli(*line, replies=[partial]).error(1, out="so far\n")
 
 
-@pytest.mark.parametrize("more", [[], ["--result"], ["--stream"], ["--stream", "--json"]], ids=" ".join)
-def test_a_functions_own_failure_fails_the_command_if_that_is_wanted(cli: Any, more: list[str]) -> None:
+@pytest.mark.parametrize(
+    "more", [[], ["--result"], ["--stream"], ["--stream", "--json"]], ids=" ".join
+)
+def test_a_functions_own_failure_fails_the_command_if_that_is_wanted(
+    cli: Any, more: list[str]
+) -> None:
     def end(value: Any, *options: str) -> Ended:
         reply = chunked(event("done", value)) if "--stream" in more else ran(value)
         return cli("run", "a", "1", "f", *more, *options, replies=[reply])
 
     assert end({"success": False, "error": "no luck"}).status == 0
-    for value, reason in (({"success": False, "error": "no luck", "message": "m"}, "no luck"),
-                          ({"success": False, "message": "m"}, "m"), ({"success": False}, "no reason")):
+    for value, reason in (
+        ({"success": False, "error": "no luck", "message": "m"}, "no luck"),
+        ({"success": False, "message": "m"}, "m"),
+        ({"success": False}, "no reason"),
+    ):
         failed = end(value, "--fail")
-        assert failed.error(out=failed.out) == f'error: The function reports "success": false: {reason}\n'
+        told = failed.error(out=failed.out)
+        assert told == f'error: The function reports "success": false: {reason}\n'
         assert '"success": false' in failed.out
     for value in ({"success": True}, {}, {"success": None}, "text", [], {"success": 0}):
         assert end(value, "--fail").status == 0
@@ -11514,25 +11549,33 @@ def test_a_stream_prints_its_contents_or_whole_events_as_json_lines(cli: Any) ->
 
 
 @pytest.mark.parametrize(("events", "printed", "told"), [
-    ([event("progress", 1), event("done", {"a": 1}), event("done", {"b": 2, "job_id": "j", "files": {"x": [S3]}})],
+    ([event("progress", 1), event("done", {"a": 1}),
+      event("done", {"b": 2, "job_id": "j", "files": {"x": [S3]}})],
      '{"a": 1, "b": 2}\n', f"file: {S3}\n"),
     ([event("done", "text")], "text\n", ""),
-    ([event("content", "text"), event("done", {"a": 1, "files": {"x": [S3]}})], "text\n", f"file: {S3}\n"),
+    ([event("content", "text"), event("done", {"a": 1, "files": {"x": [S3]}})],
+     "text\n", f"file: {S3}\n"),
     ([event("ping"), event("done", {"a": 1})], '{"a": 1}\n', ""),
     ([event("content"), event("done")], "null\n\n", ""),
     ([event("content", "a"), event("content", "b")], "ab\n", ""),
     ([event("start"), event("done")], "", ""),
 ], ids=["two done events", "text", "contents and files", "heartbeat", "null", "no end", "nothing"])
-def test_a_stream_whose_result_is_in_its_end_prints_that(cli: Any, events: Any, printed: str, told: str) -> None:
+def test_a_stream_whose_result_is_in_its_end_prints_that(
+    cli: Any, events: Any, printed: str, told: str
+) -> None:
     assert cli("run", "a", "1", "f", "--stream", replies=[chunked(*events)]) == (0, printed, told)
 
 
 @posix
-@pytest.mark.parametrize("end", [chunk(event("error", "out of luck")) + b"0\r\n\r\n", b"", chunk(b"data: {")],
-                         ids=["error", "cut", "cut within an event"])
+@pytest.mark.parametrize(
+    "end", [chunk(event("error", "out of luck")) + b"0\r\n\r\n", b"", chunk(b"data: {")],
+    ids=["error", "cut", "cut within an event"],
+)
 def test_a_line_of_contents_ends_before_an_error_is_told(cli: Any, end: bytes) -> None:
     reply = HangUp(chunked(event("content", "so far"), end=False) + end)
-    _, shown = on_terminal(lambda: cli("run", "a", "1", "f", "--stream", replies=[reply]), "stdout", "stderr")
+    _, shown = on_terminal(
+        lambda: cli("run", "a", "1", "f", "--stream", replies=[reply]), "stdout", "stderr"
+    )
     first, second, last = screen(shown)
     assert (first, second[:7], last) == ("so far", "error: ", "")
 
@@ -11646,7 +11689,8 @@ def test_a_failed_call_of_a_batch_fails_the_command_and_costs_no_other_result(cl
 
 @pytest.mark.parametrize(("reply", "may_have_run"), [
     (FAILED_CALL, True), (answer({"results": [{"status": "TIMED_OUT", "error": None}]}), True),
-    (UNAVAILABLE, True), (HangUp(), True), (answer({"detail": "no"}, 404), False), (answer({"detail": "no"}, 422), False),
+    (UNAVAILABLE, True), (HangUp(), True),
+    (answer({"detail": "no"}, 404), False), (answer({"detail": "no"}, 422), False),
 ], ids=["failed", "odd status", "503", "cut", "404", "422"])
 def test_a_failed_line_of_a_batch_says_whether_the_call_may_have_run(
         cli: Any, reply: Any, may_have_run: bool) -> None:
@@ -11667,7 +11711,8 @@ def test_an_empty_batch_is_done(cli: Any, text: str) -> None:
     (call_line(value=float("nan")), "Line 1"),
     (call_line() + '{"prefab_id": 1, "version": "1", "function_name": "f"}', "prefab_id"),
     ("[1]", "index 0"), ('[{"unknown": 1}]', "'unknown', which is no field"), ("[", "not JSON"),
-    ('[{"prefab_id": "a", "version": "1"}]', "index 0 lacks 'function_name'"), ('[{"a": NaN}]', "not JSON"),
+    ('[{"prefab_id": "a", "version": "1"}]', "index 0 lacks 'function_name'"),
+    ('[{"a": NaN}]', "not JSON"),
     ("[" * 100_000, "not JSON"),
 ], ids=lambda text: text[-30:])
 def test_a_bad_call_of_a_batch_is_named_and_nothing_is_sent(
@@ -11694,11 +11739,18 @@ def test_files_go_up_are_listed_and_come_down_again(cli: Any) -> None:
     assert cli("url", kept["s3_url"]).json["presigned_url"].startswith("http://127.0.0.1")
     Path("a.txt").unlink()
     Path("folder").mkdir()
-    targets = {"as.txt": "as.txt", "folder": "folder/a.txt", "new/": "new/a.txt", "deep/er": "deep/er", "": "a.txt"}
+    targets = {
+        "as.txt": "as.txt",
+        "folder": "folder/a.txt",
+        "new/": "new/a.txt",
+        "deep/er": "deep/er",
+        "": "a.txt",
+    }
     Path("as.txt").write_text("old")  # this name is the user's, so it is replaced
     for target, made in targets.items():
         got = cli("download", kept["s3_url"], *[target] * bool(target)).json
-        assert (Path(got["path"]), got["size"], Path(made).read_text()) == (Path(made), 14, "this is\na.txt\n")
+        assert (Path(got["path"]), got["size"]) == (Path(made), 14)
+        assert Path(made).read_text() == "this is\na.txt\n"
     Path("a.txt").write_text("mine")
     for made in ("2-a.txt", "3-a.txt"):  # a name that the gateway chose replaces nothing
         assert Path(cli("download", kept["s3_url"]).json["path"]) == Path(made)
@@ -11706,13 +11758,16 @@ def test_files_go_up_are_listed_and_come_down_again(cli: Any) -> None:
 
 
 @pytest.mark.parametrize(("url", "name"), [
-    ("s3://b/..", "_"), ("s3://b/a\\b:c\x1b", "a_b_c_"), ("s3://b/", "_"), ("s3://b/.bashrc", ".bashrc"),
-    ('s3://b/<a>"b|c?d*e', "_a__b_c_d_e"), ("s3://b/a. .", "a_"), ("s3://b/CON", "_CON"), ("s3://b/nul.txt", "_nul.txt"),
-    ("s3://b/Com\xb2 .x", "_Com\xb2 .x"), ("s3://b/console.txt", "console.txt"), ("s3://b/com10", "com10"),
-    ("s3://b/a\u202egnp.exe", "a_gnp.exe"), ("s3://b/" + "\u6587" * 300 + ".pdf", "\u6587" * 78 + ".pdf"),
+    ("s3://b/..", "_"), ("s3://b/a\\b:c\x1b", "a_b_c_"), ("s3://b/", "_"),
+    ("s3://b/.bashrc", ".bashrc"), ('s3://b/<a>"b|c?d*e', "_a__b_c_d_e"), ("s3://b/a. .", "a_"),
+    ("s3://b/CON", "_CON"), ("s3://b/nul.txt", "_nul.txt"), ("s3://b/Com\xb2 .x", "_Com\xb2 .x"),
+    ("s3://b/console.txt", "console.txt"), ("s3://b/com10", "com10"),
+    ("s3://b/a\u202egnp.exe", "a_gnp.exe"),
+    ("s3://b/" + "\u6587" * 300 + ".pdf", "\u6587" * 78 + ".pdf"),
 ], ids=lambda text: ascii(text)[:30])
 def test_a_name_that_some_system_refuses_is_changed(cli: Any, url: str, name: str) -> None:
-    assert Path(cli("download", url, "made/", replies=[link(), answer(body=b"x")]).json["path"]) == Path("made", name)
+    ended = cli("download", url, "made/", replies=[link(), answer(body=b"x")])
+    assert Path(ended.json["path"]) == Path("made", name)
 
 
 def test_the_options_of_urls_and_uploads_reach_the_gateway(cli: Any, gateway: LocalGateway) -> None:
@@ -11720,8 +11775,10 @@ def test_the_options_of_urls_and_uploads_reach_the_gateway(cli: Any, gateway: Lo
     gateway.requests.clear()
     assert cli("url", kept, "--expires", "77").status == 0
     assert "expires_in=77" in gateway.requests[-1].path
-    assert cli("upload", "--input", "a.txt", "--content-type", "video/mp4").json["s3_url"].startswith("s3://")
-    assert gateway.requests[-1].headers["content-type"] == "video/mp4"  # of the PUT, whose signature it is in
+    uploaded = cli("upload", "--input", "a.txt", "--content-type", "video/mp4")
+    assert uploaded.json["s3_url"].startswith("s3://")
+    # That of the PUT, in whose signature it is.
+    assert gateway.requests[-1].headers["content-type"] == "video/mp4"
 
 
 def test_temporary_files_are_a_sessions_and_go_with_it(cli: Any, gateway: LocalGateway) -> None:
@@ -11738,7 +11795,9 @@ def test_temporary_files_are_a_sessions_and_go_with_it(cli: Any, gateway: LocalG
 
 def test_a_secret_is_read_from_stdin_and_never_printed(cli: Any) -> None:
     for given, secret in (
-            ("\ufeff very\r\nprivaté \r\n", " very\r\nprivaté "), ("private\n\n", "private\n"), ("private", "private"),
+        ("\ufeff very\r\nprivaté \r\n", " very\r\nprivaté "),
+        ("private\n\n", "private\n"),
+        ("private", "private"),
     ):  # the mark and one line's end are not the secret's
         assert "priva" not in str(cli("secret", "set", "vault", "SIGNING_KEY", stdin=given).json)
         assert cli(*SIGN).value["signature"] == signature(secret)
@@ -11752,7 +11811,8 @@ def test_a_secret_is_read_from_stdin_and_never_printed(cli: Any) -> None:
     assert cli("secret", "list").json == []
     assert "SIGNING_KEY" in cli(*SIGN).error()
     for nothing in ("", "\n", "\r\n", "\ufeff"):
-        assert "The secret is empty" in cli("secret", "set", "vault", "SIGNING_KEY", stdin=nothing).error(2)
+        ended = cli("secret", "set", "vault", "SIGNING_KEY", stdin=nothing)
+        assert "The secret is empty" in ended.error(2)
 
 
 @posix
@@ -11807,8 +11867,9 @@ def test_every_command_has_help_with_an_example_that_works(
 
 
 @pytest.mark.parametrize(("command", "arguments"), [
-    ("run", "PREFAB VERSION FUNCTION"), ("batch", "FILE"), ("spec", "PREFAB [VERSION]"), ("upload", "PATH..."),
-    ("download", "S3_URL [TARGET]"), ("url", "S3_URL"), ("cleanup", "SESSION"), ("secret set", "PREFAB NAME"),
+    ("run", "PREFAB VERSION FUNCTION"), ("batch", "FILE"), ("spec", "PREFAB [VERSION]"),
+    ("upload", "PATH..."), ("download", "S3_URL [TARGET]"), ("url", "S3_URL"),
+    ("cleanup", "SESSION"), ("secret set", "PREFAB NAME"),
     ("secret list", "[PREFAB]"), ("secret delete", "PREFAB NAME"),
 ])
 def test_every_argument_stands_in_the_usage_and_has_a_text(
@@ -11908,20 +11969,24 @@ def test_an_odd_answer_is_one_line_and_no_wrong_usage(cli: Any, reply: bytes, to
 
 
 @posix
-@pytest.mark.parametrize("name", ENDINGS)
-@pytest.mark.parametrize(("line", "replies", "kept", "told"), [
-    ("batch calls.jsonl --workers 1", [ran("first"), Pause()], b"first", "calls that have no line on stdout may have run"),
-    ("run a 1 f --stream", [Pause(chunked(event("content", "first"), end=False))], b"first\n", "the call may have run"),
-    ("run a 1 f", [Pause()], b"", "the call may have run"),
-    ("run a 1 f -f x=calls.jsonl", [LINK, Pause()], b"", "no call was made"),
-    ("list", [Pause()], b"", "no call was made"),
+@pytest.mark.parametrize(("name", "line", "replies", "kept", "told"), [
+    ("SIGINT", "batch calls.jsonl --workers 1", [ran("first"), Pause()], b"first",
+     "calls that have no line on stdout may have run"),
+    ("SIGHUP", "run a 1 f --stream", [Pause(chunked(event("content", "first"), end=False))],
+     b"first\n", "the call may have run"),
+    ("SIGTERM", "run a 1 f", [Pause()], b"", "the call may have run"),
+    ("SIGINT", "run a 1 f -f x=calls.jsonl", [LINK, Pause()], b"", "no call was made"),
+    ("SIGTERM", "list", [Pause()], b"", "no call was made"),
 ], ids=["batch", "stream", "run", "upload", "list"])
 def test_a_signal_ends_any_command_with_one_line_and_nothing_more_is_sent(
         lone: Path, name: str, line: str, replies: list[Answer], kept: bytes, told: str) -> None:
-    with Script(*replies) as server, \
-            started(lone, *line.split(), cwd=str(lone.parent), env=environment_for(server)) as process:
+    with (
+        Script(*replies) as server,
+        started(lone, *line.split(), cwd=str(lone.parent), env=environment_for(server)) as process,
+    ):
         server.wait_until(lambda: len(server.received) == len(replies))
-        out = os.read(process.stdout.fileno(), len(kept.strip())) if kept else b""  # each as it came
+        # Each as it came.
+        out = os.read(process.stdout.fileno(), len(kept.strip())) if kept else b""
         process.send_signal(getattr(signal, name))
         rest, err = process.communicate()
         assert kept in out + rest
@@ -11931,37 +11996,49 @@ def test_a_signal_ends_any_command_with_one_line_and_nothing_more_is_sent(
 
 @posix
 @pytest.mark.parametrize("name", ENDINGS)
-def test_a_batch_that_a_signal_ends_prints_all_results_that_have_arrived(lone: Path, name: str) -> None:
+def test_a_batch_that_a_signal_ends_prints_all_results_that_have_arrived(
+    lone: Path, name: str
+) -> None:
     (lone.parent / "calls").write_text("".join(call_line(value=number) for number in range(60)))
     all_but_the_first = threading.Event()
 
     def choose(received: Received) -> Answer:
         if b'{"value":0}' in received.body:
             return Pause()
-        if len(server.received) == 60:  # by then, the answers of all but the other workers are there
+        # By then, the answers of all but the other workers are there.
+        if len(server.received) == 60:
             all_but_the_first.set()
         return ran(received.json["calls"][0]["inputs"]["parameters"]["value"])
 
-    with Routed(choose) as server, started(lone, "batch", "calls", cwd=str(lone.parent), env=environment_for(server),
-                                           ) as process:
+    with (
+        Routed(choose) as server,
+        started(
+            lone, "batch", "calls", cwd=str(lone.parent), env=environment_for(server)
+        ) as process,
+    ):
         assert all_but_the_first.wait(WAIT_SECONDS)
         process.send_signal(getattr(signal, name))
         lines = [json.loads(line) for line in process.stdout]
         assert process.wait() == ENDINGS[name]
     assert len(lines) >= 59 - 7
-    assert [line["index"] for line in lines] == [line["output"]["output"] for line in lines] == sorted(
-        {line["index"] for line in lines} - {0})
+    indexes = [line["index"] for line in lines]
+    assert indexes == [line["output"]["output"] for line in lines] == sorted({*indexes} - {0})
 
 
 @posix
 def test_a_line_that_is_begun_is_finished_and_a_second_signal_ends_at_once(lone: Path) -> None:
     (lone.parent / "calls").write_text("".join(call_line(value=number) for number in range(24)))
     for second in (False, True):
-        with Script(*[ran("x" * 100_000)] * 24) as server, started(
-                lone, "batch", "calls", cwd=str(lone.parent), env=environment_for(server)) as process:
+        with (
+            Script(*[ran("x" * 100_000)] * 24) as server,
+            started(
+                lone, "batch", "calls", cwd=str(lone.parent), env=environment_for(server)
+            ) as process,
+        ):
             server.wait_until(lambda: len(server.received) == 24)
             assert process.stdout.read(1) == b"{"
-            process.send_signal(signal.SIGINT)  # while it waits for a reader in the middle of a line
+            # While it waits for a reader in the middle of a line.
+            process.send_signal(signal.SIGINT)
             if second:
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(WAIT_SECONDS) == 143
@@ -11972,8 +12049,12 @@ def test_a_line_that_is_begun_is_finished_and_a_second_signal_ends_at_once(lone:
             assert len(lines) >= 24 - 8  # as many as calls are on their way at once may be missing
 
 
-def test_a_signal_that_comes_twice_at_the_same_moment_counts_once() -> None:
+def test_a_signal_that_comes_twice_at_the_same_moment_or_too_late_changes_nothing() -> None:
     code = """import gateway_sdk, time
+terminal = gateway_sdk._Terminal()
+terminal.finish()
+terminal._on_signal(1, None)
+terminal.tell("as before")
 terminal = gateway_sdk._Terminal()
 with terminal.whole():
     for number in (1, 1, 1):  # as SIGHUP does when a terminal is closed
@@ -11981,7 +12062,7 @@ with terminal.whole():
     print("once", flush=True)
     time.sleep(0.11)
     terminal._on_signal(1, None)"""
-    assert ended_python("-c", code, cwd=str(ROOT)) == (129, "once\n", "")
+    assert ended_python("-c", code, cwd=str(ROOT)) == (129, "once\n", "as before\n")
 
 
 @posix
@@ -11991,12 +12072,16 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(lone: Path, name: 
     late = Steps((lambda _: sent.wait(WAIT_SECONDS), send(ran("all the same"))))
     before = signal.signal(number, signal.SIG_IGN)  # a child inherits that, as from `nohup`
     try:
-        with Script(late) as server, started(lone, "run", "a", "1", "f", env=environment_for(server)) as process:
+        with (
+            Script(late) as server,
+            started(lone, "run", "a", "1", "f", env=environment_for(server)) as process,
+        ):
             server.wait_until(lambda: server.received)
             process.send_signal(number)
             sent.set()
             out, err = process.communicate()
-            assert (process.returncode, json.loads(out)["output"]["output"], err) == (0, "all the same", b"")
+            assert (process.returncode, err) == (0, b"")
+            assert json.loads(out)["output"]["output"] == "all the same"
     finally:
         signal.signal(number, before)
 
@@ -12004,15 +12089,21 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(lone: Path, name: 
 @posix
 @pytest.mark.parametrize("line", ["run a 1 f --save saved", "download s3://b/o.bin saved/o.bin"])
 def test_a_signal_leaves_no_part_of_a_file(lone: Path, line: str) -> None:
-    entry = {"status": "SUCCESS", "output": {"status": "SUCCESS", "output": 1, "files": {"a": ["s3://b/o.bin"]}}}
+    entry = {
+        "status": "SUCCESS",
+        "output": {"status": "SUCCESS", "output": 1, "files": {"a": ["s3://b/o.bin"]}},
+    }
     result = [answer({"results": [entry]})] if line.startswith("run") else []
     part = Pause(OK + b"Content-Length: 9\r\n\r\npart")
     folder = lone.parent / "saved"
     folder.mkdir()
-    with Script(*result, LINK, part) as server, \
-            started(lone, *line.split(), cwd=str(lone.parent), env=environment_for(server)) as process:
+    with (
+        Script(*result, LINK, part) as server,
+        started(lone, *line.split(), cwd=str(lone.parent), env=environment_for(server)) as process,
+    ):
         deadline = time.monotonic() + WAIT_SECONDS
-        while len([*folder.iterdir()]) < 1 + len(result):  # the part; and `--save` has taken the name
+        # The part; and `--save` has taken the name.
+        while len([*folder.iterdir()]) < 1 + len(result):
             assert time.monotonic() < deadline
             threading.Event().wait(0.01)
         process.send_signal(signal.SIGTERM)
@@ -12024,16 +12115,17 @@ def test_a_signal_leaves_no_part_of_a_file(lone: Path, line: str) -> None:
 
 
 @posix
-def test_main_gives_back_the_signals_that_it_took(cli: Any) -> None:
-    before = [signal.getsignal(getattr(signal, name)) for name in ENDINGS]
+def test_main_takes_signals_that_are_not_ignored_and_gives_them_back(cli: Any) -> None:
+    def handlers() -> list[Any]:
+        return [signal.getsignal(getattr(signal, name)) for name in ENDINGS]
+
     seen: list[Any] = []
-
-    def look(_: Any) -> None:
-        seen.extend(signal.getsignal(getattr(signal, name)) for name in ENDINGS)
-
-    assert cli("list", replies=[Steps((look, send(answer([]))))]).json == []
-    assert [signal.getsignal(getattr(signal, name)) for name in ENDINGS] == before
-    assert not set(seen) & set(before)
+    before = handlers()
+    look = Steps((lambda _: seen.extend(handlers()), send(answer([]))))
+    assert cli("list", replies=[look]).json == []
+    assert handlers() == before
+    kept = [new == old for new, old in zip(seen, before)]
+    assert kept == [old == signal.SIG_IGN for old in before]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:  # where there are no signals to take
         assert pool.submit(cli, "list").result().status == 0
 
@@ -12045,12 +12137,20 @@ def test_pipes_that_make_nobody_wait_lose_nothing(lone: Path) -> None:
     os.set_blocking(writer, False)
     os.set_blocking(source, False)
     text = "x" * 300_000
-    with Script(ran(text)) as server, started(lone, "run", "a", "1", "f", "-d", "-", env=environment_for(server),
-                                             stdin=source, stdout=writer) as process:
+    with (
+        Script(ran(text)) as server,
+        started(
+            lone, "run", "a", "1", "f", "-d", "-",
+            env=environment_for(server), stdin=source, stdout=writer,
+        ) as process,
+    ):
         os.close(writer)
         os.write(sink, b'{"value":')
-        with pytest.raises(subprocess.TimeoutExpired):  # it waits for the rest
-            process.wait(0.3)
+        deadline = time.monotonic() + WAIT_SECONDS
+        # Until it has read this, and waits for the rest.
+        while select.select([source], [], [], 0)[0]:
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.01)
         os.write(sink, b" 1}")
         os.close(sink)
         server.wait_until(lambda: server.received)
@@ -12071,8 +12171,12 @@ def test_a_log_that_nobody_can_read_costs_no_result(lone: Path, target: str) -> 
         writer = os.open(target, os.O_WRONLY)
     else:
         pytest.skip("there is no /dev/full")
-    with Script(ran("paid for")) as server, started(
-            lone, "-v", "run", "a", "1", "f", env=environment_for(server), stderr=writer) as process:
+    with (
+        Script(ran("paid for")) as server,
+        started(
+            lone, "-v", "run", "a", "1", "f", env=environment_for(server), stderr=writer
+        ) as process,
+    ):
         assert json.loads(process.stdout.read())["output"]["output"] == "paid for"
         assert process.wait() == 0
     os.close(writer)
@@ -12099,7 +12203,8 @@ def test_an_interrupted_batch_prints_the_results_that_it_has(
         (line,) = process.stdout.readlines()
         assert (json.loads(line)["index"], process.wait(WAIT_SECONDS)) == (1, 130)
     closing.set()
-    assert screen(terminal.rest()) == ["interrupted: calls that have no line on stdout may have run.", ""]
+    told = "interrupted: calls that have no line on stdout may have run."
+    assert screen(terminal.rest()) == [told, ""]
 
 
 @posix
@@ -12122,8 +12227,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(lone: Path, line: str, reply:
 @posix
 @pytest.mark.parametrize(("line", "statuses"), [
     ("upload a.txt >&-", (0, 1)), ("upload a.txt 2>&-", (0,)), ("upload a.txt > /dev/full", (1,)),
-    ("secret set vault K <&-", (1, 2)), ("run >&- 2>&-", (2,)), ("run 2> /dev/full", (2,)), ("--help | true", (0,)),
-    ("run --help > /dev/full", (0,)),
+    ("secret set vault K <&-", (1, 2)), ("run >&- 2>&-", (2,)), ("run 2> /dev/full", (2,)),
+    ("--help | true", (0,)), ("run --help > /dev/full", (0,)),
 ])
 def test_a_closed_or_full_stream_is_no_traceback(
     cli: Any, shell: Any, line: str, statuses: Any
@@ -12136,13 +12241,25 @@ def test_a_closed_or_full_stream_is_no_traceback(
     assert ("s3://" in ended.out) == ("a.txt 2>" in line)
 
 
-# The file as a program
+# The file as a program, and within one
+
+
+def test_a_program_can_call_main_and_print_besides(cli: Any, gateway: LocalGateway) -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert cli("list").status == 0
+    assert json.loads(out.getvalue()) == gateway.prefabs()
+    code = "import gateway_sdk; print('before'); gateway_sdk.main(['list']); print('behind')"
+    printed = ended_python("-c", code, cwd=str(ROOT), env=environment_for(gateway)).out.splitlines()
+    assert (printed[0], printed[2]) == ("before", "behind")
+    assert json.loads(printed[1]) == gateway.prefabs()
 
 
 @posix
 def test_the_file_is_a_program(lone: Path) -> None:
     assert SDK.read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")
-    done = subprocess.run([f"./{lone.name}", "--version"], cwd=str(lone.parent), capture_output=True, timeout=60)
+    done = subprocess.run(
+        [f"./{lone.name}", "--version"], cwd=str(lone.parent), capture_output=True, timeout=60
+    )
     assert (done.returncode, done.stdout) == (0, f"{gateway_sdk.__version__}\n".encode())
 
 
@@ -12151,7 +12268,8 @@ def test_an_older_python_is_told_which_one_is_needed(lone: Path) -> None:
     old = f"import sys, runpy; sys.version_info = (3, 8, 18); sys.argv = [{str(lone)!r}, 'list']\n"
     told = "gateway_sdk needs Python 3.9 or newer, and this is Python "
     script = ended_python("-c", f"{old}runpy.run_path(sys.argv[0], run_name='__main__')")
-    assert (script.status, script.out, script.err[: len(told)], script.err.count("\n")) == (1, "", told, 1)
+    assert (script.status, script.out, script.err.count("\n")) == (1, "", 1)
+    assert script.err.startswith(told)
     imported = ended_python("-c", f"""{old}
 try:
     runpy.run_path(sys.argv[0])
@@ -12162,15 +12280,22 @@ except ImportError as error:
 
 def test_the_command_line_uses_few_privates_of_the_module() -> None:
     lines = SDK.read_text(encoding="utf-8").splitlines()
-    (banner,) = [number for number, line in enumerate(lines, 1) if line.startswith("# --- Command line ---")]
+    (banner,) = [
+        number for number, line in enumerate(lines, 1) if line.startswith("# --- Command line ---")
+    ]
     section = [node for node in TREE.body if node.lineno > banner]
-    targets = [target for node in section if isinstance(node, ast.Assign) for target in node.targets]
+    targets = [
+        target for node in section if isinstance(node, ast.Assign) for target in node.targets
+    ]
     own = {node.name for node in section if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
     own |= {target.id for target in targets if isinstance(target, ast.Name)}
     nodes = [node for top in section for node in ast.walk(top)]
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    own_attributes = {node.attr for node in nodes
-                      if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("self", "os")}
+    own_attributes = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") in ("self", "os")
+    }
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)} - own_attributes
     used = {name for name in (names - own) | attributes if re.match("_[^_]", name)}
     assert used - {"_"} == {"_Json", "_in_shell"}
