@@ -1403,23 +1403,23 @@ def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> 
     options = _list_of(fields, "connection")
     keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
     lengths = set(_list_of(fields, "content-length"))
-    codings = _list_of(fields, "transfer-encoding")
+    named = _list_of(fields, "transfer-encoding")
+    # As other clients do: `identity` is none, and what servers behind each other say twice is one.
+    codings = [coding for coding in named if coding != "identity"]
     if status < 200 or status in (204, 304):
-        return {"length": 0, "keep_alive": keep_alive and not codings and lengths <= {"0"}}
+        return {"length": 0, "keep_alive": keep_alive and not named and lengths <= {"0"}}
     if codings:
         chunked = codings[-1] == "chunked"
-        return {
-            "chunked": chunked,
-            "coding": ", ".join(codings[:-1] if chunked else codings),
-            "keep_alive": keep_alive and codings == ["chunked"] and not lengths,
-        }
+        others = [coding for coding in codings if not chunked or coding != "chunked"]
+        keep_alive = keep_alive and named == ["chunked"] and not lengths
+        return {"chunked": chunked, "coding": ", ".join(others), "keep_alive": keep_alive}
     if len(lengths) != 1:
         # None, or two of which either may be right: until the connection ends.
         return {}
     if not re.fullmatch("[0-9]+", min(lengths)):
         raise _Fault(f"the answer's length is {min(lengths)[:80]!r}")
     # Python itself refuses to read very long numbers.
-    return {"length": int(min(lengths)[-18:]), "keep_alive": keep_alive}
+    return {"length": int(min(lengths)[-18:]), "keep_alive": keep_alive and not named}
 
 
 _status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullmatch
