@@ -1535,7 +1535,8 @@ class _Connection:
         for place, (family, kind, protocol, _, address) in enumerate(addresses, 1):
             seconds = deadline - time.monotonic()
             if place < len(addresses):
-                seconds = min(seconds, _ADDRESS_SECONDS)
+                # The others must get their share of a short timeout.
+                seconds = min(seconds / 2, _ADDRESS_SECONDS)
             if seconds <= 0:
                 break
             try:

@@ -3582,6 +3582,14 @@ def test_an_address_that_answered_is_the_first_one_next_time(kind: str, resolve:
     assert len(server.received) == server.connections == 3
 
 
+@full_queues
+@pytest.mark.parametrize("dead", [1, 2])
+def test_of_a_short_timeout_the_last_address_gets_its_share(dead: int, resolve: Any) -> None:
+    with Place(dead=True) as first, Script(answer([])) as server:
+        url = resolve(*[first.address] * dead, ("127.0.0.1", server.port))
+        assert GatewayClient(url, timeout=1).list_prefabs() == []
+
+
 def test_if_the_address_that_answered_is_gone_the_others_are_tried(resolve: Any) -> None:
     with Script(*[answer([], Connection="close")] * 2) as other:
         with Place() as first, Script(answer([], Connection="close")) as server:
