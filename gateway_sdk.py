@@ -3807,12 +3807,24 @@ class _Workers:
     They are daemons: the end of the program waits for no call that was given up.
     """
 
+    _all: ClassVar[weakref.WeakSet[_Workers]] = weakref.WeakSet()
+
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
+        self._idle_seconds = _IDLE_SECONDS
+        self._start()
+        self._all.add(self)
+
+    def _start(self) -> None:
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], object]] = deque()
         self._threads = self._idle = 0
-        self._idle_seconds = _IDLE_SECONDS
+
+    @classmethod
+    def renew(cls) -> None:
+        """After a fork: threads and jobs are the parent's, and one of them may have held the lock."""
+        for workers in cls._all:
+            workers._start()
 
     def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
@@ -3880,6 +3892,10 @@ class _Workers:
         with self._changed:
             self._idle_seconds = 0.0
             self._changed.notify_all()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Workers.renew)
 
 
 class AsyncEventStream:
