@@ -3863,23 +3863,32 @@ class _Workers:
         import asyncio
         import contextvars
 
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
         context = contextvars.copy_context()
         results: list[Any] = []
         errors: list[BaseException] = []
 
+        def finish() -> None:
+            if not done.done():
+                done.set_result(None)
+
         def job() -> None:
+            # Of tasks that are cancelled together, the last gets to know of it when the first has
+            # given its thread back. This is so at once.
+            if done.cancelled():
+                return
             try:
                 results.append(context.run(work.reveal()))
             except BaseException as error:  # noqa: BLE001
                 errors.append(error)
             # The loop may have ended without waiting.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(done.set)
+                loop.call_soon_threadsafe(finish)
 
         self._submit(job)
         try:
-            await done.wait()
+            await done
         except BaseException:
             give_up()
             raise

@@ -9532,6 +9532,31 @@ def test_a_token_exchange_that_is_given_up_costs_no_other_call() -> None:
     assert sum(map(is_exchange, server.received)) == 3
 
 
+def test_a_call_that_waits_for_a_thread_is_not_sent_once_it_is_cancelled() -> None:
+    async def first(client: AsyncGatewayClient) -> None:
+        try:
+            await run(client)
+        finally:
+            # The loop stands still, so that the other task does not get to know.
+            server.wait_until(lambda: len(server.received) == 2)
+
+    async def main() -> None:
+        async with async_client_of(server, max_workers=1) as client:
+            works = first(client), run(client), client.list_prefabs()
+            running, waiting, last = map(asyncio.ensure_future, works)
+            await until(server, lambda: len(server.received) == 1)
+            assert running.cancel() and waiting.cancel()
+            assert await last == []
+        assert running.cancelled() and waiting.cancelled()
+        assert [received.method for received in server.received] == ["POST", "GET"]
+
+    def choose(received: Received) -> Answer:
+        return Pause() if received.method == "POST" else answer([])
+
+    with nothing_left(), Routed(choose) as server:
+        in_loop(main())
+
+
 def test_a_batch_that_is_cancelled_ends_its_calls_and_sends_nothing_more() -> None:
     async def main() -> None:
         async with async_client_of(server, timeout=LONG_SECONDS) as client:
