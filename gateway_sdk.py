@@ -71,7 +71,7 @@ if sys.version_info < (3, 9):  # noqa: UP036
     _problem = f"gateway_sdk needs Python 3.9 or newer, and this is Python {sys.version.split()[0]}."
     raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 __all__ = [
     "DEFAULT_BASE_URL",
