@@ -38,7 +38,14 @@ import weakref
 from base64 import b64encode, urlsafe_b64decode
 from collections import deque
 from collections.abc import (
-    AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -47,10 +54,8 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
-    Generic,
     Literal,
     NamedTuple,
-    NoReturn,
     Optional,
     TypeVar,
     Union,
@@ -433,7 +438,7 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _fields = {"prefab_id": "unknown", "version": "unknown"}
+    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "version": "unknown"}
     _class_advice = _Advice(
         "See client.list_prefabs(), and client.get_prefab_spec(prefab_id, version) for functions.",
         "See `gateway-sdk list`, and `gateway-sdk spec PREFAB VERSION` for functions.",
@@ -453,7 +458,7 @@ class ValidationError(GatewayError, ValueError):
 class QuotaExceededError(GatewayError):
     """A quota is used up (429)."""
 
-    _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    _fields: ClassVar[Mapping[str, Any]] = {"limit": 0, "used": 0, "quota_type": "unknown"}
     _class_advice = _Advice("Wait, or have the quota raised: such a call is not repeated.")
     limit: int
     used: int
@@ -466,7 +471,11 @@ class QuotaExceededError(GatewayError):
 class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours; `instructions` say how to get it."""
 
-    _fields = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
+    _fields: ClassVar[Mapping[str, Any]] = {
+        "prefab_id": "unknown",
+        "secret_name": "unknown",
+        "instructions": None,
+    }
     _class_advice = _Advice(
         "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
         "Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
