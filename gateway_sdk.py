@@ -73,7 +73,7 @@ else:
 # An older Python compiles this file, and then fails at a line that says nothing to a user. As a
 # script it ends in a sentence; an import raises what importers handle.
 if sys.version_info < (3, 9):  # noqa: UP036
-    _problem = f"gateway_sdk needs Python 3.9 or newer, and this is Python {sys.version.split()[0]}."
+    _problem = f"gateway_sdk needs Python 3.9 or newer; this is {sys.version.split()[0]}."
     raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
 
 __version__ = "1.1.0"
@@ -1134,8 +1134,8 @@ def _query_secrets(target: str) -> tuple[_Secret, ...]:
 class _Fault(Exception):  # noqa: N818
     """The network, or what a server sent, made an exchange fail.
 
-    It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken for
-    one of the network. It has no text, as a server's may quote a secret: `_wire_error` shows `reason`.
+    It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken
+    for one of the network. It has no text, as that may quote a secret: `_wire_error` shows `reason`.
     """
 
     def __init__(self, reason: str, error: Any = None) -> None:
@@ -1156,7 +1156,7 @@ _TIMEOUT_ADVICE = _Advice("A larger timeout= waits longer.", "A larger --timeout
 
 
 def _fault_advice(request: _Request, fault: _Fault, connected: bool) -> tuple[_Advice | None, bool]:
-    """What to do about a fault, and whether it is final: nothing ran, and a retry would fail alike."""
+    """What to do about a fault, and whether it is final: nothing ran, and a retry would fail."""
     error, ssl = fault.error, sys.modules.get("ssl")
     python = shell = ""
     is_final = True
@@ -1260,7 +1260,7 @@ def _parse_proxy(variable: str, url: str) -> _Proxy | None:
 
 
 def _goes_round_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """Whether `NO_PROXY` names a host: by its name, a suffix, an address or a network, or by `*`."""
+    """Whether `NO_PROXY` names a host: by name, suffix, address or network, or by `*`."""
     import ipaddress
 
     name, address = host.lower().rstrip("."), None
@@ -1378,8 +1378,8 @@ def _read_line(reader: Any) -> bytes:
 def _read_fields(reader: Any) -> dict[str, list[str]]:
     """The lines up to the next empty one, as fields.
 
-    Blanks around names and values do not count, and a line that is no field is passed over by itself:
-    `http.client` takes it for the end of the head, and the rest of the head for the body.
+    Blanks around names and values do not count, and a line that is no field is passed over by
+    itself: `http.client` takes it for the end of the head, and the rest for the body.
     """
     fields: dict[str, list[str]] = {}
     values: list[str] = []
@@ -1492,7 +1492,7 @@ def _serialize(request: _Request, proxy: _Proxy | None) -> Iterator[bytes]:
 class _Connection:
     """A connection to an origin, straight or through a proxy, from before it is open to its end.
 
-    One thread uses it at a time; any other may close it, in every phase, and so may a signal handler.
+    One thread uses it at a time. Any other may close it, in every phase; so may a signal handler.
     """
 
     def __init__(self, origin: str, proxy: _Proxy | None) -> None:
@@ -1503,8 +1503,8 @@ class _Connection:
         self.reader: Any = None
         self._sock: Any = None
         self._is_tls = False
-        # Held during an operation on the socket: nobody else may free its descriptor meanwhile, as a
-        # stranger's socket could get the same number.
+        # Held during an operation on the socket: nobody else may free its descriptor meanwhile, as
+        # a stranger's socket could get the same number.
         self._busy = threading.Lock()
         # Taken once, by whoever closes it.
         self._closing = threading.Lock()
@@ -1588,7 +1588,7 @@ class _Connection:
         """What an operation on the socket gives. Whoever closes it meanwhile only wakes it up.
 
         Raises:
-            _Fault: the socket failed, or is closed. What a signal handler raised comes out as it is.
+            _Fault: it failed, or is closed. What a signal handler raised comes out as it is.
         """
         try:
             with self._busy:
@@ -1604,7 +1604,7 @@ class _Connection:
                 self._free()
 
     def _is_own(self, error: OSError) -> bool:
-        """Whether an error is the socket's: all code that it came through is of its kind of sockets."""
+        """Whether an error is the socket's: all that it came through is code of its kind."""
         own = {__name__, "socket", "ssl", type(self._sock).__module__.partition(".")[0]}
         traceback = error.__traceback__
         while traceback:
@@ -1640,7 +1640,7 @@ class _Connection:
                 self._busy.release()
 
     def _bare(self) -> Any:
-        """The methods of the socket itself: those of TLS would not wake a reader, nor see all bytes."""
+        """The methods of the socket itself: TLS's would not wake a reader, nor see all bytes."""
         ssl: Any = sys.modules.get("ssl")
         return super(ssl.SSLSocket, self._sock) if self._is_tls else self._sock
 
@@ -1676,7 +1676,7 @@ class _Connection:
         self.guarded(self._sock.settimeout, seconds)
 
     def send(self, request: _Request) -> _Fault | None:
-        """Sends a request. Returns what broke sending off: what the server said by then can be read."""
+        """Sends a request. Returns what broke it off: what the server said by then can be read."""
         self.set_timeout(request.timeout)
         # Through a tunnel, the server itself is asked.
         proxy = None if self._is_tls else self.proxy
@@ -1852,7 +1852,7 @@ class _Response:
         self._connection = connection
         self._pool = pool
         self._deadline: float | None = None
-        # Bytes that are still to come, of the chunk or of the body; None: until the connection ends.
+        # Bytes that are still to come of the chunk or the body; None: until the connection ends.
         self._missing = 0 if head.chunked else head.length
         self._line_end_is_due = False
         # After a 5xx the server may hang up without having said so: uvicorn does.
@@ -1913,8 +1913,8 @@ class _Response:
     def _begin_chunk(self, reader: Any) -> int:
         """The size of the next chunk; 0 for the last one, behind which there may be fields.
 
-        As lenient as Python's own client, which shows by the content if it was right. But where anything
-        is not exactly as it should be, an answer to a later request must not follow.
+        As lenient as Python's own client: the content will show if it was right. But where anything
+        is not exactly as it should be, the connection is not used again.
         """
         line = _read_line(reader)
         if self._line_end_is_due and not line.strip():
@@ -2000,11 +2000,12 @@ def _json_of(response: _Response) -> Any:
 
 
 def _request_id(response: _Response) -> str | None:
-    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
+    given = response.request.redact(response.head.get("X-Request-ID"))
+    return given[:_MAX_SHOWN_CHARACTERS] or None
 
 
 def _unexpected_response(response: _Response, problem: str) -> GatewayError:
-    """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
+    """The error for a 2xx whose body is not what was promised. `details["body"]` has it."""
     request, body = response.request, response.body
     text = "***" if request.credential else request.redact(_decode_text(response.head, body))
     shown = f": {text[:_MAX_SHOWN_CHARACTERS]}" if body else "."
@@ -2087,7 +2088,9 @@ def _is_fastapis(detail: Any) -> bool:
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
     if _is_fastapis(detail):
-        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {_text_of(entry['msg'])}" for entry in detail]
+        lines = [
+            f"{'.'.join(map(_text_of, entry['loc']))}: {_text_of(entry['msg'])}" for entry in detail
+        ]
         return "\n  ".join(lines), {"errors": detail}
     if isinstance(detail, list):
         return "\n  ".join(map(_text_of, detail)), {"errors": detail}
@@ -2104,7 +2107,7 @@ def _describe(detail: Any) -> tuple[str, _Json]:
 
 
 def _retry_after_seconds(value: str) -> float | None:
-    """Seconds that a `Retry-After` in either form asks for (RFC 9110 §10.2.3); None if unreadable."""
+    """Seconds that a `Retry-After` of either form asks for (RFC 9110 §10.2.3), or None."""
     with suppress(TypeError, ValueError, IndexError, OverflowError):
         if re.fullmatch(r"[\d. ]+", value, re.ASCII):
             return float(value)
@@ -2118,7 +2121,7 @@ def _retry_after_seconds(value: str) -> float | None:
 
 
 def _credential_advice(request: _Request) -> _Advice:
-    """What to do about a refused credential: which one was sent, and if it is expired (RFC 7519)."""
+    """What to do about a refused credential: which was sent, and if it expired (RFC 7519)."""
     sent = [name for name in _CREDENTIAL_KINDS if name in request.headers]
     if request.credential:
         text = "The API key was sent, to be exchanged. Is it a valid credential for this gateway?"
@@ -2166,8 +2169,8 @@ def _status_may_have_run(request: _Request, status: int, refused: bool) -> bool:
     """Whether a call may have run although its answer is this error.
 
     Args:
-        refused: Whether the request was refused as a whole. If not, of several calls those in front of
-            the one that failed have run.
+        refused: Whether the request was refused as a whole. If not, of several calls those in front
+            of the one that failed have run.
     """
     if request.idempotent or status < 400:
         return False
