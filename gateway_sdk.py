@@ -66,6 +66,11 @@ from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
     from ssl import SSLContext
+
+    # From Python 3.10 on: type checkers know them, and nothing else asks.
+    from typing import Concatenate, ParamSpec
+
+    _P = ParamSpec("_P")
 else:
     # `typing.get_type_hints` needs these names; importing the modules would slow the start.
     Executor = Future = SSLContext = Any
@@ -1135,7 +1140,7 @@ class _Fault(Exception):  # noqa: N818
     """The network, or what a server sent, made an exchange fail.
 
     It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken
-    for one of the network. It has no text, as that may quote a secret: `_wire_error` shows `reason`.
+    for one of the network. It has no text, as that may quote a secret: see `_wire_error`.
     """
 
     def __init__(self, reason: str, error: Any = None) -> None:
@@ -3806,12 +3811,6 @@ class GatewayClient:
 
 # --- Async client ---------------------------------------------------------------------------------
 
-if TYPE_CHECKING:
-    from typing_extensions import Concatenate, ParamSpec
-
-    _P = ParamSpec("_P")
-
-
 class _Workers:
     """Threads for one client, as many as there are jobs at a time, each used again.
 
@@ -4195,7 +4194,8 @@ def _write_all(stream: Any, text: str) -> None:
     """
     stream.flush()
     buffer = getattr(stream, "buffer", None)
-    if buffer is None:  # a program that calls `main` has put something of its own there
+    if buffer is None:
+        # A program that calls `main` has put something of its own there.
         stream.write(text)
         return
     raw = getattr(buffer, "raw", buffer)
@@ -4234,7 +4234,8 @@ def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
         return encode(document, indent=indent, allow_nan=False)
     except ValueError:
         system: Any = sys
-        if hasattr(sys, "set_int_max_str_digits"):  # it prints no integer that is longer, unasked
+        if hasattr(sys, "set_int_max_str_digits"):
+            # It prints no integer that is longer, unasked.
             system.set_int_max_str_digits(0)
         plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
         return encode(plain, indent=indent)
@@ -4261,10 +4262,14 @@ class _Terminal:
         self.quiet = False
         self.signal = 0
         self.if_interrupted = "no call was made"
-        self._signalled = 0.0  # when that was
-        self._wholes = 0  # how many `whole` are open, one in another
-        self._overdue = False  # a signal came during one of them, and was not raised yet
-        self._eraser = ""  # what wipes the bar off stderr; empty while there is none
+        # When that was.
+        self._signalled = 0.0
+        # How many `whole` are open, one in another.
+        self._wholes = 0
+        # A signal came during one of them, and was not raised yet.
+        self._overdue = False
+        # What wipes the bar off stderr; empty while there is none.
+        self._eraser = ""
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -4355,7 +4360,8 @@ class _Terminal:
         """Shows a line in place of the one before, if stderr is a terminal. The last one stays."""
         if self.quiet:
             return
-        with suppress(OSError, ValueError):  # it is not
+        with suppress(OSError, ValueError):
+            # It is not.
             cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             text = _clip(text, cells)
             if last:
@@ -4408,7 +4414,8 @@ def _read_text(path: str) -> str:
     marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark))
     encoding = next(marked, "utf-8")
     try:
-        if encoding == "utf-8" and b"\0" in content[:2]:  # as UTF-16 begins without its mark
+        if encoding == "utf-8" and b"\0" in content[:2]:
+            # As UTF-16 begins without its mark.
             raise ValueError
         return content.decode(encoding)
     except ValueError:
@@ -4485,12 +4492,14 @@ def _require_folder(folder: str) -> None:
 def _local_name(url: str) -> str:
     """A name for a file of the gateway: the end of its URL, but for what some system refuses."""
     name = re.sub(_ODD_IN_NAMES, "_", url.rpartition("/")[2][-200:])
-    stem = name.rstrip(". ")  # Windows would leave those out
+    # Windows would leave those out.
+    stem = name.rstrip(". ")
     if stem != name or not name:
         name = f"{stem}_"
     if re.match(_DEVICES, name):
         name = f"_{name}"
-    while len(name.encode()) > 240:  # most systems take 255, and a number may come in front
+    while len(name.encode()) > 240:
+        # Most systems take 255, and a number may come in front.
         name = name[1:]
     return name
 
@@ -4502,7 +4511,8 @@ def _download_into(client: GatewayClient, url: str, folder: str, terminal: _Term
     path = os.path.join(folder, name)
     while True:
         try:
-            open(path, "xb").close()  # takes the name, from commands that run beside this one too
+            # Takes the name, from commands that run beside this one too.
+            open(path, "xb").close()
             break
         except FileExistsError:
             number += 1
@@ -4524,7 +4534,8 @@ def _print_result(
         for url in result.get_file_urls() if args.save else ():
             path = _download_into(client, url, args.save, terminal)
             saved.append(path)
-    except ValidationError as error:  # the URLs are the gateway's, so this is not wrong usage
+    except ValidationError as error:
+        # The URLs are the gateway's, so this is not wrong usage.
         raise GatewayError(f"An output file cannot be saved: {error._in_shell()}") from error
     finally:
         if not args.result:
@@ -4537,7 +4548,8 @@ def _print_result(
 
 def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> PrefabResult:
     """Prints what comes, as it comes. Gives the result, without most of its contents."""
-    kept: list[StreamEvent] = []  # not all of them: there may be more than memory has room for
+    # Not all of them: there may be more than memory has room for.
+    kept: list[StreamEvent] = []
     has_content = False
     try:
         for event in stream:
@@ -4602,7 +4614,8 @@ def _read_calls(path: str) -> list[PrefabCall]:
     if text.lstrip().startswith("["):
         entries = _decode_input(text, path)
     else:
-        lines = enumerate(text.split("\n"), 1)  # not splitlines(): JSON may have U+2028 in a line
+        # Not splitlines(): JSON may have U+2028 in a line.
+        lines = enumerate(text.split("\n"), 1)
         entries = [_decode_input(line, f"Line {number}") for number, line in lines if line.strip()]
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -4618,7 +4631,8 @@ def _read_calls(path: str) -> list[PrefabCall]:
 def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     calls = _read_calls(args.path)
     bar = _ProgressBar(terminal, "batch", "calls")
-    waiting: dict[int, _Json] = {}  # until the results before them are printed
+    # Until the results before them are printed.
+    waiting: dict[int, _Json] = {}
     printed = 0
 
     def on_result(index: int, result: PrefabResult) -> None:
@@ -4627,7 +4641,8 @@ def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Non
             waiting[index] = line = {"index": index, **result.to_dict()}
             if result.exception:
                 line["error"] = {**line["error"], "message": result.exception._in_shell()}
-            elif not result.is_success():  # so says the gateway: the call has run
+            elif not result.is_success():
+                # So says the gateway: the call has run.
                 line["error"] = {**(result.error or {}), "may_have_run": True}
             while printed in waiting:
                 terminal.print_json(waiting.pop(printed), one_line=True)
@@ -4653,7 +4668,8 @@ def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None
         terminal.print_json([prefab.raw for prefab in prefabs])
         return
     cells = 80
-    with suppress(OSError):  # the NUL of Windows calls itself a terminal
+    with suppress(OSError):
+        # The NUL of Windows calls itself a terminal.
         cells = os.get_terminal_size(sys.stdout.fileno()).columns or 80
     names = [f"{prefab.prefab_id} {prefab.version}" for prefab in prefabs]
     for prefab, name in zip(prefabs, names):
@@ -4683,7 +4699,8 @@ def _upload_command(client: GatewayClient, args: Any, terminal: _Terminal) -> No
                 answers.append(client.upload_temp_file(path, ttl, args.session, on_progress=bar))
             else:
                 answers.append(client.upload_file(path, on_progress=bar))
-    finally:  # what was uploaded is there, whatever becomes of the others
+    finally:
+        # What was uploaded is there, whatever becomes of the others.
         if answers:
             terminal.print_json(answers if len(args.path) > 1 else answers[0])
 
@@ -4714,12 +4731,14 @@ def _url_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
 def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     value = ""
     if sys.stdin.isatty():
-        import getpass  # asks without an echo; an argument would show in the list of processes
+        # Asks without an echo; an argument would show in the list of processes.
+        import getpass
 
         try:
             value = getpass.getpass(f"{args.name}: ")
         except (EOFError, KeyboardInterrupt) as error:
-            terminal.tell("")  # ends the line with the prompt
+            # Ends the line with the prompt.
+            terminal.tell("")
             if not isinstance(error, EOFError):
                 raise
     else:
@@ -4860,7 +4879,8 @@ def _add_secret(add: Callable[..., Any], common: Any) -> None:
 
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
     """The arguments, with the command's `handler`. Raises SystemExit after help and version."""
-    import argparse  # here only: nobody else should wait for it
+    # Here only: nobody else should wait for it.
+    import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
@@ -4921,7 +4941,8 @@ def _report(error: BaseException, terminal: _Terminal) -> int:
     if terminal.signal or isinstance(error, KeyboardInterrupt):
         terminal.tell(f"interrupted: {terminal.if_interrupted}.")
         return 128 + (terminal.signal or 2)
-    if isinstance(error, BrokenPipeError):  # the reader of stdout has seen enough
+    if isinstance(error, BrokenPipeError):
+        # The reader of stdout has seen enough.
         return 0
     message = str(error)
     if isinstance(error, GatewayError):
@@ -4940,7 +4961,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller
+        if getattr(sys, name) is None:
+            # Closed by the caller.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
     terminal = _Terminal()
     with terminal.signals():
@@ -4949,10 +4971,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _execute(argv, terminal)
             finally:
                 terminal.finish()
-        except SystemExit:  # after help and version
+        except SystemExit:
+            # After help and version.
             try:
                 sys.stdout.flush()
-            except OSError:  # keep the interpreter from trying it again
+            except OSError:
+                # Keep the interpreter from trying it again.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (KeyboardInterrupt, GatewayError, OSError, ValueError, RecursionError) as error:
             return _report(error, terminal)
@@ -4961,7 +4985,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # `from gateway_sdk.exceptions import ...` and `gateway_sdk.models`, as in the older SDK: the import
 # looks into sys.modules before it asks whether the parent is a package.
-if not TYPE_CHECKING:  # type checkers would take these variables for Any
+if not TYPE_CHECKING:
+    # Type checkers would take these variables for Any.
     exceptions = models = sys.modules[__name__]
     sys.modules[f"{__name__}.exceptions"] = sys.modules[f"{__name__}.models"] = exceptions
 
