@@ -3811,6 +3811,7 @@ class GatewayClient:
 
 # --- Async client ---------------------------------------------------------------------------------
 
+
 class _Workers:
     """Threads for one client, as many as there are jobs at a time, each used again.
 
