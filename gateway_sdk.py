@@ -38,7 +38,14 @@ import weakref
 from base64 import b64encode, urlsafe_b64decode
 from collections import deque
 from collections.abc import (
-    AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -47,10 +54,8 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
-    Generic,
     Literal,
     NamedTuple,
-    NoReturn,
     Optional,
     TypeVar,
     Union,
@@ -61,6 +66,11 @@ from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 if TYPE_CHECKING:
     from concurrent.futures import Executor, Future
     from ssl import SSLContext
+
+    # From Python 3.10 on: type checkers know them, and nothing else asks.
+    from typing import Concatenate, ParamSpec
+
+    _P = ParamSpec("_P")
 else:
     # `typing.get_type_hints` needs these names; importing the modules would slow the start.
     Executor = Future = SSLContext = Any
@@ -68,10 +78,10 @@ else:
 # An older Python compiles this file, and then fails at a line that says nothing to a user. As a
 # script it ends in a sentence; an import raises what importers handle.
 if sys.version_info < (3, 9):  # noqa: UP036
-    _problem = f"gateway_sdk needs Python 3.9 or newer, and this is Python {sys.version.split()[0]}."
+    _problem = f"gateway_sdk needs Python 3.9 or newer; this is {sys.version.split()[0]}."
     raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 __all__ = [
     "DEFAULT_BASE_URL",
@@ -433,7 +443,7 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _fields = {"prefab_id": "unknown", "version": "unknown"}
+    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "version": "unknown"}
     _class_advice = _Advice(
         "See client.list_prefabs(), and client.get_prefab_spec(prefab_id, version) for functions.",
         "See `gateway-sdk list`, and `gateway-sdk spec PREFAB VERSION` for functions.",
@@ -453,7 +463,7 @@ class ValidationError(GatewayError, ValueError):
 class QuotaExceededError(GatewayError):
     """A quota is used up (429)."""
 
-    _fields = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    _fields: ClassVar[Mapping[str, Any]] = {"limit": 0, "used": 0, "quota_type": "unknown"}
     _class_advice = _Advice("Wait, or have the quota raised: such a call is not repeated.")
     limit: int
     used: int
@@ -466,7 +476,11 @@ class QuotaExceededError(GatewayError):
 class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours; `instructions` say how to get it."""
 
-    _fields = {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}
+    _fields: ClassVar[Mapping[str, Any]] = {
+        "prefab_id": "unknown",
+        "secret_name": "unknown",
+        "instructions": None,
+    }
     _class_advice = _Advice(
         "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
         "Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
@@ -1125,8 +1139,8 @@ def _query_secrets(target: str) -> tuple[_Secret, ...]:
 class _Fault(Exception):  # noqa: N818
     """The network, or what a server sent, made an exchange fail.
 
-    It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken for
-    one of the network. It has no text, as a server's may quote a secret: `_wire_error` shows `reason`.
+    It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken
+    for one of the network. It has no text, as that may quote a secret: see `_wire_error`.
     """
 
     def __init__(self, reason: str, error: Any = None) -> None:
@@ -1147,7 +1161,7 @@ _TIMEOUT_ADVICE = _Advice("A larger timeout= waits longer.", "A larger --timeout
 
 
 def _fault_advice(request: _Request, fault: _Fault, connected: bool) -> tuple[_Advice | None, bool]:
-    """What to do about a fault, and whether it is final: nothing ran, and a retry would fail alike."""
+    """What to do about a fault, and whether it is final: nothing ran, and a retry would fail."""
     error, ssl = fault.error, sys.modules.get("ssl")
     python = shell = ""
     is_final = True
@@ -1251,7 +1265,7 @@ def _parse_proxy(variable: str, url: str) -> _Proxy | None:
 
 
 def _goes_round_proxy(host: str, port: int, no_proxy: str) -> bool:
-    """Whether `NO_PROXY` names a host: by its name, a suffix, an address or a network, or by `*`."""
+    """Whether `NO_PROXY` names a host: by name, suffix, address or network, or by `*`."""
     import ipaddress
 
     name, address = host.lower().rstrip("."), None
@@ -1369,8 +1383,8 @@ def _read_line(reader: Any) -> bytes:
 def _read_fields(reader: Any) -> dict[str, list[str]]:
     """The lines up to the next empty one, as fields.
 
-    Blanks around names and values do not count, and a line that is no field is passed over by itself:
-    `http.client` takes it for the end of the head, and the rest of the head for the body.
+    Blanks around names and values do not count, and a line that is no field is passed over by
+    itself: `http.client` takes it for the end of the head, and the rest for the body.
     """
     fields: dict[str, list[str]] = {}
     values: list[str] = []
@@ -1483,7 +1497,7 @@ def _serialize(request: _Request, proxy: _Proxy | None) -> Iterator[bytes]:
 class _Connection:
     """A connection to an origin, straight or through a proxy, from before it is open to its end.
 
-    One thread uses it at a time; any other may close it, in every phase, and so may a signal handler.
+    One thread uses it at a time. Any other may close it, in every phase; so may a signal handler.
     """
 
     def __init__(self, origin: str, proxy: _Proxy | None) -> None:
@@ -1494,8 +1508,8 @@ class _Connection:
         self.reader: Any = None
         self._sock: Any = None
         self._is_tls = False
-        # Held during an operation on the socket: nobody else may free its descriptor meanwhile, as a
-        # stranger's socket could get the same number.
+        # Held during an operation on the socket: nobody else may free its descriptor meanwhile, as
+        # a stranger's socket could get the same number.
         self._busy = threading.Lock()
         # Taken once, by whoever closes it.
         self._closing = threading.Lock()
@@ -1580,7 +1594,7 @@ class _Connection:
         """What an operation on the socket gives. Whoever closes it meanwhile only wakes it up.
 
         Raises:
-            _Fault: the socket failed, or is closed. What a signal handler raised comes out as it is.
+            _Fault: it failed, or is closed. What a signal handler raised comes out as it is.
         """
         try:
             with self._busy:
@@ -1596,7 +1610,7 @@ class _Connection:
                 self._free()
 
     def _is_own(self, error: OSError) -> bool:
-        """Whether an error is the socket's: all code that it came through is of its kind of sockets."""
+        """Whether an error is the socket's: all that it came through is code of its kind."""
         own = {__name__, "socket", "ssl", type(self._sock).__module__.partition(".")[0]}
         traceback = error.__traceback__
         while traceback:
@@ -1632,7 +1646,7 @@ class _Connection:
                 self._busy.release()
 
     def _bare(self) -> Any:
-        """The methods of the socket itself: those of TLS would not wake a reader, nor see all bytes."""
+        """The methods of the socket itself: TLS's would not wake a reader, nor see all bytes."""
         ssl: Any = sys.modules.get("ssl")
         return super(ssl.SSLSocket, self._sock) if self._is_tls else self._sock
 
@@ -1668,7 +1682,7 @@ class _Connection:
         self.guarded(self._sock.settimeout, seconds)
 
     def send(self, request: _Request) -> _Fault | None:
-        """Sends a request. Returns what broke sending off: what the server said by then can be read."""
+        """Sends a request. Returns what broke it off: what the server said by then can be read."""
         self.set_timeout(request.timeout)
         # Through a tunnel, the server itself is asked.
         proxy = None if self._is_tls else self.proxy
@@ -1844,7 +1858,7 @@ class _Response:
         self._connection = connection
         self._pool = pool
         self._deadline: float | None = None
-        # Bytes that are still to come, of the chunk or of the body; None: until the connection ends.
+        # Bytes that are still to come of the chunk or the body; None: until the connection ends.
         self._missing = 0 if head.chunked else head.length
         self._line_end_is_due = False
         # After a 5xx the server may hang up without having said so: uvicorn does.
@@ -1905,8 +1919,8 @@ class _Response:
     def _begin_chunk(self, reader: Any) -> int:
         """The size of the next chunk; 0 for the last one, behind which there may be fields.
 
-        As lenient as Python's own client, which shows by the content if it was right. But where anything
-        is not exactly as it should be, an answer to a later request must not follow.
+        As lenient as Python's own client: the content will show if it was right. But where anything
+        is not exactly as it should be, the connection is not used again.
         """
         line = _read_line(reader)
         if self._line_end_is_due and not line.strip():
@@ -1992,11 +2006,12 @@ def _json_of(response: _Response) -> Any:
 
 
 def _request_id(response: _Response) -> str | None:
-    return response.request.redact(response.head.get("X-Request-ID"))[:_MAX_SHOWN_CHARACTERS] or None
+    given = response.request.redact(response.head.get("X-Request-ID"))
+    return given[:_MAX_SHOWN_CHARACTERS] or None
 
 
 def _unexpected_response(response: _Response, problem: str) -> GatewayError:
-    """The error for a 2xx whose body is not what the endpoint promises. `details["body"]` has it."""
+    """The error for a 2xx whose body is not what was promised. `details["body"]` has it."""
     request, body = response.request, response.body
     text = "***" if request.credential else request.redact(_decode_text(response.head, body))
     shown = f": {text[:_MAX_SHOWN_CHARACTERS]}" if body else "."
@@ -2079,7 +2094,9 @@ def _is_fastapis(detail: Any) -> bool:
 def _describe(detail: Any) -> tuple[str, _Json]:
     """Message and fields of what an error's body says, in any of its forms."""
     if _is_fastapis(detail):
-        lines = [f"{'.'.join(map(_text_of, entry['loc']))}: {_text_of(entry['msg'])}" for entry in detail]
+        lines = [
+            f"{'.'.join(map(_text_of, entry['loc']))}: {_text_of(entry['msg'])}" for entry in detail
+        ]
         return "\n  ".join(lines), {"errors": detail}
     if isinstance(detail, list):
         return "\n  ".join(map(_text_of, detail)), {"errors": detail}
@@ -2096,7 +2113,7 @@ def _describe(detail: Any) -> tuple[str, _Json]:
 
 
 def _retry_after_seconds(value: str) -> float | None:
-    """Seconds that a `Retry-After` in either form asks for (RFC 9110 §10.2.3); None if unreadable."""
+    """Seconds that a `Retry-After` of either form asks for (RFC 9110 §10.2.3), or None."""
     with suppress(TypeError, ValueError, IndexError, OverflowError):
         if re.fullmatch(r"[\d. ]+", value, re.ASCII):
             return float(value)
@@ -2110,7 +2127,7 @@ def _retry_after_seconds(value: str) -> float | None:
 
 
 def _credential_advice(request: _Request) -> _Advice:
-    """What to do about a refused credential: which one was sent, and if it is expired (RFC 7519)."""
+    """What to do about a refused credential: which was sent, and if it expired (RFC 7519)."""
     sent = [name for name in _CREDENTIAL_KINDS if name in request.headers]
     if request.credential:
         text = "The API key was sent, to be exchanged. Is it a valid credential for this gateway?"
@@ -2158,8 +2175,8 @@ def _status_may_have_run(request: _Request, status: int, refused: bool) -> bool:
     """Whether a call may have run although its answer is this error.
 
     Args:
-        refused: Whether the request was refused as a whole. If not, of several calls those in front of
-            the one that failed have run.
+        refused: Whether the request was refused as a whole. If not, of several calls those in front
+            of the one that failed have run.
     """
     if request.idempotent or status < 400:
         return False
@@ -3795,11 +3812,6 @@ class GatewayClient:
 
 # --- Async client ---------------------------------------------------------------------------------
 
-if TYPE_CHECKING:
-    from typing_extensions import Concatenate, ParamSpec
-
-    _P = ParamSpec("_P")
-
 
 class _Workers:
     """Threads for one client, as many as there are jobs at a time, each used again.
@@ -4209,7 +4221,8 @@ def _write_all(stream: Any, text: str) -> None:
     """
     stream.flush()
     buffer = getattr(stream, "buffer", None)
-    if buffer is None:  # a program that calls `main` has put something of its own there
+    if buffer is None:
+        # A program that calls `main` has put something of its own there.
         stream.write(text)
         return
     raw = getattr(buffer, "raw", buffer)
@@ -4248,7 +4261,8 @@ def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
         return encode(document, indent=indent, allow_nan=False)
     except ValueError:
         system: Any = sys
-        if hasattr(sys, "set_int_max_str_digits"):  # it prints no integer that is longer, unasked
+        if hasattr(sys, "set_int_max_str_digits"):
+            # It prints no integer that is longer, unasked.
             system.set_int_max_str_digits(0)
         plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
         return encode(plain, indent=indent)
@@ -4275,10 +4289,14 @@ class _Terminal:
         self.quiet = False
         self.signal = 0
         self.if_interrupted = "no call was made"
-        self._signalled = 0.0  # when that was
-        self._wholes = 0  # how many `whole` are open, one in another
-        self._overdue = False  # a signal came during one of them, and was not raised yet
-        self._eraser = ""  # what wipes the bar off stderr; empty while there is none
+        # When that was.
+        self._signalled = 0.0
+        # How many `whole` are open, one in another.
+        self._wholes = 0
+        # A signal came during one of them, and was not raised yet.
+        self._overdue = False
+        # What wipes the bar off stderr; empty while there is none.
+        self._eraser = ""
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -4369,7 +4387,8 @@ class _Terminal:
         """Shows a line in place of the one before, if stderr is a terminal. The last one stays."""
         if self.quiet:
             return
-        with suppress(OSError, ValueError):  # it is not
+        with suppress(OSError, ValueError):
+            # It is not.
             cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             text = _clip(text, cells)
             if last:
@@ -4422,7 +4441,8 @@ def _read_text(path: str) -> str:
     marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark))
     encoding = next(marked, "utf-8")
     try:
-        if encoding == "utf-8" and b"\0" in content[:2]:  # as UTF-16 begins without its mark
+        if encoding == "utf-8" and b"\0" in content[:2]:
+            # As UTF-16 begins without its mark.
             raise ValueError
         return content.decode(encoding)
     except ValueError:
@@ -4499,12 +4519,14 @@ def _require_folder(folder: str) -> None:
 def _local_name(url: str) -> str:
     """A name for a file of the gateway: the end of its URL, but for what some system refuses."""
     name = re.sub(_ODD_IN_NAMES, "_", url.rpartition("/")[2][-200:])
-    stem = name.rstrip(". ")  # Windows would leave those out
+    # Windows would leave those out.
+    stem = name.rstrip(". ")
     if stem != name or not name:
         name = f"{stem}_"
     if re.match(_DEVICES, name):
         name = f"_{name}"
-    while len(name.encode()) > 240:  # most systems take 255, and a number may come in front
+    while len(name.encode()) > 240:
+        # Most systems take 255, and a number may come in front.
         name = name[1:]
     return name
 
@@ -4516,7 +4538,8 @@ def _download_into(client: GatewayClient, url: str, folder: str, terminal: _Term
     path = os.path.join(folder, name)
     while True:
         try:
-            open(path, "xb").close()  # takes the name, from commands that run beside this one too
+            # Takes the name, from commands that run beside this one too.
+            open(path, "xb").close()
             break
         except FileExistsError:
             number += 1
@@ -4538,7 +4561,8 @@ def _print_result(
         for url in result.get_file_urls() if args.save else ():
             path = _download_into(client, url, args.save, terminal)
             saved.append(path)
-    except ValidationError as error:  # the URLs are the gateway's, so this is not wrong usage
+    except ValidationError as error:
+        # The URLs are the gateway's, so this is not wrong usage.
         raise GatewayError(f"An output file cannot be saved: {error._in_shell()}") from error
     finally:
         if not args.result:
@@ -4551,7 +4575,8 @@ def _print_result(
 
 def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> PrefabResult:
     """Prints what comes, as it comes. Gives the result, without most of its contents."""
-    kept: list[StreamEvent] = []  # not all of them: there may be more than memory has room for
+    # Not all of them: there may be more than memory has room for.
+    kept: list[StreamEvent] = []
     has_content = False
     try:
         for event in stream:
@@ -4616,7 +4641,8 @@ def _read_calls(path: str) -> list[PrefabCall]:
     if text.lstrip().startswith("["):
         entries = _decode_input(text, path)
     else:
-        lines = enumerate(text.split("\n"), 1)  # not splitlines(): JSON may have U+2028 in a line
+        # Not splitlines(): JSON may have U+2028 in a line.
+        lines = enumerate(text.split("\n"), 1)
         entries = [_decode_input(line, f"Line {number}") for number, line in lines if line.strip()]
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
@@ -4632,7 +4658,8 @@ def _read_calls(path: str) -> list[PrefabCall]:
 def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     calls = _read_calls(args.path)
     bar = _ProgressBar(terminal, "batch", "calls")
-    waiting: dict[int, _Json] = {}  # until the results before them are printed
+    # Until the results before them are printed.
+    waiting: dict[int, _Json] = {}
     printed = 0
 
     def on_result(index: int, result: PrefabResult) -> None:
@@ -4641,7 +4668,8 @@ def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Non
             waiting[index] = line = {"index": index, **result.to_dict()}
             if result.exception:
                 line["error"] = {**line["error"], "message": result.exception._in_shell()}
-            elif not result.is_success():  # so says the gateway: the call has run
+            elif not result.is_success():
+                # So says the gateway: the call has run.
                 line["error"] = {**(result.error or {}), "may_have_run": True}
             while printed in waiting:
                 terminal.print_json(waiting.pop(printed), one_line=True)
@@ -4667,7 +4695,8 @@ def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None
         terminal.print_json([prefab.raw for prefab in prefabs])
         return
     cells = 80
-    with suppress(OSError):  # the NUL of Windows calls itself a terminal
+    with suppress(OSError):
+        # The NUL of Windows calls itself a terminal.
         cells = os.get_terminal_size(sys.stdout.fileno()).columns or 80
     names = [f"{prefab.prefab_id} {prefab.version}" for prefab in prefabs]
     for prefab, name in zip(prefabs, names):
@@ -4697,7 +4726,8 @@ def _upload_command(client: GatewayClient, args: Any, terminal: _Terminal) -> No
                 answers.append(client.upload_temp_file(path, ttl, args.session, on_progress=bar))
             else:
                 answers.append(client.upload_file(path, on_progress=bar))
-    finally:  # what was uploaded is there, whatever becomes of the others
+    finally:
+        # What was uploaded is there, whatever becomes of the others.
         if answers:
             terminal.print_json(answers if len(args.path) > 1 else answers[0])
 
@@ -4728,12 +4758,14 @@ def _url_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
 def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     value = ""
     if sys.stdin.isatty():
-        import getpass  # asks without an echo; an argument would show in the list of processes
+        # Asks without an echo; an argument would show in the list of processes.
+        import getpass
 
         try:
             value = getpass.getpass(f"{args.name}: ")
         except (EOFError, KeyboardInterrupt) as error:
-            terminal.tell("")  # ends the line with the prompt
+            # Ends the line with the prompt.
+            terminal.tell("")
             if not isinstance(error, EOFError):
                 raise
     else:
@@ -4874,7 +4906,8 @@ def _add_secret(add: Callable[..., Any], common: Any) -> None:
 
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
     """The arguments, with the command's `handler`. Raises SystemExit after help and version."""
-    import argparse  # here only: nobody else should wait for it
+    # Here only: nobody else should wait for it.
+    import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
@@ -4935,7 +4968,8 @@ def _report(error: BaseException, terminal: _Terminal) -> int:
     if terminal.signal or isinstance(error, KeyboardInterrupt):
         terminal.tell(f"interrupted: {terminal.if_interrupted}.")
         return 128 + (terminal.signal or 2)
-    if isinstance(error, BrokenPipeError):  # the reader of stdout has seen enough
+    if isinstance(error, BrokenPipeError):
+        # The reader of stdout has seen enough.
         return 0
     message = str(error)
     if isinstance(error, GatewayError):
@@ -4954,7 +4988,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller
+        if getattr(sys, name) is None:
+            # Closed by the caller.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
     terminal = _Terminal()
     with terminal.signals():
@@ -4963,10 +4998,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _execute(argv, terminal)
             finally:
                 terminal.finish()
-        except SystemExit:  # after help and version
+        except SystemExit:
+            # After help and version.
             try:
                 sys.stdout.flush()
-            except OSError:  # keep the interpreter from trying it again
+            except OSError:
+                # Keep the interpreter from trying it again.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (KeyboardInterrupt, GatewayError, OSError, ValueError, RecursionError) as error:
             return _report(error, terminal)
@@ -4975,7 +5012,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # `from gateway_sdk.exceptions import ...` and `gateway_sdk.models`, as in the older SDK: the import
 # looks into sys.modules before it asks whether the parent is a package.
-if not TYPE_CHECKING:  # type checkers would take these variables for Any
+if not TYPE_CHECKING:
+    # Type checkers would take these variables for Any.
     exceptions = models = sys.modules[__name__]
     sys.modules[f"{__name__}.exceptions"] = sys.modules[f"{__name__}.models"] = exceptions
 
