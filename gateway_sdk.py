@@ -78,7 +78,8 @@ else:
 # An older Python compiles this file, and then fails at a line that says nothing to a user. As a
 # script it ends in a sentence; an import raises what importers handle.
 if sys.version_info < (3, 9):  # noqa: UP036
-    _problem = f"gateway_sdk needs Python 3.9 or newer; this is {sys.version.split()[0]}."
+    _needed = "gateway_sdk needs Python 3.9 or newer"
+    _problem = f"{_needed}, and this is Python {sys.version.split()[0]}."
     raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
 
 __version__ = "1.1.0"
