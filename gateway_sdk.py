@@ -78,7 +78,8 @@ else:
 # An older Python compiles this file, and then fails at a line that says nothing to a user. As a
 # script it ends in a sentence; an import raises what importers handle.
 if sys.version_info < (3, 9):  # noqa: UP036
-    _problem = f"gateway_sdk needs Python 3.9 or newer; this is {sys.version.split()[0]}."
+    _needed = "gateway_sdk needs Python 3.9 or newer"
+    _problem = f"{_needed}, and this is Python {sys.version.split()[0]}."
     raise (SystemExit if __name__ == "__main__" else ImportError)(_problem)
 
 __version__ = "1.1.0"
@@ -2682,14 +2683,18 @@ class EventStream(Iterator[StreamEvent]):
         self._lists = _read_event_stream(_response) if _response else ([event] for event in events)
         # What came with the last event.
         self._arrived: Iterator[StreamEvent] = iter(())
-        self._ended = False
-        # What ended it before its end.
-        self._problem = ""
+        # "open", "ended", "closed" or "failed". Only `close` makes it closed, also in another thread.
+        self._state: str = "open"
+        # The text of the error by which it failed.
+        self._failure = ""
         self._reading = threading.Lock()
 
     def __next__(self) -> StreamEvent:
-        if self._problem:
-            raise GatewayError(f"This stream {self._problem}: what came is not all there is.")
+        if self._state == "closed":
+            raise GatewayError("This stream was closed before its end: what came is not all.")
+        if self._state == "failed":
+            reason = self._failure.rstrip(".")
+            raise GatewayError(f"This stream cannot be read on, since it failed ({reason}).")
         # Never waits: a signal handler may read while the same thread does.
         if not self._reading.acquire(blocking=False):
             raise GatewayError("This stream is being read already: one thread or handler reads it.")
@@ -2699,13 +2704,14 @@ class EventStream(Iterator[StreamEvent]):
             self._arrived = iter(next(self._lists))
             return next(self._arrived)
         except StopIteration:
-            self._ended = not self._problem
+            if self._state == "open":
+                self._state = "ended"
             raise
         except BaseException as error:
             # It was closed while this thread waited.
-            if self._problem and isinstance(error, GatewayError):
+            if self._state == "closed" and isinstance(error, GatewayError):
                 raise StopIteration from None
-            self._problem = f"cannot be read on, since it failed ({str(error).rstrip('.')})"
+            self._state, self._failure = "failed", str(error)
             raise
         finally:
             self._reading.release()
@@ -2725,8 +2731,8 @@ class EventStream(Iterator[StreamEvent]):
 
     def close(self) -> None:
         """Ends the stream, also for another thread that waits for an event. May be called twice."""
-        if not self._ended and not self._problem:
-            self._problem = "was closed before its end"
+        if self._state == "open":
+            self._state = "closed"
         if self._response:
             self._response.close()
 
@@ -3538,9 +3544,8 @@ class GatewayClient:
         if len(calls) == 1:
             prefab = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
         return self._request(
-            "POST", self._run_path, headers={"Content-Type": "application/json"},
-            body=b'{"calls":[%b]}' % b",".join(bodies), timeout=timeout, calls=len(calls),
-            not_found=PrefabNotFoundError, prefab=prefab,
+            "POST", self._run_path, body=b'{"calls":[%b]}' % b",".join(bodies), timeout=timeout,
+            calls=len(calls), not_found=PrefabNotFoundError, prefab=prefab,
         )
 
     def prefab(self, prefab_id: str, version: str) -> Prefab:
@@ -3655,7 +3660,7 @@ class GatewayClient:
         with _open_file(path) as file:
             content_type, head, tail = _multipart(form, path)
             request = self._request(
-                "POST", f"/internal/files/{name}", headers={"Content-Type": content_type},
+                "POST", f"/internal/files/{name}", content_type=content_type,
                 body=_FileBody(head, file, tail, on_progress),
             )
             return self._fetch(request, s3_url=str)
@@ -3760,11 +3765,16 @@ class GatewayClient:
 
     def _request(
         self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
-        timeout: float | None = None, credential: _Credential | None = None, **more: Any,
+        body: bytes | _FileBody = b"", content_type: str = "application/json",
+        timeout: float | None = None, idempotent: bool = False, calls: int = 0,
+        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] = {},
+        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
     ) -> _Request:
-        """A request to the gateway, with `more` fields. What is empty in `query` is not sent.
+        """A request to the gateway: see `_Request`. What is empty in `query` is not sent.
 
-        `content` is to be sent as JSON; it may be in a `_Secret`.
+        Args:
+            content: To be sent as JSON, in place of `body`. It may be in a `_Secret`.
+            idempotent: All but a POST are so anyway.
         """
         asked = {name: value for name, value in query.items() if value not in (None, "")}
         # Refuses what UTF-8 does not have.
@@ -3778,21 +3788,24 @@ class GatewayClient:
         in_use = credential or self._transport.credential
         caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
-            more["headers"] = {"Content-Type": "application/json"}
-            more["body"] = _encode(_revealed(content))
-        more.setdefault("idempotent", method != "POST")
+            body = _encode(_revealed(content))
         return _Request(
-            method, self._origin, target, timeout, caller_headers=caller_headers,
-            credential=credential, **more,
+            method, self._origin, target, timeout, body=body,
+            headers={"Content-Type": content_type} if body else {}, caller_headers=caller_headers,
+            idempotent=idempotent or method != "POST", calls=calls, not_found=not_found,
+            prefab=prefab, credential=credential, secrets=secrets,
         )
 
-    def _presigned(self, method: str, url: _Secret, **more: Any) -> _Request:
+    def _presigned(
+        self, method: str, url: _Secret, headers: Mapping[str, str] = {},
+        body: bytes | _FileBody = b"",
+    ) -> _Request:
         """A request to the storage, which must not see the credential."""
         try:
             origin, target = _split_url(url.reveal())
             return _Request(
-                method, origin, target, self.timeout, idempotent=True, to_gateway=False,
-                secrets=_query_secrets(target), **more,
+                method, origin, target, self.timeout, headers=headers, body=body, idempotent=True,
+                to_gateway=False, secrets=_query_secrets(target),
             )
         except ValueError as error:
             problem = f"The URL that the gateway gave for a {method} {error}."
