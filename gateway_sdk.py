@@ -3832,24 +3832,12 @@ class _Workers:
     They are daemons: the end of the program waits for no call that was given up.
     """
 
-    _all: ClassVar[weakref.WeakSet[_Workers]] = weakref.WeakSet()
-
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self._idle_seconds = _IDLE_SECONDS
-        self._start()
-        self._all.add(self)
-
-    def _start(self) -> None:
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], object]] = deque()
         self._threads = self._idle = 0
-
-    @classmethod
-    def renew(cls) -> None:
-        """After a fork: threads and jobs are the parent's, and one of them may have held the lock."""
-        for workers in cls._all:
-            workers._start()
+        self._idle_seconds = _IDLE_SECONDS
 
     def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
@@ -3899,8 +3887,8 @@ class _Workers:
                 done.set_result(None)
 
         def job() -> None:
-            # Of tasks that are cancelled together, the last gets to know of it when the first has
-            # given its thread back. This is so at once.
+            # `task.cancel()` cancels this at once; the task itself gets to know of it later, when
+            # another one may already have given its thread back to this job.
             if done.cancelled():
                 return
             try:
@@ -3926,10 +3914,6 @@ class _Workers:
         with self._changed:
             self._idle_seconds = 0.0
             self._changed.notify_all()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Workers.renew)
 
 
 class AsyncEventStream:
@@ -4044,7 +4028,14 @@ class AsyncGatewayClient:
         if max_workers is not None:
             _check_number("max_workers", max_workers)
         self._client: GatewayClient = hidden.reveal()()
-        self._workers = _Workers(max_workers)
+        self._max_workers = max_workers
+        # By process: the threads do not come along into a fork, and a lock may stay held there.
+        self._crews: dict[Any, _Workers] = {}
+
+    @property
+    def _workers(self) -> _Workers:
+        workers = self._crews.get(_Process.id)
+        return workers or self._crews.setdefault(_Process.id, _Workers(self._max_workers))
 
     @classmethod
     async def from_api_key(
