@@ -2253,6 +2253,8 @@ def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float 
     """
     unsent = error._fault == "unreachable"
     passing = error._fault == "lost" or error.status_code in (502, 503, 504)
+    # With a status of 400, S3 says so of an upload that came too slowly.
+    passing = passing or (not request.to_gateway and error.error_code == "RequestTimeout")
     if not unsent and not (passing and request.idempotent):
         return None
     if error.retry_after is not None:
@@ -2519,6 +2521,9 @@ def _make_event(value: Any, name: str = "") -> StreamEvent:
     """The event of decoded data. Its type is the data's `type`, or else `name`, of `event:`."""
     if isinstance(value, dict) and "type" in value:
         return StreamEvent.from_dict(value)
+    # A heartbeat, such as `event: ping` with `data: {}`.
+    if value == {} and name and name not in _EVENT_TYPES:
+        value = None
     raw = value if isinstance(value, dict) else {"type": name or "content", "data": value}
     return StreamEvent(_EVENT_TYPES.get(name, StreamEventType.CONTENT), value, raw)
 
