@@ -5614,6 +5614,7 @@ RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "heartbeats and done": (
         [HEARTBEAT, event("keep-alive", time=1), done_with({"n": 1})], {"n": 1}, {}, None),
     "heartbeats only": ([HEARTBEAT, event("done")], "", {}, None),
+    "heartbeats by name": ([b"event: ping\ndata: {}\n\n", A_TEXT, event("done")], "a", {}, None),
     "objects and heartbeats": ([event("content", {"n": 1}), HEARTBEAT], [{"n": 1}], {}, None),
     "unknown types with data": ([event("thought", "a"), event("thought", "b")], "ab", {}, None),
     "error, then files": (
@@ -7037,6 +7038,16 @@ def test_the_first_error_counts_more_than_that_of_the_cleaning_up() -> None:
         with pytest.raises(GatewayError), client.temp_session():
             pass
     assert [received.method for received in server.received] == ["DELETE"] * 2
+
+
+def test_an_upload_that_came_too_slowly_for_the_storage_is_sent_again(
+    content_file: Path, delays: list[float]
+) -> None:
+    slow = b"<Error><Code>RequestTimeout</Code><Message>too slow</Message></Error>"
+    with Script(link(), answer(body=slow, status=400), answer()) as server:
+        assert client_of(server).upload_input_file(content_file) == S3
+    assert [received.method for received in server.received] == ["POST", "PUT", "PUT"]
+    assert len(delays) == 1
 
 
 # --- Batches --------------------------------------------------------------------------------------
