@@ -5614,7 +5614,6 @@ RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "heartbeats and done": (
         [HEARTBEAT, event("keep-alive", time=1), done_with({"n": 1})], {"n": 1}, {}, None),
     "heartbeats only": ([HEARTBEAT, event("done")], "", {}, None),
-    "heartbeats by name": ([b"event: ping\ndata: {}\n\n", A_TEXT, event("done")], "a", {}, None),
     "objects and heartbeats": ([event("content", {"n": 1}), HEARTBEAT], [{"n": 1}], {}, None),
     "unknown types with data": ([event("thought", "a"), event("thought", "b")], "ab", {}, None),
     "error, then files": (
@@ -6111,6 +6110,13 @@ def test_closing_from_many_threads_closes_no_descriptor_of_another() -> None:
             finally:
                 closed.set()
         stranger.result(WAIT_SECONDS)
+
+
+@pytest.mark.parametrize("data", [b"{}", b"null", b""], ids=["object", "null", "nothing"])
+def test_a_heartbeat_by_its_name_is_no_content(data: bytes) -> None:
+    beat = b"event: ping\ndata: %b\n\n" % data
+    with Script(chunked(beat, A_TEXT, beat, event("done"))) as server:
+        assert run(client_of(server)).get_function_result() == "a"
 
 
 # --- Files ----------------------------------------------------------------------------------------
