@@ -1828,6 +1828,10 @@ class _Flight:
         if self.cancelled:
             self.close()
 
+    def holds(self, connection: _Connection) -> bool:
+        """Whether the connection is still this request's own."""
+        return connection in self._held
+
     def take(self) -> _Connection | None:
         """The connection, which is the caller's now. One atomic step: only one caller gets it."""
         try:
@@ -2004,7 +2008,8 @@ class _Response:
 
     def wait_at_most(self, seconds: float | None) -> None:
         """From now on, waits for all that is to come no longer than this; None: for each piece."""
-        if seconds is not None or self._deadline is not None:
+        # At the end of the body the connection is no longer its own: another call may wait on it.
+        if self._flight.holds(self._connection) and (seconds, self._deadline) != (None, None):
             self._deadline = None if seconds is None else time.monotonic() + seconds
             with suppress(_Fault):
                 self._connection.set_timeout(seconds or self.request.timeout)
