@@ -1919,6 +1919,8 @@ class _Response:
         # Bytes that are still to come, of the chunk or of the body; None: until the connection ends.
         self._missing = 0 if head.chunked else head.length
         self._line_end_is_due = False
+        # Whether the last chunk has come. What may follow it is no part of the body.
+        self._is_whole = False
         # After a 5xx the server may hang up without having said so: uvicorn does.
         self._may_keep = head.keep_alive and head.status < 500
 
@@ -1954,6 +1956,9 @@ class _Response:
         # Out here, the error has no context: frames there hold what the server sent.
         if self._flight.take() is None:
             fault = _Fault("it was closed here")
+        elif self._is_whole:
+            self._connection.close()
+            return b""
         self._connection.close()
         raise _wire_error(self.request, fault, f"the answer ({self.status}) was cut short")
 
@@ -1994,11 +1999,10 @@ class _Response:
             size = -1
         if size < 0:
             raise _Fault(f"a chunk's size is {line[:80]!r}")
-        if size == 0 and reader.peek(1):
+        if size == 0:
+            self._is_whole = True
+            # Raises if they are cut short: then nothing is lost but the connection.
             _read_fields(reader)
-        elif size == 0:
-            # The connection ended, but the body is whole.
-            self._may_keep = False
         return size
 
     def read_all(self) -> bytes:

@@ -2517,6 +2517,7 @@ LENGTH = b"Content-Length: %d" % COUNT
 LONGER = b"Content-Length: %d" % (COUNT + 1)
 SHORTER = b"Content-Length: %d" % (COUNT - 1)
 IN_CHUNKS = b"Transfer-Encoding: chunked"
+STREAM_TYPE = b"Content-Type: text/event-stream"
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKS = chunk(FIRST_BODY) + LAST_CHUNK
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -2660,6 +2661,43 @@ def test_what_can_be_read_is_read_but_a_doubtful_connection_is_not_used_again(na
     assert [received.connection for received in server.received] == [0, 1]
 
 
+# What comes behind the last chunk, whose body is whole (RFC 9112 section 8).
+CUT_TRAILERS: dict[str, Answer] = {
+    "the end": HangUp(),
+    "a reset": Steps((lambda sock: sock.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)), socket.socket.close)),
+    "half a field": HangUp(b"X-Su"),
+    "a field and no end": HangUp(b"X-Sum: 1\r\n"),
+    "more than 64 KiB": HangUp(b"X-Sum: 1\r\n" * 7000),
+    "silence": Pause(),
+    "a field and silence": Pause(b"X-Sum: 1\r\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["result", "stream"])
+@pytest.mark.parametrize("name", CUT_TRAILERS)
+def test_what_is_cut_short_behind_the_last_chunk_costs_no_result(name: str, stream: bool) -> None:
+    def choose(received: Received) -> Answer:
+        if len(server.received) > 1:
+            return ran("second")
+        given = CUT_TRAILERS[name]
+        before = given.sent_before if isinstance(given, (HangUp, Pause)) else b""
+        last = b"0\r\n" + before
+        whole = headed(IN_CHUNKS, body=in_chunks(last=last))
+        if stream:
+            whole = headed(STREAM_TYPE, IN_CHUNKS, body=chunk(event("content", "first")) + last)
+        if isinstance(given, Steps):
+            return Steps((send(whole), *given.steps))
+        return given._replace(sent_before=whole)
+
+    with Routed(choose) as server, client_of(server, max_retries=0) as client:
+        first = run(client, stream=stream, timeout=SHORT_SECONDS)
+        result = PrefabResult.from_events(first) if stream else first
+        assert result.get_function_result() == "first"
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 1]
+
+
 HEX = b"%x" % COUNT
 # Answers whose end cannot be told, or only by a guess.
 BROKEN_ANSWERS: dict[str, bytes] = {
@@ -2714,7 +2752,6 @@ def test_behind_an_answer_whose_end_cannot_be_told_the_next_call_gets_its_own(na
     assert [received.connection for received in server.received] == [0, 1]
 
 
-STREAM_TYPE = b"Content-Type: text/event-stream"
 EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
 # Event streams whose connection is not used again, and the data of the events that they have.
 DOUBTFUL_STREAMS: dict[str, tuple[bytes, list[Any]]] = {
