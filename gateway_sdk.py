@@ -1474,7 +1474,8 @@ def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> 
     options = _list_of(fields, "connection")
     keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
     lengths = set(_list_of(fields, "content-length"))
-    codings = _list_of(fields, "transfer-encoding")
+    # HTTP/1.1 of 1999 had `identity`, which is none.
+    codings = [one for one in _list_of(fields, "transfer-encoding") if one != "identity"]
     if status < 200 or status in (204, 304):
         return {"length": 0, "keep_alive": keep_alive and not codings and lengths <= {"0"}}
     if codings:
