@@ -1518,7 +1518,7 @@ def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
 def _request_head(request: _Request, proxy: _Proxy | None) -> bytes:
     """Request line and headers. `proxy`: the one that is asked to send it on."""
     # The zone of an IPv6 address means something to this machine alone (RFC 6874 §3).
-    netloc = re.sub(r"%[^\]]*", "", request.origin.partition("://")[2])
+    netloc = re.sub(r"%.*\]", "]", request.origin.partition("://")[2])
     headers = {
         "Host": netloc,
         "User-Agent": f"agent-builder-gateway-sdk/{__version__}",

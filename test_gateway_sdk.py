@@ -2181,6 +2181,14 @@ def test_an_ipv6_zone_chooses_the_interface_and_is_not_sent(zone: str) -> None:
     assert server.received[0].headers["host"] == f"[{address.partition('%')[0]}]:{server.port}"
 
 
+def test_a_host_that_is_percent_encoded_is_sent_whole() -> None:
+    """Only what stands in brackets has a zone."""
+    with Script(ran()) as server:
+        url = f"http://local%68ost:{server.port}"
+        assert run(GatewayClient(url, timeout=WAIT_SECONDS, max_retries=0)).is_success()
+    assert server.received[0].headers["host"] == f"local%68ost:{server.port}"
+
+
 @pytest.mark.parametrize(
     ("value", "segment"),
     [("a/b", "a%2Fb"), ("a b", "a%20b"), ("a?b#c", "a%3Fb%23c"), ("100%", "100%25"),
