@@ -9864,6 +9864,29 @@ def test_a_slow_reader_holds_the_sender_back() -> None:
     assert 0 < sent < most - 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """None of its parent's lives on there, not even an idle one."""
+
+    async def call_and_close() -> bool:
+        result = await run(client)
+        await client.close()
+        return result.get_function_result() == "child"
+
+    with Script(ran(), ran("child"), ran("parent")) as server:
+        client = async_client_of(server)
+        in_loop(run(client))
+        child = os.fork()
+        if not child:
+            status = 1
+            with contextlib.suppress(BaseException):
+                status = not asyncio.run(asyncio.wait_for(call_and_close(), WAIT_SECONDS / 2))
+            os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert in_loop(run(client)).get_function_result() == "parent"
+
+
 # The loop.
 
 
