@@ -1866,7 +1866,7 @@ class _Flight:
         while not self.cancelled and (left := deadline - time.monotonic()) > 0:
             # On Windows only the gaps between waits notice Ctrl-C.
             if self._gate.acquire(timeout=min(left, 0.2)):
-                self._gate.release()
+                return
 
 
 class _Scope:
