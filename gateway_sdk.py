@@ -1395,7 +1395,7 @@ class _Head:
     """Start line and fields of an answer, and how its body is framed (RFC 9112 §4 to §6)."""
 
     status: int
-    reason: str
+    reason: str = field(repr=False)
     # By their names in lower case, each with the values of all its lines.
     fields: Mapping[str, Sequence[str]] = field(repr=False)
     # Bytes of the body; None: chunks, or whatever comes until the connection ends.
@@ -1569,7 +1569,8 @@ class _Connection:
         self._busy = threading.Lock()
         # Taken once, by whoever closes it.
         self._closing = threading.Lock()
-        self._shut = False
+        # No operation begins any more; those that wait have been woken up, too.
+        self._shut = self._woken = False
 
     def open(self, timeout: float | None, tls: SSLContext | None, answered: dict[Any, Any]) -> None:
         """Connects.
@@ -1656,12 +1657,15 @@ class _Connection:
                 if self._shut:
                     raise _Fault("it was closed here")
                 return operation(*arguments)
+        except _Fault as fault:
+            # Without its frames, and those of the socket: they hold what the server sent.
+            raise fault.with_traceback(None)
         except OSError as error:
             if not self._is_own(error):
                 raise
-            raise _Fault(str(error) or type(error).__name__, error)
+            raise _Fault(str(error) or type(error).__name__, error.with_traceback(None))
         finally:
-            if self._shut:
+            if self._woken:
                 self._free()
 
     def _is_own(self, error: OSError) -> bool:
@@ -1678,10 +1682,13 @@ class _Connection:
     def close(self) -> None:
         """Closes it, also while another thread waits in an operation on it, which then ends."""
         if self._closing.acquire(blocking=False):
+            # Before, so that nothing begins to wait in between.
+            self._shut = True
             # When Python ends, the names of this module may be gone already.
             if _Process is not None:
                 self._wake()
-            self._shut = True
+            # Only now may whoever uses it free the descriptor.
+            self._woken = True
             self._free()
 
     def _wake(self) -> None:

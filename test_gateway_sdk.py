@@ -2671,11 +2671,15 @@ def test_what_can_be_read_is_read_but_a_doubtful_connection_is_not_used_again(na
     assert [received.connection for received in server.received] == [0, 1]
 
 
+def will_reset(sock: socket.socket) -> None:
+    """Has the connection end in a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 # What comes behind the last chunk, whose body is whole (RFC 9112 section 8).
 CUT_TRAILERS: dict[str, Answer] = {
     "the end": HangUp(),
-    "a reset": Steps((lambda sock: sock.setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)), socket.socket.close)),
+    "a reset": Steps((will_reset, socket.socket.close)),
     "half a field": HangUp(b"X-Su"),
     "a field and no end": HangUp(b"X-Sum: 1\r\n"),
     "more than 64 KiB": HangUp(b"X-Sum: 1\r\n" * 7000),
@@ -4573,6 +4577,20 @@ FAILING: dict[str, tuple[Callable[[GatewayClient], Any], list[Answer]]] = {
     "no JSON": (run, [answer(body=WHO_IS.encode())]),
     "other JSON": (run, [answer({"results": WHO_IS})]),
     "first line": (run, [HangUp(WHO_IS.encode() + b"\r\n")]),
+    "half a head": (run, [HangUp(OK + b"X-Echo: %b\r\nX-Ec" % WORD.encode())]),
+    "half a field": (run, [HangUp(OK + b"X-Echo: %b" % WORD.encode())]),
+    "silence in the head": (
+        lambda c: run(c, timeout=SHORT_SECONDS),
+        [Pause(OK + b"X-Echo: %b\r\n" % WORD.encode())],
+    ),
+    "a reset in the head": (
+        run,
+        [Steps((send(OK + b"X-Echo: %b\r\n" % WORD.encode()), will_reset, socket.socket.close))],
+    ),
+    "reason and an encoded body": (
+        run,
+        [b"HTTP/1.1 200 %b\r\nContent-Encoding: br\r\nContent-Length: 0\r\n\r\n" % WORD.encode()],
+    ),
     "redirect": (run, [moved(f"/v1?{WORD}", 307)]),
     "hang-up": (run, [HangUp()]),
     "timeout": (lambda c: run(c, timeout=SHORT_SECONDS), [Pause()]),
