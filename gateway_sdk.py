@@ -2116,6 +2116,9 @@ def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
 def _read_error_body(response: _Response) -> str:
     """The beginning of an error's body as text, also if it came compressed, without being asked."""
     body = b""
+    # Some bodies never end. If sending broke off, only what has arrived is read.
+    if not response.broken:
+        response.wait_at_most(response.request.timeout or _CONNECT_CAP_SECONDS)
     # If it breaks off, the status still says enough.
     with suppress(ServiceUnavailableError):
         for chunk in response.chunks():

@@ -2839,6 +2839,29 @@ def test_a_head_of_more_than_64_kib_is_an_error(lines: list[bytes]) -> None:
         assert run(client).get_function_result() == "second"
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["result", "stream"])
+def test_the_body_of_an_error_is_not_waited_for_without_end(stream: bool) -> None:
+    """Each of its bytes comes in time, but there is always one more."""
+    hung_up: list[bool] = []
+
+    def drip(sock: socket.socket) -> None:
+        sock.settimeout(0.02)
+        for _ in range(int(WAIT_SECONDS / 0.02)):
+            try:
+                sock.sendall(chunk(b"x"))
+                hung_up.append(sock.recv(1) == b"")
+            except socket.timeout:
+                continue
+            except OSError:
+                hung_up.append(True)
+            return
+
+    given = Steps((send(headed(IN_CHUNKS, body=b"", start=b"HTTP/1.1 500 Oops")), drip))
+    with Script(given) as server, pytest.raises(ServiceUnavailableError) as caught:
+        run(client_of(server), stream=stream, timeout=0.2)
+    assert caught.value.status_code == 500 and "xxx" in str(caught.value) and hung_up == [True]
+
+
 @pytest.mark.parametrize(
     "sent",
     [b"x" * 60_000 + b"\r\n\r\n", b"<html>" * 20_000, b"\x16\x03\x01\x02" * 15_000 + b"\n",
