@@ -1339,7 +1339,7 @@ class _Head:
     """Start line and fields of an answer, and how its body is framed (RFC 9112 §4 to §6)."""
 
     status: int
-    reason: str
+    reason: str = field(repr=False)
     # By their names in lower case, each with the values of all its lines.
     fields: Mapping[str, Sequence[str]] = field(repr=False)
     # Bytes of the body; None: chunks, or whatever comes until the connection ends.
@@ -1463,7 +1463,7 @@ def _head_bytes(start_line: str, headers: Mapping[str, str]) -> bytes:
 def _request_head(request: _Request, proxy: _Proxy | None) -> bytes:
     """Request line and headers. `proxy`: the one that is asked to send it on."""
     # The zone of an IPv6 address means something to this machine alone (RFC 6874 §3).
-    netloc = re.sub(r"%[^\]]*", "", request.origin.partition("://")[2])
+    netloc = re.sub(r"%.*\]", "]", request.origin.partition("://")[2])
     headers = {
         "Host": netloc,
         "User-Agent": f"agent-builder-gateway-sdk/{__version__}",
@@ -1514,7 +1514,8 @@ class _Connection:
         self._busy = threading.Lock()
         # Taken once, by whoever closes it.
         self._closing = threading.Lock()
-        self._shut = False
+        # No operation begins any more; those that wait have been woken up, too.
+        self._shut = self._woken = False
 
     def open(self, timeout: float | None, tls: SSLContext | None, answered: dict[Any, Any]) -> None:
         """Connects.
@@ -1602,12 +1603,15 @@ class _Connection:
                 if self._shut:
                     raise _Fault("it was closed here")
                 return operation(*arguments)
+        except _Fault as fault:
+            # Without its frames, and those of the socket: they hold what the server sent.
+            raise fault.with_traceback(None)
         except OSError as error:
             if not self._is_own(error):
                 raise
-            raise _Fault(str(error) or type(error).__name__, error)
+            raise _Fault(str(error) or type(error).__name__, error.with_traceback(None))
         finally:
-            if self._shut:
+            if self._woken:
                 self._free()
 
     def _is_own(self, error: OSError) -> bool:
@@ -1624,10 +1628,13 @@ class _Connection:
     def close(self) -> None:
         """Closes it, also while another thread waits in an operation on it, which then ends."""
         if self._closing.acquire(blocking=False):
+            # Before, so that nothing begins to wait in between.
+            self._shut = True
             # When Python ends, the names of this module may be gone already.
             if _Process is not None:
                 self._wake()
-            self._shut = True
+            # Only now may whoever uses it free the descriptor.
+            self._woken = True
             self._free()
 
     def _wake(self) -> None:
@@ -1775,6 +1782,10 @@ class _Flight:
         if self.cancelled:
             self.close()
 
+    def holds(self, connection: _Connection) -> bool:
+        """Whether the connection is still this request's own."""
+        return connection in self._held
+
     def take(self) -> _Connection | None:
         """The connection, which is the caller's now. One atomic step: only one caller gets it."""
         try:
@@ -1808,7 +1819,7 @@ class _Flight:
         while not self.cancelled and (left := deadline - time.monotonic()) > 0:
             # On Windows only the gaps between waits notice Ctrl-C.
             if self._gate.acquire(timeout=min(left, 0.2)):
-                self._gate.release()
+                return
 
 
 class _Scope:
@@ -1862,6 +1873,8 @@ class _Response:
         # Bytes that are still to come of the chunk or the body; None: until the connection ends.
         self._missing = 0 if head.chunked else head.length
         self._line_end_is_due = False
+        # Whether the last chunk has come. What may follow it is no part of the body.
+        self._is_whole = False
         # After a 5xx the server may hang up without having said so: uvicorn does.
         self._may_keep = head.keep_alive and head.status < 500
 
@@ -1897,6 +1910,9 @@ class _Response:
         # Out here, the error has no context: frames there hold what the server sent.
         if self._flight.take() is None:
             fault = _Fault("it was closed here")
+        elif self._is_whole:
+            self._connection.close()
+            return b""
         self._connection.close()
         raise _wire_error(self.request, fault, f"the answer ({self.status}) was cut short")
 
@@ -1937,11 +1953,10 @@ class _Response:
             size = -1
         if size < 0:
             raise _Fault(f"a chunk's size is {line[:80]!r}")
-        if size == 0 and reader.peek(1):
+        if size == 0:
+            self._is_whole = True
+            # Raises if they are cut short: then nothing is lost but the connection.
             _read_fields(reader)
-        elif size == 0:
-            # The connection ended, but the body is whole.
-            self._may_keep = False
         return size
 
     def read_all(self) -> bytes:
@@ -1951,7 +1966,8 @@ class _Response:
 
     def wait_at_most(self, seconds: float | None) -> None:
         """From now on, waits for all that is to come no longer than this; None: for each piece."""
-        if seconds is not None or self._deadline is not None:
+        # At the end of the body the connection is no longer its own: another call may wait on it.
+        if self._flight.holds(self._connection) and (seconds, self._deadline) != (None, None):
             self._deadline = None if seconds is None else time.monotonic() + seconds
             with suppress(_Fault):
                 self._connection.set_timeout(seconds or self.request.timeout)
@@ -2047,6 +2063,9 @@ def _redact_json(value: Any, redact: Callable[[str], str]) -> Any:
 def _read_error_body(response: _Response) -> str:
     """The beginning of an error's body as text, also if it came compressed, without being asked."""
     body = b""
+    # Some bodies never end. If sending broke off, only what has arrived is read.
+    if not response.broken:
+        response.wait_at_most(response.request.timeout or _CONNECT_CAP_SECONDS)
     # If it breaks off, the status still says enough.
     with suppress(ServiceUnavailableError):
         for chunk in response.chunks():
@@ -3839,13 +3858,20 @@ class _Workers:
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
+        self._idle_seconds = _IDLE_SECONDS
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Forgets the threads: a forked process has none of its parent's, perhaps a lock of theirs."""
+        self._process_id = _Process.id
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], object]] = deque()
         self._threads = self._idle = 0
-        self._idle_seconds = _IDLE_SECONDS
 
     def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
+        if self._process_id != _Process.id:
+            self._start_anew()
         with self._changed:
             self._jobs.append(job)
             is_full = self._limit is not None and self._threads >= self._limit
@@ -3916,8 +3942,10 @@ class _Workers:
 
     def close(self) -> None:
         """Ends the threads when they have nothing to do."""
+        self._idle_seconds = 0.0
+        if self._process_id != _Process.id:
+            self._start_anew()
         with self._changed:
-            self._idle_seconds = 0.0
             self._changed.notify_all()
 
 

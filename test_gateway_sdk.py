@@ -2181,6 +2181,14 @@ def test_an_ipv6_zone_chooses_the_interface_and_is_not_sent(zone: str) -> None:
     assert server.received[0].headers["host"] == f"[{address.partition('%')[0]}]:{server.port}"
 
 
+def test_a_host_that_is_percent_encoded_is_sent_whole() -> None:
+    """Only what stands in brackets has a zone."""
+    with Script(ran()) as server:
+        url = f"http://local%68ost:{server.port}"
+        assert run(GatewayClient(url, timeout=WAIT_SECONDS, max_retries=0)).is_success()
+    assert server.received[0].headers["host"] == f"local%68ost:{server.port}"
+
+
 @pytest.mark.parametrize(
     ("value", "segment"),
     [("a/b", "a%2Fb"), ("a b", "a%20b"), ("a?b#c", "a%3Fb%23c"), ("100%", "100%25"),
@@ -2517,6 +2525,7 @@ LENGTH = b"Content-Length: %d" % COUNT
 LONGER = b"Content-Length: %d" % (COUNT + 1)
 SHORTER = b"Content-Length: %d" % (COUNT - 1)
 IN_CHUNKS = b"Transfer-Encoding: chunked"
+STREAM_TYPE = b"Content-Type: text/event-stream"
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKS = chunk(FIRST_BODY) + LAST_CHUNK
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -2586,6 +2595,8 @@ WHOLE_ANSWERS: dict[str, bytes] = {
     "length three times in a field": headed(b"Content-Length: %d,%d , %d" % (COUNT, COUNT, COUNT)),
     "length in two fields": headed(LENGTH, b"X: 1", LENGTH),
     "length in three fields": headed(LENGTH, LENGTH, b"content-length : %d" % COUNT),
+    "identity beside a length": headed(b"Transfer-Encoding: identity", LENGTH),
+    "identity in capitals": headed(LENGTH, b"Transfer-Encoding: Identity"),
     "blank behind chunked": headed(b"Transfer-Encoding: chunked ", body=CHUNKS),
     "tabs around chunked": headed(b"Transfer-Encoding:\tchunked\t", body=CHUNKS),
     "chunked with a blank before the colon": headed(b"Transfer-Encoding : chunked", body=CHUNKS),
@@ -2665,6 +2676,47 @@ def test_what_can_be_read_is_read_but_a_doubtful_connection_is_not_used_again(na
     assert [received.connection for received in server.received] == [0, 1]
 
 
+def will_reset(sock: socket.socket) -> None:
+    """Has the connection end in a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+# What comes behind the last chunk, whose body is whole (RFC 9112 section 8).
+CUT_TRAILERS: dict[str, Answer] = {
+    "the end": HangUp(),
+    "a reset": Steps((will_reset, socket.socket.close)),
+    "half a field": HangUp(b"X-Su"),
+    "a field and no end": HangUp(b"X-Sum: 1\r\n"),
+    "more than 64 KiB": HangUp(b"X-Sum: 1\r\n" * 7000),
+    "silence": Pause(),
+    "a field and silence": Pause(b"X-Sum: 1\r\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["result", "stream"])
+@pytest.mark.parametrize("name", CUT_TRAILERS)
+def test_what_is_cut_short_behind_the_last_chunk_costs_no_result(name: str, stream: bool) -> None:
+    def choose(received: Received) -> Answer:
+        if len(server.received) > 1:
+            return ran("second")
+        given = CUT_TRAILERS[name]
+        before = given.sent_before if isinstance(given, (HangUp, Pause)) else b""
+        last = b"0\r\n" + before
+        whole = headed(IN_CHUNKS, body=in_chunks(last=last))
+        if stream:
+            whole = headed(STREAM_TYPE, IN_CHUNKS, body=chunk(event("content", "first")) + last)
+        if isinstance(given, Steps):
+            return Steps((send(whole), *given.steps))
+        return given._replace(sent_before=whole)
+
+    with Routed(choose) as server, client_of(server, max_retries=0) as client:
+        first = run(client, stream=stream, timeout=SHORT_SECONDS)
+        result = PrefabResult.from_events(first) if stream else first
+        assert result.get_function_result() == "first"
+        assert run(client).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 1]
+
+
 HEX = b"%x" % COUNT
 # Answers whose end cannot be told, or only by a guess.
 BROKEN_ANSWERS: dict[str, bytes] = {
@@ -2718,7 +2770,6 @@ def test_behind_an_answer_whose_end_cannot_be_told_the_next_call_gets_its_own(na
     assert [received.connection for received in server.received] == [0, 1]
 
 
-STREAM_TYPE = b"Content-Type: text/event-stream"
 EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
 # Event streams whose connection is not used again, and the data of the events that they have.
 DOUBTFUL_STREAMS: dict[str, tuple[bytes, list[Any]]] = {
@@ -2790,6 +2841,29 @@ def test_a_head_of_more_than_64_kib_is_an_error(lines: list[bytes]) -> None:
             run(client)
         assert caught.value.may_have_run and len(str(caught.value)) < 1000
         assert run(client).get_function_result() == "second"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["result", "stream"])
+def test_the_body_of_an_error_is_not_waited_for_without_end(stream: bool) -> None:
+    """Each of its bytes comes in time, but there is always one more."""
+    hung_up: list[bool] = []
+
+    def drip(sock: socket.socket) -> None:
+        sock.settimeout(0.02)
+        for _ in range(int(WAIT_SECONDS / 0.02)):
+            try:
+                sock.sendall(chunk(b"x"))
+                hung_up.append(sock.recv(1) == b"")
+            except socket.timeout:
+                continue
+            except OSError:
+                hung_up.append(True)
+            return
+
+    given = Steps((send(headed(IN_CHUNKS, body=b"", start=b"HTTP/1.1 500 Oops")), drip))
+    with Script(given) as server, pytest.raises(ServiceUnavailableError) as caught:
+        run(client_of(server), stream=stream, timeout=0.2)
+    assert caught.value.status_code == 500 and "xxx" in str(caught.value) and hung_up == [True]
 
 
 @pytest.mark.parametrize(
@@ -4538,6 +4612,20 @@ FAILING: dict[str, tuple[Callable[[GatewayClient], Any], list[Answer]]] = {
     "no JSON": (run, [answer(body=WHO_IS.encode())]),
     "other JSON": (run, [answer({"results": WHO_IS})]),
     "first line": (run, [HangUp(WHO_IS.encode() + b"\r\n")]),
+    "half a head": (run, [HangUp(OK + b"X-Echo: %b\r\nX-Ec" % WORD.encode())]),
+    "half a field": (run, [HangUp(OK + b"X-Echo: %b" % WORD.encode())]),
+    "silence in the head": (
+        lambda c: run(c, timeout=SHORT_SECONDS),
+        [Pause(OK + b"X-Echo: %b\r\n" % WORD.encode())],
+    ),
+    "a reset in the head": (
+        run,
+        [Steps((send(OK + b"X-Echo: %b\r\n" % WORD.encode()), will_reset, socket.socket.close))],
+    ),
+    "reason and an encoded body": (
+        run,
+        [b"HTTP/1.1 200 %b\r\nContent-Encoding: br\r\nContent-Length: 0\r\n\r\n" % WORD.encode()],
+    ),
     "redirect": (run, [moved(f"/v1?{WORD}", 307)]),
     "hang-up": (run, [HangUp()]),
     "timeout": (lambda c: run(c, timeout=SHORT_SECONDS), [Pause()]),
@@ -5331,6 +5419,27 @@ def test_what_follows_done_or_error_after_a_while_is_handed_over_too(
         events = list(run(client_of(server), stream=True))
     told = [("content", "a"), (last, {"n": 1}), ("done", WITH_FILES)]
     assert [(received.type, received.data) for received in events] == told
+
+
+@pytest.mark.parametrize("last", ["done", "error"])
+def test_a_stream_whose_last_event_has_no_blank_line_does_not_wait_for_the_next_call(
+    last: str,
+) -> None:
+    """Its connection is that call's by then."""
+    read_to_its_end = threading.Event()
+    body = chunked(A_TEXT, event(last)[:-1])
+    call_of_another = Steps((lambda _: read_to_its_end.wait(WAIT_SECONDS), send(ran())))
+    with Script(body, call_of_another) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        assert [next(stream).type, next(stream).type] == ["content", last]
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            other = pool.submit(run, client, timeout=3)
+            server.wait_until(lambda: len(server.received) == 2)
+            assert list(stream) == []
+            still_waited = not other.done()
+            read_to_its_end.set()
+            assert other.result().is_success() and still_waited
+    assert [received.connection for received in server.received] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -9868,6 +9977,29 @@ def test_a_slow_reader_holds_the_sender_back() -> None:
     assert 0 < sent < most - 1
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """None of its parent's lives on there, not even an idle one."""
+
+    async def call_and_close() -> bool:
+        result = await run(client)
+        await client.close()
+        return result.get_function_result() == "child"
+
+    with Script(ran(), ran("child"), ran("parent")) as server:
+        client = async_client_of(server)
+        in_loop(run(client))
+        child = os.fork()
+        if not child:
+            status = 1
+            with contextlib.suppress(BaseException):
+                status = not asyncio.run(asyncio.wait_for(call_and_close(), WAIT_SECONDS / 2))
+            os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert in_loop(run(client)).get_function_result() == "parent"
+
+
 # The loop.
 
 
@@ -10321,8 +10453,7 @@ FAULTS = {
        for body in (
         b"-5\r\nhello\r\n0\r\n\r\n", b"xyz\r\nhello\r\n0\r\n\r\n", b"\r\nhello\r\n0\r\n\r\n",
         b"2\r\nhello\r\n0\r\n\r\n", b"fffffff\r\nhello\r\n0\r\n\r\n",
-        b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n",
-        b"5\r\nhello\r\n0\r\nX-Su", b"5\r\nhello\r\n0")},
+        b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n", b"5\r\nhello\r\n0")},
     "chunk-line-endless": lost(lambda p, k: endless(unended(b"", k) + b"5;", b"x" * 65536)),
     "status-line-garbage": lost(lambda p, k: HangUp(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")),
     "status-line-without-number": lost(lambda p, k: HangUp(b"HTTP/1.1 OK\r\n\r\n")),
