@@ -1954,9 +1954,13 @@ class _Response:
         if size < 0:
             raise _Fault(f"a chunk's size is {line[:80]!r}")
         if size == 0:
+            # If nothing more comes, nothing is lost but the connection.
             self._is_whole = True
-            # Raises if they are cut short: then nothing is lost but the connection.
-            _read_fields(reader)
+            if reader.peek(1):
+                self._is_whole = False
+                _read_fields(reader)
+            else:
+                self._may_keep = False
         return size
 
     def read_all(self) -> bytes:
