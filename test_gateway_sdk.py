@@ -2595,8 +2595,6 @@ WHOLE_ANSWERS: dict[str, bytes] = {
     "length three times in a field": headed(b"Content-Length: %d,%d , %d" % (COUNT, COUNT, COUNT)),
     "length in two fields": headed(LENGTH, b"X: 1", LENGTH),
     "length in three fields": headed(LENGTH, LENGTH, b"content-length : %d" % COUNT),
-    "identity beside a length": headed(b"Transfer-Encoding: identity", LENGTH),
-    "identity in capitals": headed(LENGTH, b"Transfer-Encoding: Identity"),
     "blank behind chunked": headed(b"Transfer-Encoding: chunked ", body=CHUNKS),
     "tabs around chunked": headed(b"Transfer-Encoding:\tchunked\t", body=CHUNKS),
     "chunked with a blank before the colon": headed(b"Transfer-Encoding : chunked", body=CHUNKS),
