@@ -3862,20 +3862,13 @@ class _Workers:
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self._idle_seconds = _IDLE_SECONDS
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        """Forgets the threads: a forked process has none of its parent's, perhaps a lock of theirs."""
-        self._process_id = _Process.id
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], object]] = deque()
         self._threads = self._idle = 0
+        self._idle_seconds = _IDLE_SECONDS
 
     def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
-        if self._process_id != _Process.id:
-            self._start_anew()
         with self._changed:
             self._jobs.append(job)
             is_full = self._limit is not None and self._threads >= self._limit
@@ -3947,8 +3940,6 @@ class _Workers:
     def close(self) -> None:
         """Ends the threads when they have nothing to do."""
         self._idle_seconds = 0.0
-        if self._process_id != _Process.id:
-            self._start_anew()
         with self._changed:
             self._changed.notify_all()
 
