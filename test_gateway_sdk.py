@@ -756,7 +756,8 @@ MAPPING = [
      {"prefab_id": "unknown", "secret_name": "unknown", "instructions": None}),
     ("run", 429, {"detail": coded("Q", limit=0, used=3)}, QuotaExceededError,
      {"limit": 0, "used": 3, "quota_type": "unknown"}),
-    ("run", 400, {"detail": coded("E", status_code=1, may_have_run=True, retry_after=5, request_id="x")},
+    ("run", 400,
+     {"detail": coded("E", status_code=1, may_have_run=True, retry_after=5, request_id="x")},
      GatewayError, {"may_have_run": False, "retry_after": None, "request_id": None}),
     ("run", 409, {"detail": coded("MISSING_SECRET", **SECRET)}, GatewayError, {}),
     ("run", 418, REASON, GatewayError, {"error_code": None}),
@@ -1092,7 +1093,8 @@ def test_a_bare_404_of_a_path_with_an_encoded_slash_says_that(value: str) -> Non
             assert ("slash" in str(error).lower()) == (given == value)
 
 
-@pytest.mark.parametrize("name", ["run", "stream", "directory", "spec", "list files", "delete a secret"])
+@pytest.mark.parametrize("name",
+                         ["run", "stream", "directory", "spec", "list files", "delete a secret"])
 def test_a_route_that_does_not_exist_is_no_missing_prefab(name: str) -> None:
     error = error_of(ENDPOINTS[name].act, answer({"detail": "Not Found"}, 404))
     assert type(error) is GatewayError and error.status_code == 404
@@ -1631,12 +1633,15 @@ BAD_CALLS: list[tuple[dict[str, Any], list[str]]] = [
     ({"version": 1.1}, ["version", "1.1"]),
     ({"function_name": 77}, ["function_name", "77"]), ({"parameters": ["list"]}, ["parameters"]),
     ({"parameters": {"fine": 1, "culprit": LOOP}}, ["culprit"]),
-    *(({"parameters": PLACES["rows[0].when"](value)}, ["rows[0].when", *words]) for value, words in NO_JSON.values()),
-    *(({"parameters": fill(date(2024, 1, 1))}, [place, "isoformat()"]) for place, fill in PLACES.items()),
+    *(({"parameters": PLACES["rows[0].when"](value)}, ["rows[0].when", *words])
+      for value, words in NO_JSON.values()),
+    *(({"parameters": fill(date(2024, 1, 1))}, [place, "isoformat()"])
+      for place, fill in PLACES.items()),
     ({"files": [S3]}, ["files"]), ({"files": S3}, ["files"]),
     *(({"files": files}, ["upload_input_file"]) for files in NO_FILES),
     *(({"files": files}, ["files", "upload_input_file"]) for files in (
-        ["report.txt"], "report.txt", Path("report.txt"), ("a.mp4", "b.mp4"), [Path("a.mp4")], b"report.txt")),
+        ["report.txt"], "report.txt", Path("report.txt"), ("a.mp4", "b.mp4"), [Path("a.mp4")],
+        b"report.txt")),
 ]  # fmt: skip
 
 
@@ -5314,7 +5319,8 @@ ENDS: dict[str, tuple[Answer, list[tuple[str, Any]], type[GatewayError] | None]]
                           None),
     "error-then-cut": (HangUp(chunked(event("error", "x"), end=False)), [ERROR], None),
     "error-and-content-then-cut": (
-        HangUp(chunked(event("error", "x"), A_EVENT, end=False)), [ERROR, *content("a")], ServiceUnavailableError),
+        HangUp(chunked(event("error", "x"), A_EVENT, end=False)), [ERROR, *content("a")],
+        ServiceUnavailableError),
     "done-and-content-then-cut": (
         HangUp(chunked(event("done"), A_EVENT, end=False)),
         [DONE, *content("a")], ServiceUnavailableError),
@@ -6711,7 +6717,8 @@ SHORT_OBJECT = OBJECT[:500]
 SIZE = len(OBJECT)
 
 
-def stored(request: Received, content: bytes = OBJECT, etag: str | None = '"1"', cut: int | None = None, *,
+def stored(request: Received, content: bytes = OBJECT, etag: str | None = '"1"',
+           cut: int | None = None, *,
            ranges: bool = True, if_range: bool = True, framed: str = "length", encoding: str = "",
            status: int = 200, **wrong: Any) -> Answer:
     """A storage's answer to a GET; `cut` is the place in the object where it hangs up."""
@@ -6761,7 +6768,8 @@ TRANSFERS = {
     "last-chunk-missing": Transfer([{"cut": SIZE, "framed": "chunks"}, {}, {}], [None, SIZE, None]),
     "chunks": Transfer([{"framed": "chunks"}], [None]),
     "chunks-cut": Transfer(
-        [{"framed": "chunks", "cut": 1000}, {"framed": "chunks", "cut": 5000}, {}], [None, 1000, 5000]),
+        [{"framed": "chunks", "cut": 1000}, {"framed": "chunks", "cut": 5000}, {}],
+        [None, 1000, 5000]),
     # While each attempt brings more of the object than any before, the retries are counted anew.
     "more-cuts-than-retries": Transfer(
         [*({"cut": cut} for cut in range(1000, 8000, 1000)), {}], [None, *range(1000, 8000, 1000)]),
@@ -6800,9 +6808,12 @@ TRANSFERS = {
     "same-etag-206-of-another-length": Transfer([CUT, *[{"content": NEW_OBJECT}] * 2],
                                                 [None, 1000, None], NEW_OBJECT),
     "no-etag-206": Transfer(
-        [CUT, *[{"content": NEW_OBJECT, "etag": None, "if_range": False}] * 2], [None, 1000, None], NEW_OBJECT),
-    "other-etag-cut-too": Transfer([CUT, {**NEW, "cut": 700}, NEW], [None, 1000, (700, '"2"')], NEW_OBJECT),
-    "shrunk-416": Transfer([CUT, *[{**SHRUNK, "if_range": False}] * 2], [None, 1000, None], SHORT_OBJECT),
+        [CUT, *[{"content": NEW_OBJECT, "etag": None, "if_range": False}] * 2], [None, 1000, None],
+        NEW_OBJECT),
+    "other-etag-cut-too": Transfer([CUT, {**NEW, "cut": 700}, NEW], [None, 1000, (700, '"2"')],
+                                   NEW_OBJECT),
+    "shrunk-416": Transfer([CUT, *[{**SHRUNK, "if_range": False}] * 2], [None, 1000, None],
+                           SHORT_OBJECT),
     "shrunk-416-twice": Transfer(
         [CUT, {**SHRUNK, "if_range": False}, {**SHRUNK, "cut": 300},
          *[{"content": OBJECT[:200], "etag": '"3"', "if_range": False}] * 2],
@@ -6823,7 +6834,8 @@ TRANSFERS = {
                                         [None, 1000, 9000]),
     "only-a-part-of-the-rest-without-total": Transfer(
         [CUT, {"end": 9000, "span": "bytes 1000-8999/*"}, {}], [None, 1000, None]),
-    "only-a-part-of-the-rest-without-a-word": Transfer([CUT, {"end": 9000}, {}], [None, 1000, 9000]),
+    "only-a-part-of-the-rest-without-a-word": Transfer([CUT, {"end": 9000}, {}],
+                                                       [None, 1000, 9000]),
     "blanks-behind-the-span": Transfer([CUT, {"span": "bytes 1000-10239/10240 \t"}], [None, 1000]),
     "blanks-behind-the-etag": Transfer(
         [{"cut": 1000, "etag": '"1" '}, {"etag": '"1"\t', "if_range": False}], [None, 1000]),
@@ -6863,7 +6875,10 @@ def test_a_download_goes_on_where_it_broke_or_starts_over(
     target, given, failed = tmp_path / "out.bin", iter(transfer.answers), False
     progress: list[tuple[int, Any]] = []
     target.write_bytes(b"old")
-    with nothing_left(tmp_path), storage_of(lambda request: stored(request, **next(given))) as server:
+    with (
+        nothing_left(tmp_path),
+        storage_of(lambda request: stored(request, **next(given))) as server,
+    ):
         with client_of(server, max_retries=transfer.max_retries) as client:
             try:
                 client.download_file(
@@ -7512,7 +7527,8 @@ def test_what_arrived_before_an_interruption_is_reported_and_the_rest_cancelled(
     assert [future.cancelled() for future in futures] == [False] * 3 + [True] * 2
 
 
-@pytest.mark.parametrize("raised", [error for error, handed in BATCH_ENDS if len(handed) == 3], ids=repr)
+@pytest.mark.parametrize("raised", [error for error, handed in BATCH_ENDS if len(handed) == 3],
+                         ids=repr)
 def test_what_arrived_before_an_executor_was_interrupted_is_reported(raised: BaseException) -> None:
     reported: list[int] = []
 
@@ -10547,8 +10563,12 @@ def test_every_fault_ends_as_documented_and_the_client_works_on(
             with pytest.raises(GatewayError) as caught:
                 operation.call(client, tmp_path)
             assert (type(caught.value), caught.value.status_code) == (outcome.error, outcome.status)
-            assert operation.route.partition(" ")[0] in str(caught.value) and "sig=" not in str(caught.value)
-            unsure = outcome.error in (ServiceUnavailableError, GatewayTimeoutError) or outcome.status in (200, 204)
+            assert operation.route.partition(" ")[0] in str(caught.value)
+            assert "sig=" not in str(caught.value)
+            unsure = outcome.error in (
+                ServiceUnavailableError,
+                GatewayTimeoutError,
+            ) or outcome.status in (200, 204)
             if operation is OPERATIONS["single_request"] and outcome.status == 429:
                 unsure = True  # the first of its calls may have been good
             assert caught.value.may_have_run == (unsure and not operation.repeatable)
@@ -10598,7 +10618,8 @@ def test_an_awaited_exchange_fails_as_the_other_one_does(name: str) -> None:
         server.wait_until(lambda: server.open_connections == 0)
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "from_api_key"])  # which is tried below
+# Which is tried below.
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "from_api_key"])
 def test_without_a_connection_every_request_is_repeated_and_fails_if_that_is_not_allowed(
     name: str, tmp_path: Path, refusing: str, monkeypatch: Patch
 ) -> None:
@@ -11492,7 +11513,7 @@ def test_a_terminal_gets_a_line_for_each_prefab_and_anything_else_json(
 def test_what_json_does_not_have_is_null(cli: Any, line: str) -> None:
     numbers = [float("nan"), float("inf"), {"a": -float("inf")}]
     reply = {"run": ran(numbers), "spec": answer({"id": numbers}),
-             "list": answer([{"id": "a", "version": "1", "n": numbers}])}[line.split()[0]]
+             "list": answer([{"id": "a", "version": "1", "n": numbers}])}[line.split(maxsplit=1)[0]]
     if "--stream" in line:
         reply = chunked(event("content", numbers), event("done"))
     printed = cli(*line.split(), replies=[reply]).out
@@ -12505,8 +12526,10 @@ EXAMPLES_READMES = ("examples/README.md", "examples/README.zh-CN.md")
 TREE = ast.parse(SDK.read_text(encoding="utf-8"))
 PUBLIC = {
     "AsyncEventStream", "AsyncGatewayClient",
-    "GatewayClient", "Prefab", "PrefabCall", "PrefabResult", "BatchResult", "CallStatus", "StreamEvent",
-    "StreamEventType", "EventStream", "PrefabInfo", "GatewayError", "AuthenticationError", "PrefabNotFoundError",
+    "GatewayClient", "Prefab", "PrefabCall", "PrefabResult", "BatchResult", "CallStatus",
+    "StreamEvent",
+    "StreamEventType", "EventStream", "PrefabInfo", "GatewayError", "AuthenticationError",
+    "PrefabNotFoundError",
     "ValidationError", "QuotaExceededError", "MissingSecretError", "AgentContextRequiredError",
     "ServiceUnavailableError", "GatewayTimeoutError", "DEFAULT_BASE_URL", "__version__",
 }

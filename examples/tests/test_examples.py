@@ -112,7 +112,8 @@ def test_an_example_fails_loudly(
 
 
 @pytest.mark.parametrize(("name", "packages"), [
-    ("mcp_server.py", ["mcp"]), ("fastapi_agent.py", ["fastapi", "uvicorn"]), ("distributed_batch.py", ["dask"])])
+    ("mcp_server.py", ["mcp"]), ("fastapi_agent.py", ["fastapi", "uvicorn"]),
+    ("distributed_batch.py", ["dask"])])
 def test_an_example_with_packages_names_them_for_uv_run(name: str, packages: list[str]) -> None:
     text = (EXAMPLES / name).read_text(encoding="utf-8")
     (block,) = re.findall(r"^# /// script\n((?:#.*\n)+?)# ///$", text, re.M)  # as PEP 723 has it

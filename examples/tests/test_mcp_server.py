@@ -55,7 +55,8 @@ MERGE_SPEC = {"id": "papers", "version": "0.2.0", "description": "Works on paper
     "description": "Merge papers",
     "parameters": [
         {"name": "title", "type": "str", "description": "Of the whole", "required": True},
-        {"name": "style", "type": "string", "enum": ["plain", "bold"], "default": "plain", "required": False},
+        {"name": "style", "type": "string", "enum": ["plain", "bold"], "default": "plain",
+         "required": False},
         {"name": "page", "type": "object", "required": False, "properties": {
             "size": {"type": "string", "required": True},
             "margins": {"type": "array", "items": {"type": "float"}}}},
@@ -76,20 +77,26 @@ MERGE_SCHEMA = {
         "title": {"type": "string", "description": "Of the whole"},
         "style": {"type": "string", "enum": ["plain", "bold"], "default": "plain",
                   "description": 'One of ["plain", "bold"]. Default: "plain".'},
-        "page": {"type": "object", "required": ["size"], "description": "Field size: string. Field margins: array.",
+        "page": {"type": "object", "required": ["size"],
+                 "description": "Field size: string. Field margins: array.",
                  "properties": {
-                     "size": {"type": "string"}, "margins": {"type": "array", "items": {"type": "number"}}}},
+                     "size": {"type": "string"},
+                     "margins": {"type": "array", "items": {"type": "number"}}}},
         "clip": {"type": "string", "description": mcp_server.FILE_HINT},
         "clips": {**STRINGS, "description": mcp_server.FILE_HINT},
-        "papers": {**STRINGS, "minItems": 1, "description": f"Items, at least: 1. {mcp_server.FILE_HINT}"},
-        "title_files": {**STRINGS, "description": f"A picture for the title page {mcp_server.FILE_HINT}"},
+        "papers": {**STRINGS, "minItems": 1,
+                   "description": f"Items, at least: 1. {mcp_server.FILE_HINT}"},
+        "title_files": {**STRINGS,
+                        "description": f"A picture for the title page {mcp_server.FILE_HINT}"},
     },
     "required": ["title", "papers"],
     "additionalProperties": False,
 }
 
 
-def call_tool(gateway: Any, prefab: str, name: str, arguments: Any = None, report: Any = None, **options: Any) -> Any:
+def call_tool(
+    gateway: Any, prefab: str, name: str, arguments: Any = None, report: Any = None, **options: Any
+) -> Any:
     """Calls a tool in this process: all of the server but MCP itself. `report` is given the texts of events."""
     async def call(client: GatewayClient) -> Any:
         async def tell(text: str) -> None:
@@ -106,7 +113,10 @@ def call_tool(gateway: Any, prefab: str, name: str, arguments: Any = None, repor
 def stream_of(*events: bytes, end: Any = None) -> Script:
     """A gateway whose function `f` of the prefab `p@1.0.0` streams these events, and then ends or does `end`."""
     spec = {"id": "p", "version": "1.0.0", "functions": [{"name": "f", "streaming": True}]}
-    return Script(answer(spec), HangUp(chunked(*events, end=False)) if end == "cut short" else chunked(*events))
+    return Script(
+        answer(spec),
+        HangUp(chunked(*events, end=False)) if end == "cut short" else chunked(*events),
+    )
 
 
 STREAMED = ("p@1.0.0", mcp_server.tool_name("p", "f", "1.0.0"))
@@ -155,29 +165,40 @@ def test_a_tool_keeps_its_name_when_other_prefabs_come_and_versions_go() -> None
 def test_the_schema_has_all_that_a_spec_says() -> None:
     tool = mcp_server.make_tool(MERGE_SPEC, MERGE_SPEC["functions"][0], pinned=False)
     assert (tool.name, tool.schema) == ("papers__merge", MERGE_SCHEMA)
-    assert tool.description == f"Merge papers\n\nPrefab papers 0.2.0. Works on papers\n{mcp_server.NO_ANSWER_HINT}"
+    assert (
+        tool.description
+        == f"Merge papers\n\nPrefab papers 0.2.0. Works on papers\n{mcp_server.NO_ANSWER_HINT}"
+    )
 
 
 def test_what_a_model_must_know_is_never_cut_off() -> None:
     spec = {**MERGE_SPEC, "functions": [{"name": "merge", "description": "long " * 999}]}
     description = mcp_server.make_tool(spec, spec["functions"][0], pinned=False).description
-    assert (len(description), description.endswith(f"\n{mcp_server.NO_ANSWER_HINT}")) == (1024, True)
+    assert len(description) == 1024
+    assert description.endswith(f"\n{mcp_server.NO_ANSWER_HINT}") is True
 
 
-@pytest.mark.parametrize(("name", "title"), [({"name": "Paper mill"}, "Paper mill: merge"), ({}, "papers: merge")])
+@pytest.mark.parametrize(("name", "title"),
+                         [({"name": "Paper mill"}, "Paper mill: merge"), ({}, "papers: merge")])
 def test_a_tool_has_a_title_for_people(name: dict[str, str], title: str) -> None:
-    assert mcp_server.make_tool({**MERGE_SPEC, **name}, MERGE_SPEC["functions"][0], pinned=False).title == title
+    assert (
+        mcp_server.make_tool({**MERGE_SPEC, **name}, MERGE_SPEC["functions"][0], pinned=False).title
+        == title
+    )
 
 
 @pytest.mark.parametrize(("entry", "schema"), [
-    ({"type": "bool", "default": False}, {"type": "boolean", "default": False, "description": "Default: false."}),
+    ({"type": "bool", "default": False},
+     {"type": "boolean", "default": False, "description": "Default: false."}),
     ({"type": "integer", "minimum": 1, "maximum": 9, "description": "How many."},
-     {"type": "integer", "minimum": 1, "maximum": 9, "description": "How many. At least 1. At most 9."}),
+     {"type": "integer", "minimum": 1, "maximum": 9,
+      "description": "How many. At least 1. At most 9."}),
     ({"type": "string", "minLength": 0, "maxLength": 9, "pattern": "^ü"},
      {"type": "string", "minLength": 0, "maxLength": 9, "pattern": "^ü",
       "description": 'Pattern: "^ü". Characters, at least: 0. Characters, at most: 9.'}),
     ({"type": "array", "items": {"type": "string", "enum": ["a", "b"]}},
-     {"type": "array", "items": {"type": "string", "enum": ["a", "b"], "description": 'One of ["a", "b"].'},
+     {"type": "array",
+      "items": {"type": "string", "enum": ["a", "b"], "description": 'One of ["a", "b"].'},
       "description": 'Each: One of ["a", "b"].'}),
     ({"type": "string | array"}, {"type": ["string", "array"], "items": {}}),
     ({"type": "list[str]"}, {"type": "array", "items": {}}),
@@ -185,8 +206,10 @@ def test_a_tool_has_a_title_for_people(name: dict[str, str], title: str) -> None
     ({"type": "string", "default": None}, {"type": "string"}),
     ({"type": "array", "items": {"type": "object", "properties": {"n": {"type": "int"}}}},
      {"type": "array", "description": "Each: Field n: integer.",
-      "items": {"type": "object", "description": "Field n: integer.", "properties": {"n": {"type": "integer"}}}}),
-    ({"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object", "required": ["c"]}}},
+      "items": {"type": "object", "description": "Field n: integer.",
+                "properties": {"n": {"type": "integer"}}}}),
+    ({"type": "object", "required": ["b"],
+      "properties": {"a": {}, "b": {"type": "object", "required": ["c"]}}},
      {"type": "object", "required": ["b"], "properties": {"a": {}, "b": {"type": "object"}},
       "description": "Field a: any. Field b: object."}),
 ])
@@ -195,9 +218,12 @@ def test_a_specs_type_becomes_json_schema(entry: dict[str, Any], schema: dict[st
 
 
 @pytest.mark.parametrize(("entry", "required"), [
-    ({}, ["a"]), ({"required": True, "default": 1}, ["a"]), ({"default": 1}, ["a"]), ({"required": False}, None),
+    ({}, ["a"]), ({"required": True, "default": 1}, ["a"]), ({"default": 1}, ["a"]),
+    ({"required": False}, None),
     ({"default": 1, "required": False}, None), ({"type": "object", "required": ["b"]}, ["a"])])
-def test_a_parameter_is_required_unless_the_spec_says_otherwise(entry: dict[str, Any], required: Any) -> None:
+def test_a_parameter_is_required_unless_the_spec_says_otherwise(
+    entry: dict[str, Any], required: Any
+) -> None:
     assert mcp_server.object_schema({"a": entry}, default_required=True).get("required") == required
 
 
@@ -221,7 +247,8 @@ def test_the_newest_deployed_versions_are_served_unless_others_are_asked_for() -
 def test_listing_costs_one_directory_and_a_spec_of_each_prefab_and_is_kept_for_a_while() -> None:
     async def list_often(client: GatewayClient) -> list[int]:
         prefabs, counts = mcp_server.Prefabs(client), []
-        for max_age in (mcp_server.KEPT_SECONDS, 3600, 0):  # the second time, the tools are not that old
+        # The second time, the tools are not that old.
+        for max_age in (mcp_server.KEPT_SECONDS, 3600, 0):
             gateway.requests.clear()
             await asyncio.gather(*(prefabs.list_tools(max_age) for _ in range(3)))
             counts.append(len(gateway.requests))
@@ -278,18 +305,28 @@ def test_the_tools_are_listed_for_models_without_the_package(
     if not runs_already:
         monkeypatch.delenv("GATEWAY_BASE_URL")
     done = mcp_main("--list")
-    told = (f"The gateway is {gateway.base_url}.", "GATEWAY_BASE_URL is not set, so the gateway is a local one, ")
+    told = (
+        f"The gateway is {gateway.base_url}.",
+        "GATEWAY_BASE_URL is not set, so the gateway is a local one, ",
+    )
     assert (done.status, done.err.startswith(f"mcp_server: {told[not runs_already]}")) == (0, True)
     assert done.err.endswith("X_INTERNAL_TOKEN is not used.\n") != runs_already
     tools = {tool["function"]["name"]: tool for tool in json.loads(done.out)}
     assert ("listed__count" in tools) == runs_already
-    assert tools["text-tools__statistics"] == {"type": "function", "function": {
-        "name": "text-tools__statistics",
-        "description": "Count the characters, words and lines of a text, and its most common words.\n\n"
-                       f"Prefab text-tools 1.1.0. Looks at texts\n{mcp_server.NO_ANSWER_HINT}",
-        "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"],
-                       "additionalProperties": False},
-    }}
+    assert tools["text-tools__statistics"] == {
+        "type": "function",
+        "function": {
+            "name": "text-tools__statistics",
+            "description": "Count the characters, words and lines of a text, and its most common words.\n\n"
+            f"Prefab text-tools 1.1.0. Looks at texts\n{mcp_server.NO_ANSWER_HINT}",
+            "parameters": {
+                "type": "object",
+                "properties": {"text": {"type": "string"}},
+                "required": ["text"],
+                "additionalProperties": False,
+            },
+        },
+    }
 
 
 def test_the_server_says_what_is_missing(
@@ -328,16 +365,23 @@ def test_the_configuration_of_the_readme_starts_a_server(name: str, mcp_main: An
     (None, "{}", {}),
     ({"success": True}, '{"success": true}', {"success": True}),
 ])
-def test_a_result_is_structured_content_and_text(value: Any, text: str, structured: Any, gateway: LocalGateway) -> None:
+def test_a_result_is_structured_content_and_text(
+    value: Any, text: str, structured: Any, gateway: LocalGateway
+) -> None:
     result = call_tool(gateway, "text-tools", "text-tools__echo", {"value": value})
-    assert result == {"content": [{"type": "text", "text": text}], "structuredContent": structured, "isError": False}
+    assert result == {
+        "content": [{"type": "text", "text": text}],
+        "structuredContent": structured,
+        "isError": False,
+    }
 
 
 def test_local_files_are_uploaded_to_where_the_spec_wants_them(content_file: Path) -> None:
     local, kept = str(content_file), "s3://b/kept"
     uploads = [link(), NO_BODY] * 3
     name = mcp_server.tool_name("papers", "merge", "0.2.0")
-    arguments = {"title": "t", "papers": [local, kept], "title_files": local, "clip": local, "clips": [kept]}
+    arguments = {"title": "t", "papers": [local, kept], "title_files": local, "clip": local,
+                 "clips": [kept]}
     with Script(answer(MERGE_SPEC), *uploads, ran("done")) as server:
         result = call_tool(server, "papers@0.2.0", name, arguments)
     assert texts_of(result) == ["done"]
@@ -355,14 +399,19 @@ def test_output_files_are_saved_to_a_folder(
         links: bool, gateway: LocalGateway, content_file: Path, tmp_path: Path) -> None:
     files, folder = {"files": [str(content_file)]}, tmp_path / "new" / "folder"
     options = {"folder": folder, "links": links}
-    for path in (folder / "SHA256SUMS.txt", folder / "2-SHA256SUMS.txt"):  # no file takes another's place
-        result = call_tool(gateway, "file-tools", "file-tools__checksum", {"files": files}, **options)
+    # No file takes another's place.
+    for path in (folder / "SHA256SUMS.txt", folder / "2-SHA256SUMS.txt"):
+        result = call_tool(
+            gateway, "file-tools", "file-tools__checksum", {"files": files}, **options
+        )
         (file,) = result["structuredContent"]["output_files"]
         assert (file["path"], file["uri"], file["name"]) == (str(path), path.as_uri(), "checksums")
         assert path.read_text().endswith("  content\n")
         assert json.loads(texts_of(result)[1]) == {"output_files": [file]}
         blocks = [block for block in result["content"] if block["type"] != "text"]
-        assert [(block["type"], block["uri"]) for block in blocks] == [("resource_link", path.as_uri())] * links
+        assert [(block["type"], block["uri"]) for block in blocks] == [
+            ("resource_link", path.as_uri())
+        ] * links
     assert len(list(folder.iterdir())) == 2
 
 
@@ -372,7 +421,9 @@ def test_files_that_cannot_be_had_do_not_cost_the_result(
         monkeypatch: Any) -> None:
     monkeypatch.setattr(gateway, "internal_token", None)  # the client's, which then is no agent
     files, folder = {"files": [str(content_file)]}, tmp_path / "folder" if saved else None
-    result = call_tool(gateway, "file-tools", "file-tools__checksum", {"files": files}, folder=folder, links=True)
+    result = call_tool(
+        gateway, "file-tools", "file-tools__checksum", {"files": files}, folder=folder, links=True
+    )
     (file,) = result["structuredContent"]["output_files"]
     assert ("agent" in file["error"], "uri" in file) == (True, False)
     assert (result["structuredContent"]["success"], result["isError"]) == (True, False)
@@ -384,19 +435,24 @@ def test_files_that_cannot_be_had_do_not_cost_the_result(
      None),
     ([event("content", "a"), event("content", {"b": 1}), event("done")], '["a", {"b": 1}]', None),
     ([event("progress", 0.5), event("done", {"x": 1})], '{"x": 1}', None),
-    ([event("done", {"x": 1, "y": 1}), event("done", {"y": 2}), event("done", {"job_id": "j", "files": {}})],
+    ([event("done", {"x": 1, "y": 1}), event("done", {"y": 2}),
+      event("done", {"job_id": "j", "files": {}})],
      '{"x": 1, "y": 2}', None),
     ([event("content", "half"), event("error", {"message": "stumbled"})], "half", "stumbled"),
     ([event("content", "half"), event("error", "stumbled")], "half", "stumbled"),
-    ([event("content", "half"), event("error", {"line": 7}, message="stumbled")], "half", "stumbled"),
-    ([event("content", "half"), event("error", None, message="stumbled", error_code="E7")], "half", "stumbled"),
+    ([event("content", "half"), event("error", {"line": 7}, message="stumbled")], "half",
+     "stumbled"),
+    ([event("content", "half"), event("error", None, message="stumbled", error_code="E7")], "half",
+     "stumbled"),
     ([event("error", "stumbled"), event("content", "half")], "half", "cut short"),
     ([event("content", "half")], "half", "cut short"),
     ([event("content", "a"), b"data: [DONE]\n\n"], "a", None),
     ([event("start"), event("done")], "", None),
     ([event("content", "half a pair: \ud83d"), event("done")], "half a pair: ?", None),
 ])
-def test_a_stream_gives_the_whole_at_its_end(events: list[bytes], text: str, problem: str | None) -> None:
+def test_a_stream_gives_the_whole_at_its_end(
+    events: list[bytes], text: str, problem: str | None
+) -> None:
     reported: list[str] = []
     with stream_of(*events, end=problem) as server:
         result = call_tool(server, *STREAMED, report=reported.append)
@@ -418,7 +474,8 @@ def test_a_stream_is_read_by_one_thread() -> None:
     threads = []
 
     def count(frame: Any, what: str, _: Any) -> None:
-        if what == "call" and frame.f_code.co_name == "run" and frame.f_globals["__name__"] == "mcp_server":
+        if what == "call" and frame.f_code.co_name == "run" and frame.f_globals[
+            "__name__"] == "mcp_server":
             threads.append(frame.f_code)
 
     threading.setprofile(count)  # in each thread from now on
@@ -463,20 +520,26 @@ def test_an_answer_says_whether_the_call_may_have_run(given: Any, may_have_run: 
         result = call_tool(server, *STREAMED)
     (text,), error = texts_of(result), result["structuredContent"]["error"]
     assert (result["isError"], text.startswith(error["message"])) == (True, True)
-    told = mcp_server.REPEAT_HINT in error["message"]  # some clients hand on the structured content alone
+    # Some clients hand on the structured content alone.
+    told = mcp_server.REPEAT_HINT in error["message"]
     assert (error["may_have_run"], told) == (may_have_run, may_have_run)
 
 
 @pytest.mark.parametrize(("path", "message"), [
-    ("content.bin", "must be an array of absolute local paths"), ("./content.bin", "absolute"), ("", "absolute"),
+    ("content.bin", "must be an array of absolute local paths"), ("./content.bin", "absolute"),
+    ("", "absolute"),
     ("file:///content.bin", "absolute"), ("~no-such-user/a", "RuntimeError"),
 ])
 def test_a_call_whose_file_is_not_clear_is_not_sent(
-        path: str, message: str, gateway: LocalGateway, content_file: Path, monkeypatch: Any) -> None:
+        path: str, message: str, gateway: LocalGateway, content_file: Path,
+        monkeypatch: Any) -> None:
     content_file.rename(content_file.with_name("content.bin"))
-    monkeypatch.chdir(content_file.parent)  # there is such a file, but the agent may mean another one
+    # There is such a file, but the agent may mean another one.
+    monkeypatch.chdir(content_file.parent)
     gateway.executed.clear()
-    result = call_tool(gateway, "file-tools", "file-tools__line_count", {"files": {"files": [path]}})
+    result = call_tool(
+        gateway, "file-tools", "file-tools__line_count", {"files": {"files": [path]}}
+    )
     assert (result["isError"], message in texts_of(result)[0]) == (True, True)
     assert result["structuredContent"]["error"]["may_have_run"] is False
     assert gateway.executed == []
@@ -507,7 +570,10 @@ def test_a_call_that_is_cancelled_while_its_file_goes_out_is_not_sent(content_fi
         assert cancelled.wait(WAIT_SECONDS)
 
     arrives_late = Steps((wait, lambda sock: sock.sendall(NO_BODY)))
-    with Script(answer(MERGE_SPEC), link(), arrives_late, ran()) as server, client_of(server) as client:
+    with (
+        Script(answer(MERGE_SPEC), link(), arrives_late, ran()) as server,
+        client_of(server) as client,
+    ):
         asyncio.run(call_and_cancel(client))
     assert [request.method for request in server.received] == ["GET", "POST", "PUT"]
 
@@ -626,7 +692,8 @@ def test_mcp_takes_and_gives_files(tool_client: ToolClient, content_file: Path) 
     (file,) = result["structuredContent"]["output_files"]
     with urllib.request.urlopen(file["uri"]) as download:
         assert download.read().endswith(b"  content\n")
-    again = tool_client.call("file-tools__line_count", files={"files": file["s3_url"]})  # its URL is an input
+    # Its URL is an input.
+    again = tool_client.call("file-tools__line_count", files={"files": file["s3_url"]})
     assert again["structuredContent"]["lines"] == 1
 
 
@@ -636,14 +703,19 @@ def test_mcp_takes_and_gives_files(tool_client: ToolClient, content_file: Path) 
     ("faulty__fail", {"message": "no luck"}, r"no luck \(ALWAYS_FAILS\)"),
     ("faulty__crash", {}, r"POST /v1/internal/run answered 503: .*RuntimeError: out of order"),
     ("faulty__stumble", {"text": "so far"}, "stumbled"),
-    ("vault__sign", {"text": "x"}, r"(?s)Secret 'SIGNING_KEY' .* --base-url http://\S+ secret set vault SIGNING_KEY"),
+    ("vault__sign", {"text": "x"},
+     r"(?s)Secret 'SIGNING_KEY' .* --base-url http://\S+ secret set vault SIGNING_KEY"),
     ("text-tools__statistics", {}, "answered 422: Missing required parameter: text"),
-    ("text-tools__statistics", {"text": "a", "txt": "b"}, r"has no argument txt\. It takes: text\."),
-    ("text-tools__statistics", {"text": 5}, "answered 422: Type mismatch for parameter text: expected string"),
+    ("text-tools__statistics", {"text": "a", "txt": "b"},
+     r"has no argument txt\. It takes: text\."),
+    ("text-tools__statistics", {"text": 5},
+     "answered 422: Type mismatch for parameter text: expected string"),
     ("file-tools__line_count", {}, "Give the input files under the key 'files'"),
     ("file-tools__line_count", {"files": ["a.txt"]}, "files must be an object"),
-    ("file-tools__line_count", {"files": {"files": 3}}, "an array of absolute local paths or s3:// URLs, not 3"),
-    ("file-tools__line_count", {"files": {"files": "http://a/b"}}, "files must be .*, not http://a/b"),
+    ("file-tools__line_count", {"files": {"files": 3}},
+     "an array of absolute local paths or s3:// URLs, not 3"),
+    ("file-tools__line_count", {"files": {"files": "http://a/b"}},
+     "files must be .*, not http://a/b"),
     ("file-tools__line_count", {"files": {"files": ["/no/such"]}}, "FileNotFoundError: .*no/such"),
     ("file-tools__line_count", {"files": {"files": [str(ROOT)]}}, "not a regular file"),
     ("file-tools__line_count", {"files": {"files": ["s3://local/x"]}},
@@ -670,7 +742,8 @@ def test_mcp_outlives_a_gateway_that_is_down(
     with monkeypatch.context() as patched:
         patched.setattr(gateway, "down", True)
         result = tool_client.call("text-tools__echo", value=1)
-        assert (result["isError"], "answered 503: The gateway is down" in texts_of(result)[0]) == (True, True)
+        assert result["isError"] is True
+        assert "answered 503: The gateway is down" in texts_of(result)[0]
     assert tool_client.call("text-tools__echo", value=1)["isError"] is False
 
 
@@ -760,9 +833,12 @@ class NoisyServer:
 
     def greet(self) -> None:
         client_info = {"name": "test", "version": "1"}
-        self.send("initialize", 0, protocolVersion="2025-06-18", capabilities={}, clientInfo=client_info)
+        self.send(
+            "initialize", 0, protocolVersion="2025-06-18", capabilities={}, clientInfo=client_info
+        )
         told = self.receive()["result"]
-        assert (told["serverInfo"]["name"], told["instructions"]) == ("gateway", mcp_server.INSTRUCTIONS)
+        assert told["serverInfo"]["name"] == "gateway"
+        assert told["instructions"] == mcp_server.INSTRUCTIONS
         self.send("notifications/initialized")
 
 
@@ -777,7 +853,8 @@ def noisy_servers(gateway: LocalGateway) -> Iterator[list[NoisyServer]]:
 @pytest.mark.parametrize(("how", "status"),
                          [("its client closes stdin", 0), ("it is interrupted", 130)])
 def test_mcp_has_only_messages_on_stdout_and_ends_with_its_client(
-        how: str, status: int, noisy_servers: list[NoisyServer], gateway: LocalGateway, monkeypatch: Any) -> None:
+        how: str, status: int, noisy_servers: list[NoisyServer], gateway: LocalGateway,
+        monkeypatch: Any) -> None:
     gated, begun, closing = Gated(), threading.Event(), threading.Event()
 
     def wait() -> None:

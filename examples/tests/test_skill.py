@@ -70,9 +70,13 @@ def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
         if language == "python":
             (sandbox / "script.py").write_text(code, encoding="utf-8")
             code = "python3 script.py"
-        unnamed -= {name for name in unnamed if name in code}  # OpenHands sets what a command names, from then on
+        # OpenHands sets what a command names, from then on.
+        unnamed -= {name for name in unnamed if name in code}
         ended = shell(f"unset {' '.join(unnamed)}\n{code}", sandbox)
-        assert (ended.status, re.findall("failed|did not run|may have run", ended.out)) == (0, []), code + ended.err
+        assert (ended.status, re.findall("failed|did not run|may have run", ended.out)) == (
+            0,
+            [],
+        ), code + ended.err
         shown.append(ended.out)
     out = "".join(shown)
     assert shown[0] == "['GATEWAY_BASE_URL', 'X_INTERNAL_TOKEN']\n"
@@ -95,7 +99,9 @@ def test_every_block_of_the_skill_works_where_there_is_only_the_one_file(
     (ran({"success": False, "error": "out of luck"}), "out of luck"),
     (FAILED_CALL, "out of luck"),
 ], ids=["refused", "unavailable", "hang up", "a failure of its own", "a failed call"])
-def test_the_script_of_the_skill_sends_once_and_tells_what_failed(run_skill: Any, given: Any, message: str) -> None:
+def test_the_script_of_the_skill_sends_once_and_tells_what_failed(
+    run_skill: Any, given: Any, message: str
+) -> None:
     out, told, sent = run_skill("It may have run", given)
     assert (out, message in told, sent) == ("", True, 1)
 
@@ -135,7 +141,8 @@ def test_a_block_of_the_skill_is_one_command_and_waits_for_minutes_where_it_call
     for code in blocks:
         command, rest = code.split("\n", 1)
         here = re.search(r"<<'(\w+)'$", command)
-        assert rest == "" or (here and rest.endswith(f"\n{here[1]}\n")), code  # a terminal may refuse a second one
+        # A terminal may refuse a second one.
+        assert rest == "" or (here and rest.endswith(f"\n{here[1]}\n")), code
         calls = re.search(r"gateway_sdk\.py (run|batch|upload|download) ", command)
         assert "--timeout 600" in command or not calls, code
     for code in (code for _, code in skill_blocks("python")):
