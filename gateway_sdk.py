@@ -240,6 +240,20 @@ def _meaning(escape: bytes) -> bytes:
     return pair.decode("utf-16").encode()
 
 
+def _replace_escapes(plain: bytearray, begins: Any) -> None:
+    """Puts what they stand for in place of the escapes that end `plain`, one within another."""
+    while found := _ENDING_ESCAPE.search(plain[-_MAX_ESCAPE_BYTES:]):
+        escape = bytes(found[0])
+        meaning = _meaning(escape)
+        # HTML has no such entity.
+        if meaning == escape:
+            return
+        begin = begins[-len(escape)]
+        del plain[-len(escape) :], begins[-len(escape) :]
+        plain += meaning
+        begins.extend([begin] * len(meaning))
+
+
 def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
     """`text` without the escapes of JSON, `repr`, URLs and HTML, and where in it each byte was.
 
@@ -248,23 +262,25 @@ def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
     """
     if text.isascii() and not re.search(r"[\\%&]", text):
         return text.encode(), range(len(text) + 1)
+    from array import array
+
     plain = bytearray()
-    begins: list[int] = []
-    for position, character in enumerate(text):
-        encoded = character.encode("utf-8", "surrogatepass")
-        plain += encoded
-        begins += [position] * len(encoded)
-        while found := _ENDING_ESCAPE.search(plain[-_MAX_ESCAPE_BYTES:]):
-            escape = bytes(found[0])
-            meaning = _meaning(escape)
-            # HTML has no such entity.
-            if meaning == escape:
+    # An answer may have many megabytes: a list of numbers would have several times as many.
+    begins = array("Q")
+    for run in re.finditer(r"[\\%&\x80-\U0010ffff]|[^\\%&\x80-\U0010ffff]+", text):
+        for position in range(*run.span()):
+            # Where none has begun, none can end until the next run: the rest is taken in one step.
+            is_due = (position - run.start()) % _MAX_ESCAPE_BYTES == _MAX_ESCAPE_BYTES - 1
+            if is_due and not re.search(rb"[\\%&\x80-\xff]", plain[-_MAX_ESCAPE_BYTES:]):
+                plain += text[position : run.end()].encode()
+                begins.extend(range(position, run.end()))
                 break
-            begin = begins[-len(escape)]
-            del plain[-len(escape) :], begins[-len(escape) :]
-            plain += meaning
-            begins += [begin] * len(meaning)
-    return bytes(plain), [*begins, len(text)]
+            encoded = text[position].encode("utf-8", "surrogatepass")
+            plain += encoded
+            begins.extend([position] * len(encoded))
+            _replace_escapes(plain, begins)
+    begins.append(len(text))
+    return bytes(plain), begins
 
 
 def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
@@ -299,14 +315,16 @@ class _Redactor:
         """`text` with `***` for each secret; without `short_ones`, for data that code reads."""
         plain, begins = _unescape(text)
         dense = plain.translate(None, _LOOSE_BYTES)
-        places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
-        spans = []
+        spans: list[tuple[int, int]] = []
+        places: list[int] = []
         for wanted in self._long:
-            found = _find_all(dense, wanted)
+            found = list(_find_all(dense, wanted))
+            if found and not places:
+                places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
             spans += [(places[at], places[at + len(wanted) - 1] + 1) for at in found]
         for wanted in self._short if short_ones else ():
-            found = _find_all(plain, wanted)
-            spans += [(at, at + len(wanted)) for at in found if _stands_alone(plain, at, wanted)]
+            alone = (at for at in _find_all(plain, wanted) if _stands_alone(plain, at, wanted))
+            spans += [(at, at + len(wanted)) for at in alone]
         masked, done = "", 0
         for first, behind in sorted(spans):
             if begins[first] >= done:
@@ -1417,7 +1435,7 @@ def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> 
     """
     options = _list_of(fields, "connection")
     keep_alive = "close" not in options and (not is_old or "keep-alive" in options)
-    lengths = set(_list_of(fields, "content-length"))
+    lengths = {length.lstrip("0") or "0" for length in _list_of(fields, "content-length")}
     named = _list_of(fields, "transfer-encoding")
     # As other clients do: `identity` is none, and what servers behind each other say twice is one.
     codings = [coding for coding in named if coding != "identity"]
@@ -1988,7 +2006,7 @@ def _decode_text(head: _Head, body: bytes) -> str:
     """
     found = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", head.get("Content-Type"), re.IGNORECASE)
     charset = found[1].lower() if found else "utf-8"
-    if charset in ("utf-8", "utf8"):
+    if charset in ("utf-8", "utf8", "us-ascii", "ascii"):
         charset = json.detect_encoding(body)
     try:
         return body.decode(charset, "replace")
@@ -2222,7 +2240,7 @@ def _status_error(response: _Response) -> GatewayError:
         advice = _credential_advice(request)
     elif request.to_gateway and no_such_path:
         advice = _ENCODED_SLASH_ADVICE if "%2F" in request.target else _NO_ENDPOINT_ADVICE
-    elif status < 400:
+    elif 300 <= status < 400:
         address = head.get("Location").partition("?")[0][:_MAX_SHOWN_CHARACTERS]
         message = f"a redirect to {address or 'nowhere'}, which is not followed."
         advice = _REDIRECT_ADVICE if request.to_gateway else None
@@ -2459,7 +2477,7 @@ class _Transport:
                     # Whatever made the first attempt fail may be wrong with other idle connections.
                     response = self._exchange(flight, request, fresh=attempt > 1)
                     status = str(response.status)
-                    if response.status < 300:
+                    if 200 <= response.status < 300:
                         _check_whole(response)
                         return read(response)
                     request = _next_request(response)
@@ -2711,7 +2729,7 @@ class EventStream(Iterator[StreamEvent]):
         self._lists = _read_event_stream(_response) if _response else ([event] for event in events)
         # What came with the last event.
         self._arrived: Iterator[StreamEvent] = iter(())
-        # "open", "ended", "closed" or "failed". Only `close` makes it closed, also in another thread.
+        # "open", "ended", "closed" or "failed". Only `close` makes it closed, in any thread.
         self._state: str = "open"
         # The text of the error by which it failed.
         self._failure = ""
@@ -2814,7 +2832,7 @@ def _file_name(path: _Path) -> str:
 
 def _open_file(path: _Path) -> Any:
     """The file at a path, to be read from its start. The caller closes it."""
-    if not isinstance(path, (str, os.PathLike)) or re.match(r"\w+://", str(path)):
+    if not isinstance(path, (str, os.PathLike)) or re.search(r"^\w+://|\0", str(path)):
         problem = f"The path of a file is needed, not {_shown(path)}"
         raise ValidationError(f"{problem}: save the contents in a file first.")
     if os.path.exists(path) and not os.path.isfile(path):
@@ -3708,6 +3726,8 @@ class GatewayClient:
         del s3_url
         if mode != "presigned":
             raise ValidationError(f"mode must be 'presigned', not {_shown(mode)}.")
+        if "\0" in str(local_path):
+            raise ValidationError(f"{_shown(str(local_path))} cannot be the path of a file.")
         target = os.path.realpath(local_path)
         can_be_made = os.path.basename(local_path) and not os.path.exists(target)
         if not can_be_made and not os.path.isfile(target):

@@ -9170,23 +9170,6 @@ def test_a_client_that_is_dropped_leaves_no_thread_and_no_connection() -> None:
     assert (done.stderr, done.stdout) == ("", "1 []\n")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    with Script(ran(), ran("child"), ran("parent")) as server:
-        client = async_client_of(server, max_workers=1)
-        in_loop(run(client))
-        child = os.fork()
-        if not child:
-            status = 1
-            with contextlib.suppress(BaseException):
-                made = asyncio.run(asyncio.wait_for(run(client), WAIT_SECONDS))
-                status = made.get_function_result() != "child"
-            os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
-        assert in_loop(run(client)).get_function_result() == "parent"
-
-
 def test_two_hundred_calls_run_at_once_and_their_threads_are_used_again() -> None:
     async def main() -> None:
         async with async_client_of(server) as client:

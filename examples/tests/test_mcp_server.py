@@ -97,7 +97,7 @@ MERGE_SCHEMA = {
 def call_tool(
     gateway: Any, prefab: str, name: str, arguments: Any = None, report: Any = None, **options: Any
 ) -> Any:
-    """Calls a tool in this process: all of the server but MCP itself. `report` is given the texts of events."""
+    """Calls a tool in this process: all but MCP itself. `report` is given the texts of events."""
     async def call(client: GatewayClient) -> Any:
         async def tell(text: str) -> None:
             if report:
@@ -111,7 +111,7 @@ def call_tool(
 
 
 def stream_of(*events: bytes, end: Any = None) -> Script:
-    """A gateway whose function `f` of the prefab `p@1.0.0` streams these events, and then ends or does `end`."""
+    """A gateway whose function `f` of the prefab `p@1.0.0` streams these events, and then ends."""
     spec = {"id": "p", "version": "1.0.0", "functions": [{"name": "f", "streaming": True}]}
     return Script(
         answer(spec),
@@ -317,7 +317,8 @@ def test_the_tools_are_listed_for_models_without_the_package(
         "type": "function",
         "function": {
             "name": "text-tools__statistics",
-            "description": "Count the characters, words and lines of a text, and its most common words.\n\n"
+            "description": "Count the characters, words and lines of a text, and its most common "
+                           "words.\n\n"
             f"Prefab text-tools 1.1.0. Looks at texts\n{mcp_server.NO_ANSWER_HINT}",
             "parameters": {
                 "type": "object",
