@@ -55,7 +55,6 @@ from typing import (
     Any,
     ClassVar,
     Literal,
-    NamedTuple,
     Optional,
     TypeVar,
     Union,
@@ -356,7 +355,8 @@ def _mask_queries(text: str) -> str:
 #         GatewayTimeoutError       also a TimeoutError
 
 
-class _Advice(NamedTuple):
+@dataclass(frozen=True)
+class _Advice:
     """What the user can do about an error. The error's fields stand in braces."""
 
     python: str
@@ -444,7 +444,7 @@ class GatewayError(Exception):
 
         values = {name: details.get(name) or default for name, default in cls._fields.items()}
         words = {name: shlex.quote(_text_of(value)) for name, value in values.items()}
-        python, shell = cls._class_advice
+        python, shell = cls._class_advice.python, cls._class_advice.shell
         return _Advice(python.format_map(values), shell.format_map(words))
 
     def _in_shell(self) -> str:
@@ -528,7 +528,7 @@ class AgentContextRequiredError(GatewayError):
     )
 
     def __init__(self, message: str | None = None) -> None:
-        python, shell = self._class_advice
+        python, shell = self._class_advice.python, self._class_advice.shell
         super().__init__(message or python, {"error_code": "MISSING_AGENT_CONTEXT"})
         self._shell_message = message or shell
 
@@ -1220,7 +1220,7 @@ def _proxy_advice(request: _Request) -> _Advice | None:
     if not request.proxy:
         return None
     text = f"It went through {request.proxy}; NO_PROXY names hosts to be reached without it."
-    return _Advice(text, text)
+    return _Advice(text)
 
 
 def _wire_error(
@@ -2184,7 +2184,7 @@ def _credential_advice(request: _Request) -> _Advice:
         if type(expires) in (int, float) and expires < time.time():
             date = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(expires))
             text += f" It expired at {date} UTC."
-    return _Advice(text, text)
+    return _Advice(text)
 
 
 _NO_ENDPOINT_ADVICE = _Advice(
@@ -2192,7 +2192,7 @@ _NO_ENDPOINT_ADVICE = _Advice(
     "This gateway has no such endpoint. Is --base-url right? Does it take this kind of credential?",
 )
 _ENCODED_SLASH_ADVICE = _Advice(
-    *2 * ("The path has an encoded slash (%2F) in a name, which this gateway cannot route.",)
+    "The path has an encoded slash (%2F) in a name, which this gateway cannot route."
 )
 _REDIRECT_ADVICE = _Advice("Is base_url right?", "Is --base-url right?")
 
@@ -2248,7 +2248,7 @@ def _status_error(response: _Response) -> GatewayError:
     instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
         f"{request!r} answered {status}: {request.redact(message or head.reason or 'no reason')}",
-        fields, advice, _Advice(instructions, instructions), _proxy_advice(request),
+        fields, advice, _Advice(instructions), _proxy_advice(request),
         may_have_run=_status_may_have_run(request, status, refused), status_code=status,
         request_id=_request_id(response), retry_after=_retry_after_seconds(head.get("Retry-After")),
     )
