@@ -375,6 +375,14 @@ def _text_of(value: Any) -> str:
     return "(too large or too deep to be shown)"
 
 
+def _shell_word(text: str) -> str:
+    """A text as one word of a command. `shlex` cannot be imported where no file can be opened."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
+        return text
+    quoted = text.replace("'", "'\"'\"'")
+    return f"'{quoted}'"
+
+
 def _joined(parts: Iterable[str]) -> str:
     """The parts of a message, each on a line of its own, without empty lines."""
     lines = "\n".join(parts).split("\n")
@@ -440,10 +448,8 @@ class GatewayError(Exception):
     @classmethod
     def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
         """The advice of the class, with the fields of this error in it."""
-        import shlex
-
         values = {name: details.get(name) or default for name, default in cls._fields.items()}
-        words = {name: shlex.quote(_text_of(value)) for name, value in values.items()}
+        words = {name: _shell_word(_text_of(value)) for name, value in values.items()}
         python, shell = cls._class_advice.python, cls._class_advice.shell
         return _Advice(python.format_map(values), shell.format_map(words))
 
@@ -2245,12 +2251,14 @@ def _status_error(response: _Response) -> GatewayError:
         message = f"a redirect to {address or 'nowhere'}, which is not followed."
         advice = _REDIRECT_ADVICE if request.to_gateway else None
     refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
+    retry_after = _retry_after_seconds(head.get("Retry-After"))
+    wait = "" if retry_after is None else f"It asks to wait for {retry_after:.0f} s (Retry-After)."
     instructions = request.redact(_text_of(fields.get("instructions") or ""))
     return error_class._create(
         f"{request!r} answered {status}: {request.redact(message or head.reason or 'no reason')}",
-        fields, advice, _Advice(instructions), _proxy_advice(request),
+        fields, advice, _Advice(instructions), _Advice(wait), _proxy_advice(request),
         may_have_run=_status_may_have_run(request, status, refused), status_code=status,
-        request_id=_request_id(response), retry_after=_retry_after_seconds(head.get("Retry-After")),
+        request_id=_request_id(response), retry_after=retry_after,
     )
 
 
@@ -2303,10 +2311,9 @@ def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float 
     base = _CONNECT_BACKOFF_BASE_SECONDS if unsent else _BACKOFF_BASE_SECONDS
     # 2.0**1024 overflows.
     longest = min(_BACKOFF_CAP_SECONDS, base * 2.0 ** min(attempt - 1, 100))
-    import random
-
-    # Its own generator: a retry must not change what a program that seeds the global one does.
-    return random.Random().uniform(longest / 2 if unsent else 0.0, longest)
+    least = longest / 2 if unsent else 0.0
+    # Not `random`, which a program may have seeded, and which no full process can import.
+    return least + (longest - least) * int.from_bytes(os.urandom(4), "big") / 2**32
 
 
 class _Resume:
@@ -3018,24 +3025,23 @@ def _send_call(
     """What `read` makes of the answer to a run request, in the form in which the gateway reads it.
 
     The published one reads parameters flat, and refuses the usual form before anything has run. So
-    a single call is sent again, flat; if that helped, all later ones are sent so at once.
+    a single call is sent again in the other form; if that helped, later ones are sent so at once.
     """
-    if transport.reads_flat:
-        return transport.send(_flattened(request)[0], read, scopes)
+    reads_flat = transport.reads_flat
     try:
-        return transport.send(request, read, scopes)
+        return transport.send(_flattened(request)[0] if reads_flat else request, read, scopes)
     except ValidationError as error:
         flat, names = _flattened(request)
         if request.calls != 1 or _missing_parameter(error) not in names:
             raise
     try:
-        answer = transport.send(flat, read, scopes)
+        answer = transport.send(request if reads_flat else flat, read, scopes)
     except GatewayError as error:
         # Any other answer is none to the form.
         if error.status_code and not _missing_parameter(error):
-            transport.reads_flat = True
+            transport.reads_flat = not reads_flat
         raise
-    transport.reads_flat = True
+    transport.reads_flat = not reads_flat
     return answer
 
 
@@ -3557,6 +3563,8 @@ class GatewayClient:
             The results in the order of the calls; one that raised is FAILED and has `exception`.
             A 401 is raised if no call has a result; nothing is sent after it.
         """
+        if not isinstance(calls, Iterable):
+            raise ValidationError(f"calls must be a list of PrefabCall, not {_shown(calls)}.")
         calls, report = list(calls), on_result or _ignore
         _check_number("max_workers", max_workers)
         if executor is not None and not hasattr(executor, "submit"):
@@ -4328,6 +4336,10 @@ def _clip(text: str, cells: int) -> str:
     return text
 
 
+# What an interrupted command says that is no call.
+_MAY_BE_DONE = "it may have been done all the same"
+
+
 class _Terminal:
     """Where a command prints, and what ends it early. `main` makes one and hands it on.
 
@@ -4431,8 +4443,9 @@ class _Terminal:
 
     def tell(self, text: str) -> None:
         """Prints one line on stderr, with nothing in it that a terminal would obey."""
-        lines = [line.strip() for line in text.expandtabs(1).splitlines()]
-        line = "; ".join(filter(None, lines)).replace(":; ", ": ")
+        lines = [line.strip() for line in text.expandtabs(1).splitlines() if line.strip()]
+        lines[:-1] = [line.rstrip(".") for line in lines[:-1]]
+        line = "; ".join(lines).replace(":; ", ": ")
         self._show(line.translate(_ESCAPES) + "\n")
 
     def draw(self, text: str, *, last: bool) -> None:
@@ -4666,6 +4679,8 @@ def _reason(result: PrefabResult) -> str:
 def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     if args.stream and (args.save or args.result):
         raise ValidationError("--save and --result do not go with --stream.")
+    if args.save == "":
+        raise ValidationError("--save needs a folder.")
     parameters = _read_parameters(args)
     if args.save:
         _require_folder(args.save)
@@ -4678,10 +4693,16 @@ def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     else:
         result = client.run(*call)
         terminal.if_interrupted = "the call has run"
-        _print_result(client, result, args, terminal)
+        # Whether somebody reads it or not, the status tells how the call ended.
+        with suppress(BrokenPipeError):
+            _print_result(client, result, args, terminal)
     if not result.is_success():
         raise GatewayError(_reason(result))
     value = result.get_function_result()
+    if isinstance(value, list) and len(value) == 1:
+        # With --stream, the result of a function that does not stream is one content.
+        result = PrefabResult(CallStatus.SUCCESS, value[0])
+        value = result.get_function_result()
     if args.fail and isinstance(value, dict) and value.get("success") is False:
         reason = result.get_business_error() or result.get_business_message() or "no reason"
         raise GatewayError(f'The function reports "success": false: {reason}')
@@ -4767,6 +4788,7 @@ def _upload_command(client: GatewayClient, args: Any, terminal: _Terminal) -> No
     if not args.input and args.content_type is not None:
         raise ValidationError("--content-type goes with --input.")
     answers: list[_Json] = []
+    terminal.if_interrupted = _MAY_BE_DONE
     try:
         for path in args.path:
             bar = _ProgressBar(terminal, path)
@@ -4800,6 +4822,7 @@ def _ls_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
 
 
 def _cleanup_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    terminal.if_interrupted = _MAY_BE_DONE
     terminal.print_json({"deleted_count": client.cleanup_temp_files(args.session)})
 
 
@@ -4824,6 +4847,7 @@ def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -
         value = _read_text("-").removesuffix("\n").removesuffix("\r")
     if not value:
         raise ValidationError("The secret is empty: it is read from stdin, or typed at the prompt.")
+    terminal.if_interrupted = _MAY_BE_DONE
     client.set_secret(args.prefab, args.name, value)
     terminal.print_json({"prefab_id": args.prefab, "secret_name": args.name})
 
@@ -4833,6 +4857,7 @@ def _secret_list_command(client: GatewayClient, args: Any, terminal: _Terminal) 
 
 
 def _secret_delete_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    terminal.if_interrupted = _MAY_BE_DONE
     client.delete_secret(args.prefab, args.name)
     terminal.print_json({"prefab_id": args.prefab, "secret_name": args.name})
 
