@@ -4202,12 +4202,30 @@ class AsyncGatewayClient:
                 if not scope.cancelled or result.exception is None:
                     loop.call_soon_threadsafe(hand_over, index, result)
 
+        running = asyncio.Event()
+        ended = asyncio.Event()
         work = partial(
             self._client._scoped(scope).run_batch, list(calls), max_workers=max_workers,
             timeout=timeout, on_result=report if callable(on_result) else on_result,
             executor=executor, single_request=single_request,
         )
-        batch: BatchResult = await self._workers.do(_Secret(work), scope.cancel)
+
+        def run() -> BatchResult:
+            running.set()
+            try:
+                return work()
+            finally:
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(ended.set)
+
+        try:
+            batch: BatchResult = await self._workers.do(_Secret(run), scope.cancel)
+        except asyncio.CancelledError:
+            # It ends at once. What had arrived by then is on its way to `on_result`.
+            if running.is_set():
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(ended.wait(), 1.0)
+            raise
         if raised:
             raise raised[0]
         return batch

@@ -1682,6 +1682,9 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
     **{f"timeout={value!r}": (lambda c, value=value: run(c, timeout=value), "timeout")
        for value in (0, -1, "5", True, float("nan"), float("inf"), 2**31 / 1000)},
     "nothing in a batch": (lambda c: c.run_batch([call(), None]), "PrefabCall"),
+    "a call as a batch": (lambda c: c.run_batch(call()), "list of PrefabCall"),
+    "zero byte in a path": (lambda c: c.upload_file("a\0b"), "path of a file"),
+    "zero byte in a target": (lambda c: c.download_file(S3, "a\0b"), "path of a file"),
     "dict in a batch": (lambda c: c.run_batch([{"prefab_id": "p"}]), r"PrefabCall\(\*\*"),
     "dict in a single request": (lambda c: c.run_batch([call(), {"prefab_id": "p"}],
                                                        single_request=True),
@@ -8595,6 +8598,41 @@ def test_the_local_gateway_can_read_parameters_flat(awaits: bool) -> None:
         assert len(gateway.executed) == 5 and len(gateway.requests) == 7
 
 
+def test_a_gateway_that_reads_parameters_flat_may_be_replaced_by_one_that_does_not() -> None:
+    with LocalGateway() as gateway, client_of(gateway) as client:
+        for flat in (True, False, True):
+            gateway.flat = flat
+            for n in range(2):
+                counted = client.run("text-tools", "1.1.0", "statistics", {"text": "a " * n})
+                assert counted.get_function_result()["words"] == n
+        # The form is looked for once each time.
+        assert len(gateway.requests) == 9
+
+
+def test_without_a_free_descriptor_an_error_says_so_and_that_nothing_ran() -> None:
+    code = """
+        import resource, sys
+        import gateway_sdk
+        client = gateway_sdk.GatewayClient("http://127.0.0.1:1", max_retries=1)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        for act in (client.list_prefabs, lambda: client.run("p", "1", "f")):
+            try:
+                act()
+            except gateway_sdk.ServiceUnavailableError as error:
+                print(error.may_have_run, "ulimit" in str(error))
+    """
+    pytest.importorskip("resource")
+    done = python(inspect.cleandoc(code))
+    assert (done.stdout.split(), done.stderr) == (["False", "True"] * 2, "")
+
+
+def test_a_longer_wait_than_is_waited_for_is_told() -> None:
+    with Script(answer({"detail": "busy"}, 503, Retry_After=61)) as server:
+        with pytest.raises(ServiceUnavailableError, match="busy\n.*61 s") as caught:
+            client_of(server).list_prefabs()
+    assert caught.value.retry_after == 61
+
+
 def test_any_function_of_a_prefab_is_a_method(client: GatewayClient) -> None:
     tools = client.prefab("text-tools", "1.1.0")
     assert isinstance(tools, Prefab)
@@ -12406,6 +12444,36 @@ def test_an_interrupted_batch_prints_the_results_that_it_has(
     closing.set()
     told = "interrupted: calls that have no line on stdout may have run."
     assert screen(terminal.rest()) == [told, ""]
+
+
+@posix
+def test_a_run_that_nobody_reads_tells_its_status_all_the_same(lone: Path) -> None:
+    closed = threading.Event()
+    late = Steps((lambda _: closed.wait(WAIT_SECONDS), send(FAILED_CALL)))
+    with Script(late) as server, \
+            started(lone, "run", "a", "1", "f", env=environment_for(server)) as process:
+        server.wait_until(lambda: server.received)
+        process.stdout.close()
+        closed.set()
+        assert b"out of luck" in process.stderr.read() and process.wait() == 1
+
+
+@posix
+@pytest.mark.parametrize("line", ["secret set vault KEY", "secret delete vault KEY", "cleanup s"])
+def test_what_is_interrupted_may_have_been_done(lone: Path, line: str) -> None:
+    stdin = subprocess.PIPE if "set" in line else subprocess.DEVNULL
+    with Script(Pause()) as server, \
+            started(lone, *line.split(), env=environment_for(server), stdin=stdin) as process:
+        if process.stdin:
+            process.stdin.write(b"x")
+            process.stdin.close()
+        server.wait_until(lambda: server.received)
+        process.send_signal(signal.SIGINT)
+        assert b"may have been done" in process.stderr.read() and process.wait() == 130
+
+
+def test_an_empty_folder_to_save_to_is_refused_before_the_call(cli: Any) -> None:
+    assert "folder" in cli("run", "a", "1", "f", "--save", "", replies=[]).error(2)
 
 
 @posix
