@@ -3927,18 +3927,25 @@ class _Workers:
             # A thread that waits must not keep its last job alive.
             del job
 
-    async def do(self, work: _Secret, give_up: Callable[[], object]) -> Any:
-        """What the function in `work` gives in a thread. A cancelled task has `give_up` end it."""
+    async def do(
+        self, work: _Secret, give_up: Callable[[], object], grace_seconds: float = 0.0
+    ) -> Any:
+        """What the function in `work` gives in a thread. A cancelled task has `give_up` end it.
+
+        So long it is then waited for at most, if it had begun.
+        """
         import asyncio
         import contextvars
 
         loop = asyncio.get_running_loop()
-        done = loop.create_future()
+        done, ended = loop.create_future(), asyncio.Event()
+        began = threading.Event()
         context = contextvars.copy_context()
         results: list[Any] = []
         errors: list[BaseException] = []
 
         def finish() -> None:
+            ended.set()
             if not done.done():
                 done.set_result(None)
 
@@ -3947,6 +3954,7 @@ class _Workers:
             # another one may already have given its thread back to this job.
             if done.cancelled():
                 return
+            began.set()
             try:
                 results.append(context.run(work.reveal()))
             except BaseException as error:  # noqa: BLE001
@@ -3958,8 +3966,11 @@ class _Workers:
         self._submit(job)
         try:
             await done
-        except BaseException:
+        except BaseException as error:
             give_up()
+            if grace_seconds and began.is_set() and isinstance(error, asyncio.CancelledError):
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(ended.wait(), grace_seconds)
             raise
         if errors:
             raise errors.pop()
@@ -4202,30 +4213,13 @@ class AsyncGatewayClient:
                 if not scope.cancelled or result.exception is None:
                     loop.call_soon_threadsafe(hand_over, index, result)
 
-        running = asyncio.Event()
-        ended = asyncio.Event()
         work = partial(
             self._client._scoped(scope).run_batch, list(calls), max_workers=max_workers,
             timeout=timeout, on_result=report if callable(on_result) else on_result,
             executor=executor, single_request=single_request,
         )
-
-        def run() -> BatchResult:
-            running.set()
-            try:
-                return work()
-            finally:
-                with suppress(RuntimeError):
-                    loop.call_soon_threadsafe(ended.set)
-
-        try:
-            batch: BatchResult = await self._workers.do(_Secret(run), scope.cancel)
-        except asyncio.CancelledError:
-            # It ends at once. What had arrived by then is on its way to `on_result`.
-            if running.is_set():
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), 1.0)
-            raise
+        # When it is cancelled it ends at once, but what had arrived is on its way to `on_result`.
+        batch: BatchResult = await self._workers.do(_Secret(work), scope.cancel, 1.0)
         if raised:
             raise raised[0]
         return batch
