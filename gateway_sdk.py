@@ -3512,6 +3512,12 @@ class GatewayClient:
 
     @overload
     def run(
+        self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
+        files: _Files | None, stream: Literal[True], *, timeout: float | None = None,
+    ) -> EventStream: ...
+
+    @overload
+    def run(
         self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
         files: _Files | None = None, stream: bool = False, *, timeout: float | None = None,
     ) -> PrefabResult | EventStream: ...
@@ -4174,6 +4180,12 @@ class AsyncGatewayClient:
         async def run(
             self, prefab_id: str, version: str, function_name: str, parameters: _Json | None = None,
             files: _Files | None = None, *, stream: Literal[True], timeout: float | None = None,
+        ) -> AsyncEventStream: ...
+
+        @overload
+        async def run(
+            self, prefab_id: str, version: str, function_name: str, parameters: _Json | None,
+            files: _Files | None, stream: Literal[True], *, timeout: float | None = None,
         ) -> AsyncEventStream: ...
 
         @overload
