@@ -630,8 +630,10 @@ class StreamEvent:
     @classmethod
     def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
-        event_type = _EVENT_TYPES.get(_text_of(data.get("type")), StreamEventType.CONTENT)
-        return cls(event_type, data.get("data"), data)
+        name: Any = data.get("type")
+        # A type that is a list or an object cannot be looked up.
+        event_type = _EVENT_TYPES.get(name) if isinstance(name, str) else None
+        return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
 
 
 def _is_heartbeat(event: StreamEvent) -> bool:
@@ -1964,15 +1966,14 @@ class _Response:
         is not exactly as it should be, the connection is not used again.
         """
         line = _read_line(reader)
-        if self._line_end_is_due and not line.strip():
+        if self._line_end_is_due:
             self._may_keep = self._may_keep and line == b"\r\n"
-            line = _read_line(reader)
-        elif self._line_end_is_due:
-            self._may_keep = False
+            if not line.strip():
+                line = _read_line(reader)
         if not _is_chunk_size(line):
             self._may_keep = False
         try:
-            size = int(line.partition(b";")[0], 16)
+            size = int(line.partition(b";")[0] if b";" in line else line, 16)
         except ValueError:
             size = -1
         if size < 0:
@@ -1994,8 +1995,10 @@ class _Response:
 
     def wait_at_most(self, seconds: float | None) -> None:
         """From now on, waits for all that is to come no longer than this; None: for each piece."""
+        if seconds is None and self._deadline is None:
+            return
         # At the end of the body the connection is no longer its own: another call may wait on it.
-        if self._flight.holds(self._connection) and (seconds, self._deadline) != (None, None):
+        if self._flight.holds(self._connection):
             self._deadline = None if seconds is None else time.monotonic() + seconds
             with suppress(_Fault):
                 self._connection.set_timeout(seconds or self.request.timeout)
@@ -2743,6 +2746,10 @@ class EventStream(Iterator[StreamEvent]):
         self._reading = threading.Lock()
 
     def __next__(self) -> StreamEvent:
+        if self._state == "open":
+            # A step of a list's iterator needs no lock.
+            for event in self._arrived:
+                return event
         if self._state == "closed":
             raise GatewayError("This stream was closed before its end: what came is not all.")
         if self._state == "failed":
@@ -2752,8 +2759,6 @@ class EventStream(Iterator[StreamEvent]):
         if not self._reading.acquire(blocking=False):
             raise GatewayError("This stream is being read already: one thread or handler reads it.")
         try:
-            for event in self._arrived:
-                return event
             self._arrived = iter(next(self._lists))
             return next(self._arrived)
         except StopIteration:
