@@ -2690,10 +2690,10 @@ def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
 
 def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
     """The results of a run request with `count` calls, from the JSON in `response.body`."""
-    content = _json_of(response)
-    answer = _Secret(content if isinstance(content, dict) else {})
+    answer = _Secret(_json_of(response))
+    if not isinstance(answer.reveal(), dict):
+        raise _unexpected_response(response, "the body is neither a JSON object nor events")
     entries = _Secret(answer.reveal().get("results"))
-    del content
     is_list = isinstance(entries.reveal(), list)
     if not is_list or [type(entry) for entry in entries.reveal()] != [dict] * count:
         raise _unexpected_response(response, f"'results' is not a list of {count} objects")
