@@ -42,6 +42,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -1734,7 +1735,8 @@ class _Connection:
         return self._send_all(_serialize(request, proxy))
 
     def _send_all(self, blocks: Iterable[bytes]) -> _Fault | None:
-        for left in map(memoryview, blocks):
+        for block in blocks:
+            left = memoryview(block)
             try:
                 # Not sendall: its timeout would be for the whole of it.
                 while left:
@@ -1884,7 +1886,7 @@ class _Scope:
 # --- Responses ------------------------------------------------------------------------------------
 
 
-_is_chunk_size = re.compile(b"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r\n").fullmatch
+_chunk_size = re.compile(b"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n").fullmatch
 
 
 class _Response:
@@ -1909,7 +1911,8 @@ class _Response:
         self._deadline: float | None = None
         # Bytes that are still to come of the chunk or the body; None: until the connection ends.
         self._missing = 0 if head.chunked else head.length
-        self._line_end_is_due = False
+        # Whether the first chunk has.
+        self._has_begun = False
         # Whether the last chunk has come. What may follow it is no part of the body.
         self._is_whole = False
         # After a 5xx the server may hang up without having said so: uvicorn does.
@@ -1966,8 +1969,6 @@ class _Response:
             if not piece:
                 raise _Fault(f"{self._missing} more bytes were expected")
             self._missing -= len(piece)
-            # It is read with the next chunk: the data must not wait for it.
-            self._line_end_is_due = True
         return piece
 
     def _begin_chunk(self, reader: Any) -> int:
@@ -1976,19 +1977,15 @@ class _Response:
         As lenient as Python's own client: the content will show if it was right. But where anything
         is not exactly as it should be, the connection is not used again.
         """
-        line = _read_line(reader)
-        if self._line_end_is_due:
+        line = reader.readline(_MAX_HEAD_BYTES)
+        # The line end behind the last chunk is read only now: its data must not wait for it.
+        if self._has_begun:
             self._may_keep = self._may_keep and line == b"\r\n"
-            if not line.strip():
-                line = _read_line(reader)
-        if not _is_chunk_size(line):
-            self._may_keep = False
-        try:
-            size = int(line.partition(b";")[0] if b";" in line else line, 16)
-        except ValueError:
-            size = -1
-        if size < 0:
-            raise _Fault(f"a chunk's size is {line[:80]!r}")
+            if not line.strip(b"\r\n"):
+                line = reader.readline(_MAX_HEAD_BYTES)
+        found = _chunk_size(line)
+        size = int(found[1], 16) if found else self._odd_chunk_size(line)
+        self._has_begun = True
         if size == 0:
             # If nothing more comes, nothing is lost but the connection.
             self._is_whole = True
@@ -1998,6 +1995,16 @@ class _Response:
             else:
                 self._may_keep = False
         return size
+
+    def _odd_chunk_size(self, line: bytes) -> int:
+        self._may_keep = False
+        if not line.endswith(b"\n"):
+            raise _Fault("the connection was closed before the end")
+        with suppress(ValueError):
+            size = int(line.partition(b";")[0], 16)
+            if size >= 0:
+                return size
+        raise _Fault(f"a chunk's size is {line[:80]!r}")
 
     def read_all(self) -> bytes:
         """The whole body, which `body` keeps."""
@@ -2633,39 +2640,38 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[l
     """
     # Takes half the time of `json.loads`.
     decode = _json_decoder.raw_decode
-    # The pieces of a block are joined once: a large event may come in thousands.
-    pending, last = [b""], b""
+    # The block that has begun. Its pieces are joined once: a large event may come in thousands.
+    pending: list[bytes] = []
     after_cr = False
     # Of the first block, in front of which a byte order mark may stand.
     codec = "utf-8-sig"
     for chunk in filter(None, chunks):
-        ends_with_cr = chunk.endswith(b"\r")
-        if after_cr:
-            chunk = chunk.removeprefix(b"\n")
-        after_cr = ends_with_cr
-        # A CR at the end of the chunk ends its line at once, too: its LF may never come.
-        if b"\r" in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        pending.append(chunk)
-        has_blank_line = b"\n\n" in chunk or last + chunk[:1] == b"\n\n"
-        last = chunk[-1:] or last
-        if not has_blank_line:
+        if after_cr or b"\r" in chunk:
+            begin = 1 if after_cr and chunk.startswith(b"\n") else 0
+            # A CR at the end of the chunk ends its line at once, too: its LF may never come.
+            after_cr = chunk.endswith(b"\r")
+            chunk = chunk[begin:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if not chunk:
             continue
-        *blocks, begun = b"".join(pending).split(b"\n\n")
-        pending = [begun]
+        begins_blank = chunk.startswith(b"\n") and pending and pending[-1].endswith(b"\n")
+        pending.append(chunk)
+        if not begins_blank and b"\n\n" not in chunk:
+            continue
+        blocks, _, begun = b"".join(pending).rpartition(b"\n\n")
+        pending = [begun] if begun else []
         events: list[StreamEvent] = []
-        for block in blocks:
-            text, codec = block.decode(codec, "replace"), "utf-8"
+        for block in blocks.decode(codec, "replace").split("\n\n"):
             # A short way, in half the time, for one line with an object, as nearly all are.
-            if text.startswith("data: {") and "\n" not in text:
+            if block.startswith("data: {") and "\n" not in block:
                 try:
-                    value, end = decode(text, 6)
-                    if end == len(text):
+                    value, end = decode(block, 6)
+                    if end == len(block):
                         events.append(_make_event(value))
                         continue
                 except (ValueError, RecursionError):
                     pass
-            events += _block_events(text)
+            events += _block_events(block)
+        codec = "utf-8"
         if events:
             yield events
     events = _block_events(b"".join(pending).decode(codec, "replace"), whole=framed)
@@ -2673,8 +2679,10 @@ def _parse_events(chunks: Iterable[bytes], *, framed: bool = True) -> Iterator[l
         yield events
 
 
-def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
+def _read_events(response: _Response) -> Generator[list[StreamEvent], None, bool]:
     """The events of an answer, as they arrive. If there is none, `response.body` is what came.
+
+    At its end it returns whether there was one.
 
     More may follow `done` or `error`: a function yields its own `done`, and the gateway's file URLs
     come when they are uploaded. So it goes on until the server ends it or breaks it off, or until
@@ -2698,18 +2706,20 @@ def _read_events(response: _Response) -> Iterator[list[StreamEvent]]:
         except ServiceUnavailableError:
             if not is_end:
                 raise
-            return
+            return True
         if not events:
             break
-        is_end = events[-1].type in _LAST_EVENTS
+        was_end, is_end = is_end, events[-1].type in _LAST_EVENTS
         yield events
-        seconds = response.request.timeout or _AFTER_DONE_SECONDS
-        response.wait_at_most(seconds if is_end else None)
+        if is_end or was_end:
+            seconds = response.request.timeout or _AFTER_DONE_SECONDS
+            response.wait_at_most(seconds if is_end else None)
     if is_end is None:
         response.body = b"".join(unread)
     if not response.head.framed and not is_end and not response.body:
         fault = _Fault("no done or error event")
         raise _wire_error(response.request, fault, "the stream was cut short")
+    return is_end is not None
 
 
 def _parse_results(response: _Response, count: int) -> list[PrefabResult]:
@@ -2738,11 +2748,8 @@ def _result_events(result: PrefabResult) -> list[StreamEvent]:
 
 def _read_event_stream(response: _Response) -> Iterator[list[StreamEvent]]:
     """The events of an answer, or else those that stand for the result in it."""
-    is_empty = True
-    for events in _read_events(response):
-        is_empty = False
-        yield events
-    if is_empty:
+    has_events = yield from _read_events(response)
+    if not has_events:
         yield _result_events(_parse_results(response, 1)[0])
 
 
