@@ -122,6 +122,8 @@ _RETRY_AFTER_CAP_SECONDS = 60.0
 _CONNECT_CAP_SECONDS = 60.0
 # What an address that does not answer may cost, if the host has another one.
 _ADDRESS_SECONDS = 2.0
+# How long a body may be silent that is whole, unless the longer one of its two lengths is right.
+_SILENCE_SECONDS = 2.0
 # The gateway's server hangs up after 5 idle seconds, unannounced.
 _IDLE_SECONDS = 4.0
 # A call may take minutes without a byte, and NATs forget silent connections.
@@ -1197,38 +1199,31 @@ _TIMEOUT_ADVICE = _Advice("A larger timeout= waits longer.", "A larger --timeout
 def _fault_advice(request: _Request, fault: _Fault, connected: bool) -> tuple[_Advice | None, bool]:
     """What to do about a fault, and whether it is final: nothing ran, and a retry would fail."""
     error, ssl = fault.error, sys.modules.get("ssl")
-    python = shell = ""
-    is_final = True
-    alert = str(getattr(error, "reason", ""))
     if sys.platform == "emscripten":
-        python = shell = "This Python has no sockets: it runs in a browser or another sandbox."
-    elif re.search("ALERT.*(CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE)", alert):
+        return _Advice("This Python has no sockets: it runs in a browser or another sandbox."), True
+    alert = str(getattr(error, "reason", ""))
+    if re.search("ALERT.*(CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE)", alert):
         # With TLS 1.3 that comes when the answer is waited for.
-        shell = "The server refused this client's certificate, or that it has none."
-        python = f"{shell} ssl_context= can carry one."
-    elif connected:
-        is_final = False
-    elif ssl and isinstance(error, ssl.SSLCertVerificationError):
-        shell = "Trust its certificate by a file that SSL_CERT_FILE names."
-        python = "Trust its certificate with ssl_context=, or by a file that SSL_CERT_FILE names."
-    elif (
-        ssl
-        and isinstance(error, ssl.SSLError)
-        # The second by Python 3.9: both are a lost connection.
-        and not isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
-    ):
-        python = shell = "If the server does not speak TLS there, the URL must begin with http://."
-    elif isinstance(error, OSError) and error.errno in _EXHAUSTED:
-        is_final = False
-        shell = "Too much is open: close what is not needed, or raise the limit (ulimit -n)."
-        python = f"{shell} Streams and clients have close() and with."
-    elif request.to_gateway:
-        is_final = False
-        python = "Is base_url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
-        shell = "Is --base-url (or else GATEWAY_BASE_URL) right, and does the gateway run?"
-    else:
-        is_final = False
-    return (_Advice(python, shell) if python else None), is_final
+        text = "The server refused this client's certificate, or that it has none."
+        return _Advice(f"{text} ssl_context= can carry one.", text), True
+    if connected:
+        return None, False
+    if ssl and isinstance(error, ssl.SSLCertVerificationError):
+        text = "by a file that SSL_CERT_FILE names."
+        python = f"Trust its certificate with ssl_context=, or {text}"
+        return _Advice(python, f"Trust its certificate {text}"), True
+    # Both are a lost connection, the second by Python 3.9.
+    lost = (ssl.SSLEOFError, ssl.SSLZeroReturnError) if ssl else ()
+    if ssl and isinstance(error, ssl.SSLError) and not isinstance(error, lost):
+        text = "If the server does not speak TLS there, the URL must begin with http://."
+        return _Advice(text), True
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        text = "Too much is open: close what is not needed, or raise the limit (ulimit -n)."
+        return _Advice(f"{text} Streams and clients have close() and with.", text), False
+    if request.to_gateway:
+        text = "(or else GATEWAY_BASE_URL) right, and does the gateway run?"
+        return _Advice(f"Is base_url {text}", f"Is --base-url {text}"), False
+    return None, False
 
 
 def _proxy_advice(request: _Request) -> _Advice | None:
@@ -1377,6 +1372,8 @@ class _Head:
     fields: Mapping[str, Sequence[str]] = field(repr=False)
     # Bytes of the body; None: chunks, or whatever comes until the connection ends.
     length: int | None = None
+    # Where two are given, of which either may be right: behind so many bytes, silence is the end.
+    least_length: int | None = None
     chunked: bool = False
     # Codings of the transfer beside chunks.
     coding: str = ""
@@ -1465,14 +1462,13 @@ def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> 
         others = [coding for coding in codings if not chunked or coding != "chunked"]
         keep_alive = keep_alive and named == ["chunked"] and not lengths
         return {"chunked": chunked, "coding": ", ".join(others), "keep_alive": keep_alive}
-    if len(lengths) != 1:
-        # None, or two of which either may be right: until the connection ends.
-        return {}
-    length = min(lengths)
-    if not length.isdecimal():
-        raise _Fault(f"the answer's length is {length[:80]!r}")
     # Python itself refuses to read very long numbers.
-    return {"length": int(length[-18:]), "keep_alive": keep_alive and not named}
+    sizes = [int(length[-18:]) for length in lengths if length.isdecimal()]
+    if lengths and not sizes:
+        raise _Fault(f"the answer's length is {min(lengths)[:80]!r}")
+    if len(lengths) == 1:
+        return {"length": sizes[0], "keep_alive": keep_alive and not named}
+    return {"least_length": min(sizes, default=None)}
 
 
 _status_line = re.compile(r"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t]+(.*))?").fullmatch
@@ -1913,7 +1909,8 @@ class _Response:
         self._missing = 0 if head.chunked else head.length
         # Whether the first chunk has.
         self._has_begun = False
-        # Whether the last chunk has come. What may follow it is no part of the body.
+        self._received = 0
+        # Whether nothing need follow: the last chunk has come, or the lesser of two lengths.
         self._is_whole = False
         # After a 5xx the server may hang up without having said so: uvicorn does.
         self._may_keep = head.keep_alive and head.status < 500
@@ -1935,6 +1932,9 @@ class _Response:
         try:
             if self._deadline is not None:
                 self._connection.set_timeout(max(self._deadline - time.monotonic(), 1e-3))
+            elif self._is_whole:
+                seconds = self.request.timeout or _SILENCE_SECONDS
+                self._connection.set_timeout(min(seconds, _SILENCE_SECONDS))
             piece = self._connection.guarded(self._read_some)
             if piece:
                 return piece
@@ -1969,6 +1969,9 @@ class _Response:
             if not piece:
                 raise _Fault(f"{self._missing} more bytes were expected")
             self._missing -= len(piece)
+        elif self.head.least_length is not None:
+            self._received += len(piece)
+            self._is_whole = self._received >= self.head.least_length
         return piece
 
     def _begin_chunk(self, reader: Any) -> int:
@@ -2046,9 +2049,9 @@ def _decode_text(head: _Head, body: bytes) -> str:
 
 def _parse_long_integer(digits: str) -> int:
     """An integer of any length. Python itself refuses more than 4,300 digits at once."""
-    value = 0
-    for begin in range(0, len(digits.lstrip("-")), 4000):
-        piece = digits.lstrip("-")[begin : begin + 4000]
+    value, unsigned = 0, digits.lstrip("-")
+    for begin in range(0, len(unsigned), 4000):
+        piece = unsigned[begin : begin + 4000]
         value = value * 10 ** len(piece) + int(piece)
     return -value if digits.startswith("-") else value
 

@@ -2707,6 +2707,24 @@ def test_behind_an_answer_whose_end_cannot_be_told_the_next_call_gets_its_own(na
     assert [received.connection for received in server.received] == [0, 1]
 
 
+# Answers with two lengths, of which either may be right, on a connection that stays open.
+TWO_LENGTHS = {
+    "the shorter is right": headed(LENGTH, LONGER),
+    "the longer is right": headed(SHORTER, LENGTH),
+    "in one field": headed(LENGTH + b", %d" % (COUNT + 1)),
+    "beside one that is none": headed(LENGTH + b", x"),
+}
+
+
+@pytest.mark.parametrize("name", TWO_LENGTHS)
+def test_of_two_lengths_the_shorter_is_enough_for_a_result(name: str) -> None:
+    with Script(TWO_LENGTHS[name], ran("second")) as server:
+        client = client_of(server, timeout=SHORT_SECONDS)
+        assert run(client).get_function_result() == "first"
+        assert run(client, timeout=5).get_function_result() == "second"
+    assert [received.connection for received in server.received] == [0, 1]
+
+
 EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
 # Event streams whose connection is not used again, and the data of the events that they have.
 DOUBTFUL_STREAMS: dict[str, tuple[bytes, list[Any]]] = {
