@@ -1424,14 +1424,15 @@ def _read_fields(reader: Any) -> dict[str, list[str]]:
     Blanks around names and values do not count, and a line that is no field is passed over by
     itself: `http.client` takes it for the end of the head, and the rest for the body.
     """
-    head = b""
+    lines, size = [], 0
     while (line := _read_line(reader)).strip(b"\r\n"):
-        head += line
-        if len(head) > _MAX_HEAD_BYTES:
+        lines.append(line)
+        size += len(line)
+        if size > _MAX_HEAD_BYTES:
             raise _Fault(f"a head of more than {_MAX_HEAD_BYTES} bytes")
     fields: dict[str, list[str]] = {}
     values: list[str] = []
-    for name, value, more in _field_lines(head.decode("latin-1")):
+    for name, value, more in _field_lines(b"".join(lines).decode("latin-1")):
         if name:
             values = fields.setdefault(name.lower(), [])
             values.append(value.strip())
