@@ -3304,16 +3304,13 @@ def _check_credential(name: str, value: _Secret) -> None:
 
 def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
     """The one credential among these, by their headers; None if all are None."""
-    headers = [header for header, value in given.items() if value.reveal() is not None]
-    if len(headers) > 1:
-        names = " and ".join(headers)
-        raise ValidationError(f"Give one credential, not {names}: who is the client?")
-    for header in headers:
-        value = given[header]
+    chosen = {header: value for header, value in given.items() if value.reveal() is not None}
+    if len(chosen) > 1:
+        raise ValidationError(f"Give one credential, not {' and '.join(chosen)}: who are you?")
+    for header, value in chosen.items():
         _check_credential(f"The credential ({header})", value)
         if header == "Authorization":
-            token = _Secret(re.sub("(?i)^bearer +", "", value.reveal().strip()))
-            value = _Secret(f"Bearer {token.reveal()}")
+            value = _Secret(re.sub("(?i)^(bearer +)?", "Bearer ", value.reveal().strip()))
         return _Credential(header, value.reveal())
     return None
 
@@ -3330,25 +3327,25 @@ def _gateway_address(base_url: _Secret) -> tuple[str, str]:
         origin, path = _split_url(base_url.reveal())
         return origin, path.rstrip("/")
     except ValueError as error:
-        problem = f"The address of the gateway {error}."
-    # Not in the `except`: the other error's frames show the value.
-    text = "It comes from {}, or else from GATEWAY_BASE_URL. A token goes into {}."
-    advice = _Advice(
-        text.format("base_url", "internal_token="), text.format("--base-url", "X_INTERNAL_TOKEN")
-    )
-    raise ValidationError._create(problem, {}, advice)
+        advice = _Advice(
+            "It comes from base_url, or GATEWAY_BASE_URL. A token goes into internal_token=.",
+            "It comes from --base-url, or GATEWAY_BASE_URL. A token goes into X_INTERNAL_TOKEN.",
+        )
+        raise ValidationError._create(f"The address of the gateway {error}.", {}, advice) from None
 
 
 def _from_env(client_class: Any, options: _Json) -> Any:
     """What a class of clients, or its `from_api_key`, gives for the environment's credential."""
-    names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
-    given = [name for name in names if os.environ.get(name)]
+    arguments = {
+        "X_INTERNAL_TOKEN": "internal_token",
+        "AGENT_BUILDER_API_KEY": "api_key",
+        "GATEWAY_JWT_TOKEN": "jwt_token",
+    }
+    given = [name for name in arguments if os.environ.get(name)]
     if len(given) > 1:
-        raise ValidationError(f"Set one credential, not {' and '.join(given)}: who is the client?")
-    if given == ["AGENT_BUILDER_API_KEY"]:
-        return client_class.from_api_key(os.environ[given[0]], **options)
-    token, jwt = (_Secret(os.environ.get(name) or None) for name in (names[0], names[2]))
-    return client_class(internal_token=token.reveal(), jwt_token=jwt.reveal(), **options)
+        raise ValidationError(f"Set one credential, not {' and '.join(given)}: who are you?")
+    make = client_class.from_api_key if "AGENT_BUILDER_API_KEY" in given else client_class
+    return make(**{arguments[name]: os.environ[name] for name in given}, **options)
 
 
 class GatewayClient:
@@ -3464,10 +3461,7 @@ class GatewayClient:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("internal_token", "api_key", "jwt_token"):
             del value
-            raise AttributeError(
-                f"{name} cannot be set: who else is to be the client needs another one,"
-                f" GatewayClient(base_url, {name}=...)."
-            )
+            raise AttributeError(f"{name} cannot be set: it takes another client.")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -3549,7 +3543,7 @@ class GatewayClient:
         call = _Secret(PrefabCall(prefab_id, version, function_name, parameters, files))
         del parameters, files
         _check_call(call.reveal())
-        request = self._run_request([call.reveal()], timeout)
+        request = self._run_request({"": call.reveal()}, timeout)
         if stream:
             return _send_call(self._transport, request, _read_stream, self._scopes)
         return _send_call(self._transport, request, _read_results, self._scopes)[0]
@@ -3576,7 +3570,8 @@ class GatewayClient:
         """
         if not isinstance(calls, Iterable):
             raise ValidationError(f"calls must be a list of PrefabCall, not {_shown(calls)}.")
-        calls, report = list(calls), on_result or _ignore
+        placed = {f"calls[{index}]": call for index, call in enumerate(calls)}
+        report = on_result or _ignore
         _check_number("max_workers", max_workers)
         if executor is not None and not hasattr(executor, "submit"):
             raise ValidationError("executor must be an Executor.")
@@ -3584,30 +3579,26 @@ class GatewayClient:
             raise ValidationError("A single request cannot have an executor.")
         if not callable(report):
             raise ValidationError("on_result must be a function.")
-        for index, call in enumerate(calls):
-            _check_call(call, f"calls[{index}]: ")
-        if single_request and calls:
-            read = partial(_read_results, count=len(calls))
-            request = self._run_request(calls, timeout, 0)
+        for place, call in placed.items():
+            _check_call(call, f"{place}: ")
+        if single_request and placed:
+            read = partial(_read_results, count=len(placed))
+            request = self._run_request(placed, timeout)
             results = _send_call(self._transport, request, read, self._scopes)
             for index, result in enumerate(results):
                 report(index, result)
             return BatchResult._from_results(results, results[0].job_id)
-        requests = (self._run_request([call], timeout, index) for index, call in enumerate(calls))
+        requests = (self._run_request({place: call}, timeout) for place, call in placed.items())
         batch = _Batch(self._transport, requests, executor, self._scopes)
         return BatchResult._from_results(batch.run(max_workers, report), None)
 
-    def _run_request(
-        self, calls: Sequence[PrefabCall], timeout: float | None, place: int | None = None
-    ) -> _Request:
-        """The request with these calls; `place`: of the first of them in a batch."""
-        bodies = []
-        for index, call in enumerate(calls, place or 0):
-            where = "" if place is None else f"calls[{index}]"
-            bodies.append(_encode(call.to_dict(), where))
+    def _run_request(self, calls: Mapping[str, PrefabCall], timeout: float | None) -> _Request:
+        """The request with these calls, by their places in a batch, such as `calls[3]`."""
+        bodies = [_encode(call.to_dict(), place) for place, call in calls.items()]
         prefab = {}
         if len(calls) == 1:
-            prefab = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
+            (call,) = calls.values()
+            prefab = {"prefab_id": call.prefab_id, "version": call.version}
         return self._request(
             "POST", self._run_path, body=b'{"calls":[%b]}' % b",".join(bodies), timeout=timeout,
             calls=len(calls), not_found=PrefabNotFoundError, prefab=prefab,
@@ -3833,15 +3824,13 @@ class GatewayClient:
     def _request(
         self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
         body: bytes | _FileBody = b"", content_type: str = "application/json",
-        timeout: float | None = None, idempotent: bool = False, calls: int = 0,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] = {},
-        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
+        timeout: float | None = None, credential: _Credential | None = None, **more: Any,
     ) -> _Request:
-        """A request to the gateway: see `_Request`. What is empty in `query` is not sent.
+        """A request to the gateway. What is empty in `query` is not sent.
 
         Args:
             content: To be sent as JSON, in place of `body`. It may be in a `_Secret`.
-            idempotent: All but a POST are so anyway.
+            more: Further fields of `_Request`.
         """
         asked = {name: value for name, value in query.items() if value not in (None, "")}
         # Refuses what UTF-8 does not have.
@@ -3856,11 +3845,11 @@ class GatewayClient:
         caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
             body = _encode(_revealed(content))
+        headers = {"Content-Type": content_type} if body else {}
+        more.setdefault("idempotent", method != "POST")
         return _Request(
-            method, self._origin, target, timeout, body=body,
-            headers={"Content-Type": content_type} if body else {}, caller_headers=caller_headers,
-            idempotent=idempotent or method != "POST", calls=calls, not_found=not_found,
-            prefab=prefab, credential=credential, secrets=secrets,
+            method, self._origin, target, timeout, headers, caller_headers, body,
+            credential=credential, **more,
         )
 
     def _presigned(
@@ -3870,14 +3859,12 @@ class GatewayClient:
         """A request to the storage, which must not see the credential."""
         try:
             origin, target = _split_url(url.reveal())
-            return _Request(
-                method, origin, target, self.timeout, headers=headers, body=body, idempotent=True,
-                to_gateway=False, secrets=_query_secrets(target),
-            )
         except ValueError as error:
-            problem = f"The URL that the gateway gave for a {method} {error}."
-        # Not in the `except`: the other error's frames show the URL.
-        raise GatewayError(problem)
+            raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
+        return _Request(
+            method, origin, target, self.timeout, headers, body=body, idempotent=True,
+            to_gateway=False, secrets=_query_secrets(target),
+        )
 
     def _send(self, request: _Request) -> bytes:
         """The body of the answer to a request."""
