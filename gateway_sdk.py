@@ -3461,7 +3461,7 @@ class GatewayClient:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("internal_token", "api_key", "jwt_token"):
             del value
-            raise AttributeError(f"{name} cannot be set: it takes another client.")
+            raise AttributeError(f"{name} cannot be set: another identity needs another client.")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -3887,7 +3887,7 @@ class _Workers:
     """
 
     def __init__(self, limit: int | None) -> None:
-        self._limit = limit
+        self._limit = limit or sys.maxsize
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], object]] = deque()
         self._threads = self._idle = 0
@@ -3896,19 +3896,16 @@ class _Workers:
     def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
         with self._changed:
+            if len(self._jobs) >= self._idle and self._threads < self._limit:
+                try:
+                    threading.Thread(target=self._work, daemon=True).start()
+                    self._threads += 1
+                except RuntimeError:
+                    # No more threads can be started: another one does it, if there is one.
+                    if not self._threads:
+                        raise
             self._jobs.append(job)
-            is_full = self._limit is not None and self._threads >= self._limit
-            if is_full or len(self._jobs) <= self._idle:
-                return self._changed.notify()
-            self._threads += 1
-        try:
-            threading.Thread(target=self._work, daemon=True).start()
-        except RuntimeError:
-            # No more threads can be started: another one does it, if there is one.
-            self._threads -= 1
-            if not self._threads:
-                self._jobs.clear()
-                raise
+            self._changed.notify()
 
     def _work(self) -> None:
         while True:
@@ -3936,21 +3933,17 @@ class _Workers:
         import contextvars
 
         loop = asyncio.get_running_loop()
-        done, ended = loop.create_future(), asyncio.Event()
+        ended = loop.create_future()
+        # `task.cancel()` cancels this at once; the task itself gets to know of it later, when
+        # another one may already have given its thread back to this job.
+        waiting = asyncio.shield(ended)
         began = threading.Event()
         context = contextvars.copy_context()
         results: list[Any] = []
         errors: list[BaseException] = []
 
-        def finish() -> None:
-            ended.set()
-            if not done.done():
-                done.set_result(None)
-
         def job() -> None:
-            # `task.cancel()` cancels this at once; the task itself gets to know of it later, when
-            # another one may already have given its thread back to this job.
-            if done.cancelled():
+            if waiting.cancelled():
                 return
             began.set()
             try:
@@ -3959,16 +3952,15 @@ class _Workers:
                 errors.append(error)
             # The loop may have ended without waiting.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(finish)
+                loop.call_soon_threadsafe(ended.set_result, None)
 
         self._submit(job)
         try:
-            await done
+            await waiting
         except BaseException as error:
             give_up()
             if grace_seconds and began.is_set() and isinstance(error, asyncio.CancelledError):
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), grace_seconds)
+                await asyncio.wait([ended], timeout=grace_seconds)
             raise
         if errors:
             raise errors.pop()
