@@ -3221,21 +3221,13 @@ def _version_key(version: str) -> tuple[Any, ...]:
     return numbers, not candidate, re.sub("[0-9]+", "", candidate), last
 
 
-def _next_token(page: _Json, token: str) -> str | None:
-    """The token of the page behind `page`, which `token` led to; None if it is the last."""
-    following: str | None = page.get("next_token") or None
-    if following == token:
-        raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
-    return following
-
-
 def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
     """The files of all pages."""
     token: str | None = ""
     while token is not None:
         page = list_page(page_size, token)
         yield from page["files"]
-        token = _next_token(page, token)
+        token = page.get("next_token") or None
 
 
 def _session_id(given: Any) -> str:
@@ -3247,12 +3239,10 @@ def _session_id(given: Any) -> str:
 
 
 # What serializers, templates and tests ask any object for, to learn what it is.
-_PROTOCOL_NAMES = frozenset(
-    (
-        "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
-        " schema serialize shape to_dict to_json to_list tolist values"
-    ).split()
-)
+_PROTOCOL_NAMES = (
+    "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
+    " schema serialize shape to_dict to_json to_list tolist values"
+).split()
 
 
 @dataclass(eq=False)
@@ -3295,11 +3285,9 @@ class Prefab:
 def _check_credential(name: str, value: _Secret) -> None:
     """Raises if a value cannot be a credential. The error does not show it."""
     _check_header_value(name, value)
-    if re.match(" *https?://", value.reveal(), re.IGNORECASE):
-        raise ValidationError(
-            f"{name} is a URL: the address of the gateway goes into base_url=, the first argument,"
-            " and a token into internal_token=."
-        )
+    if re.match("(?i) *https?://", value.reveal()):
+        advice = "the gateway's address goes into base_url=, a token into internal_token=."
+        raise ValidationError(f"{name} is a URL: {advice}")
 
 
 def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
@@ -3623,11 +3611,10 @@ class GatewayClient:
         if version is None:
             found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
             if not found:
+                problem = f"The gateway's directory has no prefab {_shown(prefab_id)}."
                 missing = {"prefab_id": prefab_id, "version": "latest"}
-                raise PrefabNotFoundError._create(
-                    f"The gateway's directory has no prefab {_shown(prefab_id)}.", missing,
-                    PrefabNotFoundError._advice_for(missing),
-                )
+                advice = PrefabNotFoundError._advice_for(missing)
+                raise PrefabNotFoundError._create(problem, missing, advice)
             newest = max(found, key=lambda one: (one.status != "failed", _version_key(one.version)))
             version = newest.version
         request = self._request(
@@ -3643,10 +3630,9 @@ class GatewayClient:
         secret = _Secret(secret_value)
         del secret_value
         _segments(prefab_id, secret_name)
-        if not isinstance(secret.reveal(), str) or not secret.reveal():
-            raise ValidationError("secret_value must be a string that is not empty.")
-        if re.search("[\ud800-\udfff]", secret.reveal()):
-            raise ValidationError("secret_value has characters that UTF-8 does not have.")
+        is_text = isinstance(secret.reveal(), str)
+        if not is_text or not re.fullmatch("(?s)[^\ud800-\udfff]+", secret.reveal()):
+            raise ValidationError("secret_value must be a text in UTF-8 that is not empty.")
         names = {"prefab_id": prefab_id, "secret_name": secret_name}
         content = _Secret({**names, "secret_value": secret.reveal()})
         self._send(self._request("POST", "/v1/secrets", content=content, secrets=(secret,)))
@@ -3743,19 +3729,16 @@ class GatewayClient:
         if not can_be_made and not os.path.isfile(target):
             problem = "is not a file: local_path needs the file's name, too."
             raise ValidationError(f"{_mask_queries(target)} {problem}")
-        request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
         with _replacement(target) as file:
             download = _Download(file, target, on_progress)
             while True:
+                request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
                 try:
                     return self._transport.send(request, download.receive, self._scopes, download)
                 except GatewayError as error:
+                    # If it goes on, the URL may have expired.
                     if not download.outlasts(error, self._transport.max_retries):
                         raise
-                    if error.status_code == 416:
-                        continue
-                # The URL has expired meanwhile.
-                request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
         """A URL to download from for `expires_in` seconds. `GET /internal/files/download`"""
@@ -3787,7 +3770,10 @@ class GatewayClient:
     ) -> _Json:
         _check_number("limit", limit)
         query = {"limit": limit, "session_id": session_id, "continuation_token": token}
-        return self._fetch(self._request("GET", f"/internal/files/{name}", query), files=list)
+        page = self._fetch(self._request("GET", f"/internal/files/{name}", query), files=list)
+        if token and page.get("next_token") == token:
+            raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
+        return page
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
@@ -4059,7 +4045,7 @@ async def _async_pages(
         page = await list_page(page_size, token)
         for file in page["files"]:
             yield file
-        token = _next_token(page, token)
+        token = page.get("next_token") or None
 
 
 class AsyncGatewayClient:
@@ -4076,15 +4062,16 @@ class AsyncGatewayClient:
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
         max_workers: int | None = None,
     ) -> None:
-        make = partial(
-            GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
-            max_retries=max_retries, ssl_context=ssl_context, headers=headers,
+        make = _Secret(
+            partial(
+                GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
+                max_retries=max_retries, ssl_context=ssl_context, headers=headers,
+            )
         )
-        hidden = _Secret(make)
-        del base_url, api_key, jwt_token, internal_token, make
+        del base_url, api_key, jwt_token, internal_token
         if max_workers is not None:
             _check_number("max_workers", max_workers)
-        self._client: GatewayClient = hidden.reveal()()
+        self._client: GatewayClient = make.reveal()()
         self._max_workers = max_workers
         # By process: the threads do not come along into a fork, and a lock may stay held there.
         self._crews: dict[Any, _Workers] = {}
