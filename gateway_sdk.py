@@ -3231,8 +3231,7 @@ def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_
 
 
 def _session_id(given: Any) -> str:
-    """The id of a session, a new one if none is given. Raises if no request can carry it."""
-    # Also a UUID.
+    """The id of a session, such as a UUID, or a new one. Raises if no request can carry it."""
     session_id = str(given or os.urandom(16).hex())
     _encode({"session_id": session_id})
     return session_id
@@ -3378,10 +3377,10 @@ class GatewayClient:
         _check_number("max_retries", max_retries, above=-1)
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError("ssl_context must be an SSLContext.")
+        self._headers = {} if headers is None else headers
         # A function is asked for each request.
-        if not callable(headers):
-            headers = dict(_check_caller_headers({} if headers is None else headers, header))
-        self._headers = headers
+        if not callable(self._headers):
+            self._headers = _check_caller_headers(self._headers, header)
         is_users = header in ("X-API-Key", "Authorization")
         self._run_path = "/v1/run" if is_users else "/v1/internal/run"
         # What the requests of this client can be ended by, beside the transport's own scope.
@@ -3722,13 +3721,11 @@ class GatewayClient:
         del s3_url
         if mode != "presigned":
             raise ValidationError(f"mode must be 'presigned', not {_shown(mode)}.")
-        if "\0" in str(local_path):
-            raise ValidationError(f"{_shown(str(local_path))} cannot be the path of a file.")
-        target = os.path.realpath(local_path)
-        can_be_made = os.path.basename(local_path) and not os.path.exists(target)
+        target = "" if "\0" in str(local_path) else os.path.realpath(local_path)
+        can_be_made = target and os.path.basename(local_path) and not os.path.exists(target)
         if not can_be_made and not os.path.isfile(target):
-            problem = "is not a file: local_path needs the file's name, too."
-            raise ValidationError(f"{_mask_queries(target)} {problem}")
+            problem = "cannot be the path of a file: local_path needs the file's name, too."
+            raise ValidationError(f"{_shown(str(local_path))} {problem}")
         with _replacement(target) as file:
             download = _Download(file, target, on_progress)
             while True:
@@ -4078,8 +4075,7 @@ class AsyncGatewayClient:
 
     @property
     def _workers(self) -> _Workers:
-        workers = self._crews.get(_Process.id)
-        return workers or self._crews.setdefault(_Process.id, _Workers(self._max_workers))
+        return self._crews.setdefault(_Process.id, _Workers(self._max_workers))
 
     @classmethod
     async def from_api_key(
