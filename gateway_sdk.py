@@ -3560,10 +3560,8 @@ class GatewayClient:
         placed = {f"calls[{index}]": call for index, call in enumerate(calls)}
         report = on_result or _ignore
         _check_number("max_workers", max_workers)
-        if executor is not None and not hasattr(executor, "submit"):
-            raise ValidationError("executor must be an Executor.")
-        if single_request and executor:
-            raise ValidationError("A single request cannot have an executor.")
+        if executor is not None and (single_request or not hasattr(executor, "submit")):
+            raise ValidationError("executor must be an Executor, or None for a single request.")
         if not callable(report):
             raise ValidationError("on_result must be a function.")
         for place, call in placed.items():
@@ -3630,7 +3628,7 @@ class GatewayClient:
         del secret_value
         _segments(prefab_id, secret_name)
         is_text = isinstance(secret.reveal(), str)
-        if not is_text or not re.fullmatch("(?s)[^\ud800-\udfff]+", secret.reveal()):
+        if not is_text or not re.fullmatch("[^\ud800-\udfff]+", secret.reveal()):
             raise ValidationError("secret_value must be a text in UTF-8 that is not empty.")
         names = {"prefab_id": prefab_id, "secret_name": secret_name}
         content = _Secret({**names, "secret_value": secret.reveal()})
