@@ -56,8 +56,10 @@ from typing import (
     ClassVar,
     Literal,
     Optional,
+    Protocol,
     TypeVar,
     Union,
+    cast,
     overload,
 )
 from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
@@ -3990,26 +3992,18 @@ class AsyncEventStream:
         self._arrived.clear()
 
 
-if TYPE_CHECKING:
+class _AsyncPrefab(Protocol):
+    """A `Prefab` whose client's methods are awaited, to type checkers."""
 
-    class _AsyncPrefab:
-        """What `Prefab` is for a client whose methods are awaited."""
+    async def call(
+        self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+    ) -> PrefabResult: ...
 
-        def __init__(self, client: AsyncGatewayClient, prefab_id: str, version: str) -> None: ...
+    async def stream(
+        self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+    ) -> AsyncEventStream: ...
 
-        async def call(
-            self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
-        ) -> PrefabResult: ...
-
-        async def stream(
-            self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
-        ) -> AsyncEventStream: ...
-
-        def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, PrefabResult]]: ...
-
-else:
-    # Its methods give what the client's `run` gives.
-    _AsyncPrefab = Prefab
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, PrefabResult]]: ...
 
 
 def _awaited(
@@ -4203,7 +4197,7 @@ class AsyncGatewayClient:
 
     def prefab(self, prefab_id: str, version: str) -> _AsyncPrefab:
         """A prefab whose functions are called like methods, and awaited. Nothing is sent."""
-        return _AsyncPrefab(self, prefab_id, version)
+        return cast(_AsyncPrefab, Prefab(cast(Any, self), prefab_id, version))
 
     list_prefabs = _awaited(GatewayClient.list_prefabs)
     get_prefab_spec = _awaited(GatewayClient.get_prefab_spec)
