@@ -57,8 +57,10 @@ from typing import (
     ClassVar,
     Literal,
     Optional,
+    Protocol,
     TypeVar,
     Union,
+    cast,
     overload,
 )
 from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
@@ -3256,38 +3258,27 @@ def _version_key(version: str) -> tuple[Any, ...]:
     return numbers, not candidate, re.sub("[0-9]+", "", candidate), last
 
 
-def _next_token(page: _Json, token: str) -> str | None:
-    """The token of the page behind `page`, which `token` led to; None if it is the last."""
-    following: str | None = page.get("next_token") or None
-    if following == token:
-        raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
-    return following
-
-
 def _pages(list_page: Callable[[int, Any], _Json], page_size: int) -> Iterator[_Json]:
     """The files of all pages."""
     token: str | None = ""
     while token is not None:
         page = list_page(page_size, token)
         yield from page["files"]
-        token = _next_token(page, token)
+        token = page.get("next_token") or None
 
 
 def _session_id(given: Any) -> str:
-    """The id of a session, a new one if none is given. Raises if no request can carry it."""
-    # Also a UUID.
+    """The id of a session, such as a UUID, or a new one. Raises if no request can carry it."""
     session_id = str(given or os.urandom(16).hex())
     _encode({"session_id": session_id})
     return session_id
 
 
 # What serializers, templates and tests ask any object for, to learn what it is.
-_PROTOCOL_NAMES = frozenset(
-    (
-        "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
-        " schema serialize shape to_dict to_json to_list tolist values"
-    ).split()
-)
+_PROTOCOL_NAMES = (
+    "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
+    " schema serialize shape to_dict to_json to_list tolist values"
+).split()
 
 
 @dataclass(eq=False)
@@ -3330,25 +3321,20 @@ class Prefab:
 def _check_credential(name: str, value: _Secret) -> None:
     """Raises if a value cannot be a credential. The error does not show it."""
     _check_header_value(name, value)
-    if re.match(" *https?://", value.reveal(), re.IGNORECASE):
-        raise ValidationError(
-            f"{name} is a URL: the address of the gateway goes into base_url=, the first argument,"
-            " and a token into internal_token=."
-        )
+    if re.match("(?i) *https?://", value.reveal()):
+        advice = "the gateway's address goes into base_url=, a token into internal_token=."
+        raise ValidationError(f"{name} is a URL: {advice}")
 
 
 def _choose_credential(given: Mapping[str, _Secret]) -> _Credential | None:
     """The one credential among these, by their headers; None if all are None."""
-    headers = [header for header, value in given.items() if value.reveal() is not None]
-    if len(headers) > 1:
-        names = " and ".join(headers)
-        raise ValidationError(f"Give one credential, not {names}: who is the client?")
-    for header in headers:
-        value = given[header]
+    chosen = {header: value for header, value in given.items() if value.reveal() is not None}
+    if len(chosen) > 1:
+        raise ValidationError(f"Give one credential, not {' and '.join(chosen)}: who are you?")
+    for header, value in chosen.items():
         _check_credential(f"The credential ({header})", value)
         if header == "Authorization":
-            token = _Secret(re.sub("(?i)^bearer +", "", value.reveal().strip()))
-            value = _Secret(f"Bearer {token.reveal()}")
+            value = _Secret(re.sub("(?i)^(bearer +)?", "Bearer ", value.reveal().strip()))
         return _Credential(header, value.reveal())
     return None
 
@@ -3365,25 +3351,25 @@ def _gateway_address(base_url: _Secret) -> tuple[str, str]:
         origin, path = _split_url(base_url.reveal())
         return origin, path.rstrip("/")
     except ValueError as error:
-        problem = f"The address of the gateway {error}."
-    # Not in the `except`: the other error's frames show the value.
-    text = "It comes from {}, or else from GATEWAY_BASE_URL. A token goes into {}."
-    advice = _Advice(
-        text.format("base_url", "internal_token="), text.format("--base-url", "X_INTERNAL_TOKEN")
-    )
-    raise ValidationError._create(problem, {}, advice)
+        advice = _Advice(
+            "It comes from base_url, or GATEWAY_BASE_URL. A token goes into internal_token=.",
+            "It comes from --base-url, or GATEWAY_BASE_URL. A token goes into X_INTERNAL_TOKEN.",
+        )
+        raise ValidationError._create(f"The address of the gateway {error}.", {}, advice) from None
 
 
 def _from_env(client_class: Any, options: _Json) -> Any:
     """What a class of clients, or its `from_api_key`, gives for the environment's credential."""
-    names = ("X_INTERNAL_TOKEN", "AGENT_BUILDER_API_KEY", "GATEWAY_JWT_TOKEN")
-    given = [name for name in names if os.environ.get(name)]
+    arguments = {
+        "X_INTERNAL_TOKEN": "internal_token",
+        "AGENT_BUILDER_API_KEY": "api_key",
+        "GATEWAY_JWT_TOKEN": "jwt_token",
+    }
+    given = [name for name in arguments if os.environ.get(name)]
     if len(given) > 1:
-        raise ValidationError(f"Set one credential, not {' and '.join(given)}: who is the client?")
-    if given == ["AGENT_BUILDER_API_KEY"]:
-        return client_class.from_api_key(os.environ[given[0]], **options)
-    token, jwt = (_Secret(os.environ.get(name) or None) for name in (names[0], names[2]))
-    return client_class(internal_token=token.reveal(), jwt_token=jwt.reveal(), **options)
+        raise ValidationError(f"Set one credential, not {' and '.join(given)}: who are you?")
+    make = client_class.from_api_key if "AGENT_BUILDER_API_KEY" in given else client_class
+    return make(**{arguments[name]: os.environ[name] for name in given}, **options)
 
 
 class GatewayClient:
@@ -3428,10 +3414,10 @@ class GatewayClient:
         _check_number("max_retries", max_retries, above=-1)
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError("ssl_context must be an SSLContext.")
+        self._headers = {} if headers is None else headers
         # A function is asked for each request.
-        if not callable(headers):
-            headers = dict(_check_caller_headers({} if headers is None else headers, header))
-        self._headers = headers
+        if not callable(self._headers):
+            self._headers = _check_caller_headers(self._headers, header)
         is_users = header in ("X-API-Key", "Authorization")
         self._run_path = "/v1/run" if is_users else "/v1/internal/run"
         # What the requests of this client can be ended by, beside the transport's own scope.
@@ -3499,10 +3485,7 @@ class GatewayClient:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("internal_token", "api_key", "jwt_token"):
             del value
-            raise AttributeError(
-                f"{name} cannot be set: who else is to be the client needs another one,"
-                f" GatewayClient(base_url, {name}=...)."
-            )
+            raise AttributeError(f"{name} cannot be set: another identity needs another client.")
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -3584,7 +3567,7 @@ class GatewayClient:
         call = _Secret(PrefabCall(prefab_id, version, function_name, parameters, files))
         del parameters, files
         _check_call(call.reveal())
-        request = self._run_request([call.reveal()], timeout)
+        request = self._run_request({"": call.reveal()}, timeout)
         if stream:
             return _send_call(self._transport, request, _read_stream, self._scopes)
         return _send_call(self._transport, request, _read_results, self._scopes)[0]
@@ -3611,38 +3594,33 @@ class GatewayClient:
         """
         if not isinstance(calls, Iterable):
             raise ValidationError(f"calls must be a list of PrefabCall, not {_shown(calls)}.")
-        calls, report = list(calls), on_result or _ignore
+        placed = {f"calls[{index}]": call for index, call in enumerate(calls)}
+        report = on_result or _ignore
         _check_number("max_workers", max_workers)
-        if executor is not None and not hasattr(executor, "submit"):
-            raise ValidationError("executor must be an Executor.")
-        if single_request and executor:
-            raise ValidationError("A single request cannot have an executor.")
+        if executor is not None and (single_request or not hasattr(executor, "submit")):
+            raise ValidationError("executor must be an Executor, or None for a single request.")
         if not callable(report):
             raise ValidationError("on_result must be a function.")
-        for index, call in enumerate(calls):
-            _check_call(call, f"calls[{index}]: ")
-        if single_request and calls:
-            read = partial(_read_results, count=len(calls))
-            request = self._run_request(calls, timeout, 0)
+        for place, call in placed.items():
+            _check_call(call, f"{place}: ")
+        if single_request and placed:
+            read = partial(_read_results, count=len(placed))
+            request = self._run_request(placed, timeout)
             results = _send_call(self._transport, request, read, self._scopes)
             for index, result in enumerate(results):
                 report(index, result)
             return BatchResult._from_results(results, results[0].job_id)
-        requests = (self._run_request([call], timeout, index) for index, call in enumerate(calls))
+        requests = (self._run_request({place: call}, timeout) for place, call in placed.items())
         batch = _Batch(self._transport, requests, executor, self._scopes)
         return BatchResult._from_results(batch.run(max_workers, report), None)
 
-    def _run_request(
-        self, calls: Sequence[PrefabCall], timeout: float | None, place: int | None = None
-    ) -> _Request:
-        """The request with these calls; `place`: of the first of them in a batch."""
-        bodies = []
-        for index, call in enumerate(calls, place or 0):
-            where = "" if place is None else f"calls[{index}]"
-            bodies.append(_encode(call.to_dict(), where))
+    def _run_request(self, calls: Mapping[str, PrefabCall], timeout: float | None) -> _Request:
+        """The request with these calls, by their places in a batch, such as `calls[3]`."""
+        bodies = [_encode(call.to_dict(), place) for place, call in calls.items()]
         prefab = {}
         if len(calls) == 1:
-            prefab = {"prefab_id": calls[0].prefab_id, "version": calls[0].version}
+            (call,) = calls.values()
+            prefab = {"prefab_id": call.prefab_id, "version": call.version}
         return self._request(
             "POST", self._run_path, body=b'{"calls":[%b]}' % b",".join(bodies), timeout=timeout,
             calls=len(calls), not_found=PrefabNotFoundError, prefab=prefab,
@@ -3667,11 +3645,10 @@ class GatewayClient:
         if version is None:
             found = [prefab for prefab in self.list_prefabs() if prefab.prefab_id == prefab_id]
             if not found:
+                problem = f"The gateway's directory has no prefab {_shown(prefab_id)}."
                 missing = {"prefab_id": prefab_id, "version": "latest"}
-                raise PrefabNotFoundError._create(
-                    f"The gateway's directory has no prefab {_shown(prefab_id)}.", missing,
-                    PrefabNotFoundError._advice_for(missing),
-                )
+                advice = PrefabNotFoundError._advice_for(missing)
+                raise PrefabNotFoundError._create(problem, missing, advice)
             newest = max(found, key=lambda one: (one.status != "failed", _version_key(one.version)))
             version = newest.version
         request = self._request(
@@ -3687,10 +3664,9 @@ class GatewayClient:
         secret = _Secret(secret_value)
         del secret_value
         _segments(prefab_id, secret_name)
-        if not isinstance(secret.reveal(), str) or not secret.reveal():
-            raise ValidationError("secret_value must be a string that is not empty.")
-        if re.search("[\ud800-\udfff]", secret.reveal()):
-            raise ValidationError("secret_value has characters that UTF-8 does not have.")
+        is_text = isinstance(secret.reveal(), str)
+        if not is_text or not re.fullmatch("[^\ud800-\udfff]+", secret.reveal()):
+            raise ValidationError("secret_value must be a text in UTF-8 that is not empty.")
         names = {"prefab_id": prefab_id, "secret_name": secret_name}
         content = _Secret({**names, "secret_value": secret.reveal()})
         self._send(self._request("POST", "/v1/secrets", content=content, secrets=(secret,)))
@@ -3780,26 +3756,21 @@ class GatewayClient:
         del s3_url
         if mode != "presigned":
             raise ValidationError(f"mode must be 'presigned', not {_shown(mode)}.")
-        if "\0" in str(local_path):
-            raise ValidationError(f"{_shown(str(local_path))} cannot be the path of a file.")
-        target = os.path.realpath(local_path)
-        can_be_made = os.path.basename(local_path) and not os.path.exists(target)
+        target = "" if "\0" in str(local_path) else os.path.realpath(local_path)
+        can_be_made = target and os.path.basename(local_path) and not os.path.exists(target)
         if not can_be_made and not os.path.isfile(target):
-            problem = "is not a file: local_path needs the file's name, too."
-            raise ValidationError(f"{_mask_queries(target)} {problem}")
-        request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
+            problem = "cannot be the path of a file: local_path needs the file's name, too."
+            raise ValidationError(f"{_shown(str(local_path))} {problem}")
         with _replacement(target) as file:
             download = _Download(file, target, on_progress)
             while True:
+                request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
                 try:
                     return self._transport.send(request, download.receive, self._scopes, download)
                 except GatewayError as error:
+                    # If it goes on, the URL may have expired.
                     if not download.outlasts(error, self._transport.max_retries):
                         raise
-                    if error.status_code == 416:
-                        continue
-                # The URL has expired meanwhile.
-                request = self._presigned("GET", _Secret(self.get_presigned_url(url.reveal())))
 
     def get_presigned_url(self, s3_url: str, expires_in: int = 3600) -> str:
         """A URL to download from for `expires_in` seconds. `GET /internal/files/download`"""
@@ -3831,7 +3802,10 @@ class GatewayClient:
     ) -> _Json:
         _check_number("limit", limit)
         query = {"limit": limit, "session_id": session_id, "continuation_token": token}
-        return self._fetch(self._request("GET", f"/internal/files/{name}", query), files=list)
+        page = self._fetch(self._request("GET", f"/internal/files/{name}", query), files=list)
+        if token and page.get("next_token") == token:
+            raise GatewayError("The gateway gave the same next_token twice: the pages have no end.")
+        return page
 
     def iter_files(self, page_size: int = 100) -> Iterator[_Json]:
         """The permanent files of all pages: see `list_files`."""
@@ -3868,15 +3842,13 @@ class GatewayClient:
     def _request(
         self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
         body: bytes | _FileBody = b"", content_type: str = "application/json",
-        timeout: float | None = None, idempotent: bool = False, calls: int = 0,
-        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] = {},
-        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
+        timeout: float | None = None, credential: _Credential | None = None, **more: Any,
     ) -> _Request:
-        """A request to the gateway: see `_Request`. What is empty in `query` is not sent.
+        """A request to the gateway. What is empty in `query` is not sent.
 
         Args:
             content: To be sent as JSON, in place of `body`. It may be in a `_Secret`.
-            idempotent: All but a POST are so anyway.
+            more: Further fields of `_Request`.
         """
         asked = {name: value for name, value in query.items() if value not in (None, "")}
         target = f"{self._prefix}{path}"
@@ -3891,11 +3863,11 @@ class GatewayClient:
         caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
             body = _encode(_revealed(content))
+        headers = {"Content-Type": content_type} if body else {}
+        more.setdefault("idempotent", method != "POST")
         return _Request(
-            method, self._origin, target, timeout, body=body,
-            headers={"Content-Type": content_type} if body else {}, caller_headers=caller_headers,
-            idempotent=idempotent or method != "POST", calls=calls, not_found=not_found,
-            prefab=prefab, credential=credential, secrets=secrets,
+            method, self._origin, target, timeout, headers, caller_headers, body,
+            credential=credential, **more,
         )
 
     def _presigned(
@@ -3905,14 +3877,12 @@ class GatewayClient:
         """A request to the storage, which must not see the credential."""
         try:
             origin, target = _split_url(url.reveal())
-            return _Request(
-                method, origin, target, self.timeout, headers=headers, body=body, idempotent=True,
-                to_gateway=False, secrets=_query_secrets(target),
-            )
         except ValueError as error:
-            problem = f"The URL that the gateway gave for a {method} {error}."
-        # Not in the `except`: the other error's frames show the URL.
-        raise GatewayError(problem)
+            raise GatewayError(f"The URL that the gateway gave for a {method} {error}.") from None
+        return _Request(
+            method, origin, target, self.timeout, headers, body=body, idempotent=True,
+            to_gateway=False, secrets=_query_secrets(target),
+        )
 
     def _send(self, request: _Request) -> bytes:
         """The body of the answer to a request."""
@@ -3935,7 +3905,7 @@ class _Workers:
     """
 
     def __init__(self, limit: int | None) -> None:
-        self._limit = limit
+        self._limit = limit or sys.maxsize
         self._changed = threading.Condition()
         self._jobs: deque[Callable[[], object]] = deque()
         self._threads = self._idle = 0
@@ -3944,19 +3914,16 @@ class _Workers:
     def _submit(self, job: Callable[[], object]) -> None:
         """Has a thread do a job, as soon as one is free."""
         with self._changed:
+            if len(self._jobs) >= self._idle and self._threads < self._limit:
+                try:
+                    threading.Thread(target=self._work, daemon=True).start()
+                    self._threads += 1
+                except RuntimeError:
+                    # No more threads can be started: another one does it, if there is one.
+                    if not self._threads:
+                        raise
             self._jobs.append(job)
-            is_full = self._limit is not None and self._threads >= self._limit
-            if is_full or len(self._jobs) <= self._idle:
-                return self._changed.notify()
-            self._threads += 1
-        try:
-            threading.Thread(target=self._work, daemon=True).start()
-        except RuntimeError:
-            # No more threads can be started: another one does it, if there is one.
-            self._threads -= 1
-            if not self._threads:
-                self._jobs.clear()
-                raise
+            self._changed.notify()
 
     def _work(self) -> None:
         while True:
@@ -3984,21 +3951,17 @@ class _Workers:
         import contextvars
 
         loop = asyncio.get_running_loop()
-        done, ended = loop.create_future(), asyncio.Event()
+        ended = loop.create_future()
+        # `task.cancel()` cancels this at once; the task itself gets to know of it later, when
+        # another one may already have given its thread back to this job.
+        waiting = asyncio.shield(ended)
         began = threading.Event()
         context = contextvars.copy_context()
         results: list[Any] = []
         errors: list[BaseException] = []
 
-        def finish() -> None:
-            ended.set()
-            if not done.done():
-                done.set_result(None)
-
         def job() -> None:
-            # `task.cancel()` cancels this at once; the task itself gets to know of it later, when
-            # another one may already have given its thread back to this job.
-            if done.cancelled():
+            if waiting.cancelled():
                 return
             began.set()
             try:
@@ -4007,16 +3970,15 @@ class _Workers:
                 errors.append(error)
             # The loop may have ended without waiting.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(finish)
+                loop.call_soon_threadsafe(ended.set_result, None)
 
         self._submit(job)
         try:
-            await done
+            await waiting
         except BaseException as error:
             give_up()
             if grace_seconds and began.is_set() and isinstance(error, asyncio.CancelledError):
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), grace_seconds)
+                await asyncio.wait([ended], timeout=grace_seconds)
             raise
         if errors:
             raise errors.pop()
@@ -4065,26 +4027,18 @@ class AsyncEventStream:
         self._arrived.clear()
 
 
-if TYPE_CHECKING:
+class _AsyncPrefab(Protocol):
+    """A `Prefab` whose client's methods are awaited, to type checkers."""
 
-    class _AsyncPrefab:
-        """What `Prefab` is for a client whose methods are awaited."""
+    async def call(
+        self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+    ) -> PrefabResult: ...
 
-        def __init__(self, client: AsyncGatewayClient, prefab_id: str, version: str) -> None: ...
+    async def stream(
+        self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
+    ) -> AsyncEventStream: ...
 
-        async def call(
-            self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
-        ) -> PrefabResult: ...
-
-        async def stream(
-            self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
-        ) -> AsyncEventStream: ...
-
-        def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, PrefabResult]]: ...
-
-else:
-    # Its methods give what the client's `run` gives.
-    _AsyncPrefab = Prefab
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, PrefabResult]]: ...
 
 
 def _awaited(
@@ -4115,7 +4069,7 @@ async def _async_pages(
         page = await list_page(page_size, token)
         for file in page["files"]:
             yield file
-        token = _next_token(page, token)
+        token = page.get("next_token") or None
 
 
 class AsyncGatewayClient:
@@ -4132,23 +4086,23 @@ class AsyncGatewayClient:
         ssl_context: SSLContext | None = None, headers: _CallerHeaders | None = None,
         max_workers: int | None = None,
     ) -> None:
-        make = partial(
-            GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
-            max_retries=max_retries, ssl_context=ssl_context, headers=headers,
+        make = _Secret(
+            partial(
+                GatewayClient, base_url, api_key, jwt_token, timeout, internal_token=internal_token,
+                max_retries=max_retries, ssl_context=ssl_context, headers=headers,
+            )
         )
-        hidden = _Secret(make)
-        del base_url, api_key, jwt_token, internal_token, make
+        del base_url, api_key, jwt_token, internal_token
         if max_workers is not None:
             _check_number("max_workers", max_workers)
-        self._client: GatewayClient = hidden.reveal()()
+        self._client: GatewayClient = make.reveal()()
         self._max_workers = max_workers
         # By process: the threads do not come along into a fork, and a lock may stay held there.
         self._crews: dict[Any, _Workers] = {}
 
     @property
     def _workers(self) -> _Workers:
-        workers = self._crews.get(_Process.id)
-        return workers or self._crews.setdefault(_Process.id, _Workers(self._max_workers))
+        return self._crews.setdefault(_Process.id, _Workers(self._max_workers))
 
     @classmethod
     async def from_api_key(
@@ -4278,7 +4232,7 @@ class AsyncGatewayClient:
 
     def prefab(self, prefab_id: str, version: str) -> _AsyncPrefab:
         """A prefab whose functions are called like methods, and awaited. Nothing is sent."""
-        return _AsyncPrefab(self, prefab_id, version)
+        return cast(_AsyncPrefab, Prefab(cast(Any, self), prefab_id, version))
 
     list_prefabs = _awaited(GatewayClient.list_prefabs)
     get_prefab_spec = _awaited(GatewayClient.get_prefab_spec)

@@ -6842,7 +6842,8 @@ def test_a_download_goes_on_where_it_broke_or_starts_over(
                 )
             except GatewayError:
                 failed = True
-    asked = [(r.headers.get("range"), r.headers.get("if-range")) for r in server.received[1:]]
+    at_storage = [r for r in server.received if r.target.startswith("/storage/")]
+    asked = [(r.headers.get("range"), r.headers.get("if-range")) for r in at_storage]
     expected = [start if isinstance(start, tuple) else (start, '"1"') for start in transfer.starts]
     assert asked == [
         (None, None) if start is None else (f"bytes={start}-", etag) for start, etag in expected
