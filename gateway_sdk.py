@@ -3597,8 +3597,10 @@ class GatewayClient:
         placed = {f"calls[{index}]": call for index, call in enumerate(calls)}
         report = on_result or _ignore
         _check_number("max_workers", max_workers)
-        if executor is not None and (single_request or not hasattr(executor, "submit")):
-            raise ValidationError("executor must be an Executor, or None for a single request.")
+        if executor is not None and not hasattr(executor, "submit"):
+            raise ValidationError("executor must be an Executor.")
+        if single_request and executor:
+            raise ValidationError("A single request cannot have an executor.")
         if not callable(report):
             raise ValidationError("on_result must be a function.")
         for place, call in placed.items():
@@ -3842,13 +3844,15 @@ class GatewayClient:
     def _request(
         self, method: str, path: str, query: Mapping[str, Any] = {}, *, content: Any = None,
         body: bytes | _FileBody = b"", content_type: str = "application/json",
-        timeout: float | None = None, credential: _Credential | None = None, **more: Any,
+        timeout: float | None = None, idempotent: bool = False, calls: int = 0,
+        not_found: type[GatewayError] = GatewayError, prefab: Mapping[str, str] = {},
+        credential: _Credential | None = None, secrets: tuple[_Secret, ...] = (),
     ) -> _Request:
-        """A request to the gateway. What is empty in `query` is not sent.
+        """A request to the gateway: see `_Request`. What is empty in `query` is not sent.
 
         Args:
             content: To be sent as JSON, in place of `body`. It may be in a `_Secret`.
-            more: Further fields of `_Request`.
+            idempotent: All but a POST are so anyway.
         """
         asked = {name: value for name, value in query.items() if value not in (None, "")}
         target = f"{self._prefix}{path}"
@@ -3864,10 +3868,10 @@ class GatewayClient:
         if content is not None:
             body = _encode(_revealed(content))
         headers = {"Content-Type": content_type} if body else {}
-        more.setdefault("idempotent", method != "POST")
         return _Request(
             method, self._origin, target, timeout, headers, caller_headers, body,
-            credential=credential, **more,
+            idempotent=idempotent or method != "POST", calls=calls, not_found=not_found,
+            prefab=prefab, credential=credential, secrets=secrets,
         )
 
     def _presigned(
@@ -4102,7 +4106,8 @@ class AsyncGatewayClient:
 
     @property
     def _workers(self) -> _Workers:
-        return self._crews.setdefault(_Process.id, _Workers(self._max_workers))
+        workers = self._crews.get(_Process.id)
+        return workers or self._crews.setdefault(_Process.id, _Workers(self._max_workers))
 
     @classmethod
     async def from_api_key(
