@@ -4760,31 +4760,23 @@ def _read_calls(path: str) -> list[PrefabCall]:
 def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     calls = _read_calls(args.path)
     bar = _ProgressBar(terminal, "batch", "calls")
-    # Until the results before them are printed.
-    waiting: dict[int, _Json] = {}
     printed = 0
 
     def on_result(index: int, result: PrefabResult) -> None:
         nonlocal printed
         with terminal.whole():
-            waiting[index] = line = {"index": index, **result.to_dict()}
+            line = {"index": index, **result.to_dict()}
             if result.exception:
                 line["error"] = {**line["error"], "message": result.exception._in_shell()}
             elif not result.is_success():
                 # So says the gateway: the call has run.
                 line["error"] = {**(result.error or {}), "may_have_run": True}
-            while printed in waiting:
-                terminal.print_json(waiting.pop(printed), one_line=True)
-                printed += 1
-            bar(printed + len(waiting), len(calls))
+            terminal.print_json(line, one_line=True)
+            printed += 1
+            bar(printed, len(calls))
 
     terminal.if_interrupted = "calls that have no line on stdout may have run"
-    try:
-        results = client.run_batch(calls, max_workers=args.workers, on_result=on_result).results
-    finally:
-        with terminal.whole():
-            for index in sorted(waiting):
-                terminal.print_json(waiting[index], one_line=True)
+    results = client.run_batch(calls, max_workers=args.workers, on_result=on_result).results
     failed = [index for index, result in enumerate(results) if not result.is_success()]
     if failed:
         first = f"the first with index {failed[0]}: {_reason(results[failed[0]])}"
