@@ -4716,15 +4716,22 @@ def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     files = _upload_inputs(client, args, terminal)
     call = (args.prefab, args.version, args.function, parameters, files)
     terminal.if_interrupted = "the call may have run"
-    if args.stream:
-        with client.run(*call, stream=True) as stream:
-            result = _print_stream(stream, args.json, terminal)
-    else:
-        result = client.run(*call)
-        terminal.if_interrupted = "the call has run"
-        # Whether somebody reads it or not, the status tells how the call ended.
-        with suppress(BrokenPipeError):
-            _print_result(client, result, args, terminal)
+    try:
+        if args.stream:
+            with client.run(*call, stream=True) as stream:
+                result = _print_stream(stream, args.json, terminal)
+        else:
+            result = client.run(*call)
+            terminal.if_interrupted = "the call has run"
+            # Whether somebody reads it or not, the status tells how the call ended.
+            with suppress(BrokenPipeError):
+                _print_result(client, result, args, terminal)
+    except ValidationError as error:
+        typed = [parameters[name] for name, _ in _split_pairs(args.parameter, "")]
+        if error.status_code != 422 or all(isinstance(value, str) for value in typed):
+            raise
+        hint = "A value of -p is JSON where it can be: -P NAME=TEXT passes it as text."
+        raise GatewayError(f"{error._in_shell()}\n{hint}") from error
     if not result.is_success():
         raise GatewayError(_reason(result))
     value = result.get_function_result()
@@ -4785,6 +4792,8 @@ def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Non
 
 def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     prefabs = client.list_prefabs(args.status)
+    if args.status and not prefabs:
+        terminal.tell(f"no prefab has the status {args.status!r}")
     if not sys.stdout.isatty():
         terminal.print_json([prefab.raw for prefab in prefabs])
         return
@@ -4939,7 +4948,7 @@ def _add_directory(add: Callable[..., Any]) -> None:
     prefabs = add("list", help="list the prefabs: as lines on a terminal, else as JSON",
                   usage="%(prog)s [options]", epilog="example: gateway-sdk list --status deployed")
     prefabs.set_defaults(handler=_list_command)
-    prefabs.add_argument("--status", metavar="STATUS", help="deployed or failed")
+    prefabs.add_argument("--status", metavar="STATUS", help="such as deployed or failed")
     spec = add("spec", help="show functions", usage="%(prog)s PREFAB [VERSION] [options]",
                epilog="example: gateway-sdk spec text-tools")
     spec.set_defaults(handler=_spec_command)
@@ -5056,6 +5065,8 @@ def _execute(argv: Sequence[str] | None, terminal: _Terminal) -> None:
     terminal.quiet = args.quiet
     if args.verbose:
         _log_to(terminal)
+    if sys.stdout is None:
+        raise GatewayError("stdout is closed, so nothing was sent: what comes could not be printed.")
     options = {"base_url": args.base_url, "timeout": args.timeout, "max_retries": args.retries}
     with GatewayClient.from_env(**options) as client:
         args.handler(client, args, terminal)
@@ -5085,7 +5096,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 failed, 2 wrong usage; interrupted, 128 and the signal's number:
         130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name, mode in (("stdin", "r"), ("stderr", "w")):
         if getattr(sys, name) is None:
             # Closed by the caller.
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
@@ -5097,12 +5108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 terminal.finish()
         except SystemExit:
-            # After help and version.
+            # After help and version, which stderr gets if stdout is closed.
+            stream = sys.stdout or sys.stderr
             try:
-                sys.stdout.flush()
+                stream.flush()
             except OSError:
                 # Keep the interpreter from trying it again.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (KeyboardInterrupt, GatewayError, OSError, ValueError, RecursionError) as error:
             return _report(error, terminal)
     return 0

@@ -11801,6 +11801,26 @@ def test_an_odd_url_of_an_uploaded_input_is_the_gateways_fault(cli: Any) -> None
     assert "'https://a/b', and not an s3:// URL" in ended.error()
 
 
+@pytest.mark.parametrize(("options", "is_told"), [
+    ("-p text=1", True), ("-p text=true --stream", True), ("-p a=null", True),
+    ("-p text=1 -P text=1", False), ("-P text=1", False), ("-p text=x", False),
+    ("-d {}", False),
+])
+def test_a_refused_call_tells_how_a_number_is_passed_as_text(
+    cli: Any, options: str, is_told: bool
+) -> None:
+    refused = answer({"detail": "text must be a string"}, 422)
+    told = cli("run", "a", "1", "f", *options.split(), replies=[refused]).error()
+    assert "text must be a string" in told
+    assert ("-P NAME=TEXT passes it as text" in told) == is_told
+
+
+@pytest.mark.parametrize("reply", [answer({"detail": "no"}, 404), FAILED_CALL])
+def test_what_is_no_refusal_of_a_parameter_has_no_hint_to_text(cli: Any, reply: bytes) -> None:
+    ended = cli("run", "a", "1", "f", "-p", "text=1", replies=[reply])
+    assert ended.status == 1 and "-P" not in ended.err
+
+
 # batch
 
 
@@ -12014,9 +12034,14 @@ def test_a_secret_is_asked_for_without_an_echo(
 
 def test_the_directory_and_a_specification_are_printed(cli: Any, gateway: LocalGateway) -> None:
     assert cli("list").json == cli("list", "--status", "deployed").json == gateway.prefabs()
-    assert cli("list", "--status", "failed").json == []
     assert cli("spec", "text-tools").json["version"] == "1.1.0"
     assert cli("spec", "text-tools", "1.0.0").json["version"] == "1.0.0"
+
+
+def test_a_status_that_no_prefab_has_is_told(cli: Any) -> None:
+    told = "no prefab has the status 'deploid'\n"
+    assert cli("list", "--status", "deploid") == (0, "[]\n", told)
+    assert cli("list", replies=[answer([])]) == (0, "[]\n", "")
 
 
 # Options, environment, exit status
@@ -12429,7 +12454,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(lone: Path, line: str, reply:
 
 @posix
 @pytest.mark.parametrize(("line", "statuses"), [
-    ("upload a.txt >&-", (0, 1)), ("upload a.txt 2>&-", (0,)), ("upload a.txt > /dev/full", (1,)),
+    ("upload a.txt 2>&-", (0,)), ("upload a.txt > /dev/full", (1,)),
     ("secret set vault K <&-", (1, 2)), ("run >&- 2>&-", (2,)), ("run 2> /dev/full", (2,)),
     ("--help | true", (0,)), ("run --help > /dev/full", (0,)),
 ])
@@ -12442,6 +12467,18 @@ def test_a_closed_or_full_stream_is_no_traceback(
     assert ended.status in statuses, ended.err
     assert ended.err.count("\n") == (ended.status != 0 and "2>" not in line)
     assert ("s3://" in ended.out) == ("a.txt 2>" in line)
+
+
+@pytest.mark.parametrize("line", ["list", "run text-tools 1.1.0 echo -d '{\"value\": 1}'"])
+def test_nothing_is_sent_if_its_result_could_not_be_printed(
+    shell: Any, gateway: LocalGateway, line: str
+) -> None:
+    gateway.requests.clear()
+    assert "stdout is closed" in shell(f"gateway-sdk {line} >&-").error()
+    assert not gateway.requests
+    # Nobody else is there to read them.
+    helped = shell("gateway-sdk run --help >&-")
+    assert (helped.status, "FUNCTION" in helped.err) == (0, True)
 
 
 # The file as a program, and within one
