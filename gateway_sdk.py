@@ -4506,8 +4506,10 @@ class _Terminal:
 
         def draw(done: int, total: int | None) -> None:
             nonlocal drawn
-            now, columns = time.monotonic(), _columns(sys.stderr)
-            if self.quiet or not columns or (now - drawn < 0.1 and done != total):
+            now = time.monotonic()
+            is_due = now - drawn >= 0.1 or done == total
+            columns = _columns(sys.stderr) if is_due and not self.quiet else 0
+            if not columns:
                 return
             drawn = now
             passed = max(now - started, 1e-6)
@@ -4880,9 +4882,9 @@ def _add_prefab(command: Any) -> None:
     command.add_argument("prefab", metavar="PREFAB", help="an id, see `gateway-sdk list`")
 
 
-def _add_run(add: Callable[..., Any]) -> None:
-    run = add("run", _run_command, "run a function",
-              "text-tools 1.1.0 statistics -p text='Hello you'", "PREFAB VERSION FUNCTION")
+def _add_run(add: Any) -> None:
+    run = add("run PREFAB VERSION FUNCTION", _run_command, text="run a function",
+              example="text-tools 1.1.0 statistics -p text='Hello you'")
     _add_prefab(run)
     run.add_argument("version", metavar="VERSION", help="such as 1.0.0")
     run.add_argument("function", metavar="FUNCTION", help="see `gateway-sdk spec PREFAB`")
@@ -4903,12 +4905,12 @@ def _add_run(add: Callable[..., Any]) -> None:
                      help='exit with 1, and not 0, if the function reports "success": false')
 
 
-def _add_batch(add: Callable[..., Any]) -> None:
+def _add_batch(add: Any) -> None:
     call = (
         '{"prefab_id": "text-tools", "version": "1.1.0", "function_name": "echo", '
         '"parameters": {"value": 1}}'
     )
-    batch = add("batch", _batch_command, "run the calls of a file", "calls.jsonl", "FILE")
+    batch = add("batch FILE", _batch_command, text="run the calls of a file", example="calls.jsonl")
     batch.description = (
         "Runs calls side by side. FILE has a call in each line, or is a JSON array of calls.\n"
         "A call has the fields prefab_id, version and function_name, and may have parameters\n"
@@ -4921,18 +4923,19 @@ def _add_batch(add: Callable[..., Any]) -> None:
                        help="calls at a time; default: 8")
 
 
-def _add_directory(add: Callable[..., Any]) -> None:
-    prefabs = add("list", _list_command, "list the prefabs: as lines on a terminal, else as JSON",
-                  "--status deployed")
+def _add_directory(add: Any) -> None:
+    prefabs = add("list", _list_command, example="--status deployed",
+                  text="list the prefabs: as lines on a terminal, else as JSON")
     prefabs.add_argument("--status", help="such as deployed or failed")
-    spec = add("spec", _spec_command, "show functions", "text-tools", "PREFAB [VERSION]")
+    spec = add("spec PREFAB [VERSION]", _spec_command, text="show functions", example="text-tools")
     _add_prefab(spec)
     spec.add_argument("version", metavar="VERSION", nargs="?", help="default: the newest")
 
 
-def _add_files(add: Callable[..., Any]) -> None:
+def _add_files(add: Any) -> None:
     seconds = partial(_number, int, 1)
-    upload = add("upload", _upload_command, "upload files", "--input report.txt", "PATH...")
+    upload = add("upload PATH...", _upload_command, text="upload files",
+                 example="--input report.txt")
     upload.add_argument("path", metavar="PATH", nargs="+", help="a file")
     kind = upload.add_mutually_exclusive_group()
     kind.add_argument("--input", action="store_true", help="inputs of calls; no agent needed")
@@ -4940,16 +4943,17 @@ def _add_files(add: Callable[..., Any]) -> None:
     upload.add_argument("--content-type", metavar="TYPE", help="of an input, such as video/mp4")
     upload.add_argument("--ttl", metavar="SECONDS", type=seconds,
                         help="how long a temporary file lives; default: 86400")
-    ls = add("ls", _ls_command, "list the agent's files", "--temp")
+    ls = add("ls", _ls_command, text="list the agent's files", example="--temp")
     ls.add_argument("--temp", action="store_true", help="temporary files")
     for command in (upload, ls):
         command.add_argument("--session", help="what temporary files have in common")
-    cleanup = add("cleanup", _cleanup_command, "delete temporary files", "session-1", "SESSION")
+    cleanup = add("cleanup SESSION", _cleanup_command, text="delete temporary files",
+                  example="session-1")
     cleanup.add_argument("session", metavar="SESSION", help="what the files have in common")
-    download = add("download", _download_command, "download a file",
-                   "s3://bucket/key/report.txt downloads/", "S3_URL [TARGET]")
-    url = add("url", _url_command, "print a URL that anyone can download from",
-              "s3://bucket/key/report.txt --expires 600", "S3_URL")
+    download = add("download S3_URL [TARGET]", _download_command, text="download a file",
+                   example="s3://bucket/key/report.txt downloads/")
+    url = add("url S3_URL", _url_command, text="print a URL that anyone can download from",
+              example="s3://bucket/key/report.txt --expires 600")
     for command in (download, url):
         command.add_argument("s3_url", metavar="S3_URL", help="the file's URL")
     download.add_argument("target", metavar="TARGET", nargs="?", default=".",
@@ -4958,17 +4962,18 @@ def _add_files(add: Callable[..., Any]) -> None:
                      help="how long it can be used; default: 3600")
 
 
-def _add_secret(add: Callable[..., Any]) -> None:
-    secret = add("secret", None, "set, list or delete your secrets", "list", "ACTION ...")
+def _add_secret(add: Any) -> None:
+    secret = add("secret ACTION ...", None, text="set, list or delete your secrets", example="list")
     actions = secret.add_subparsers(metavar="ACTION", required=True, prog=secret.prog)
     add = partial(add, to=actions)
-    put = add("set", _secret_set_command, "set one, from stdin or a prompt",
-              "vault SIGNING_KEY < key.txt", "PREFAB NAME")
-    delete = add("delete", _secret_delete_command, "delete one", "vault SIGNING_KEY", "PREFAB NAME")
+    put = add("set PREFAB NAME", _secret_set_command, text="set one, from stdin or a prompt",
+              example="vault SIGNING_KEY < key.txt")
+    delete = add("delete PREFAB NAME", _secret_delete_command, text="delete one",
+                 example="vault SIGNING_KEY")
     for action in (put, delete):
         _add_prefab(action)
         action.add_argument("name", metavar="NAME", help="the secret's name")
-    names = add("list", _secret_list_command, "list their names", "vault", "[PREFAB]")
+    names = add("list [PREFAB]", _secret_list_command, text="list their names", example="vault")
     names.add_argument("prefab", metavar="PREFAB", nargs="?", help="only those of this one")
 
 
@@ -5007,13 +5012,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog)
 
-    def add(
-        name: str, handler: Any, text: str, example: str, arguments: str = "", to: Any = commands
-    ) -> Any:
-        usage = " ".join(["%(prog)s", *arguments.split(), "[options]"])
+    def add(usage: str, handler: Any, *, text: str, example: str, to: Any = commands) -> Any:
+        name, blank, arguments = usage.partition(" ")
         command = to.add_parser(
-            name, help=text, usage=usage, epilog=f"example: %(prog)s {example}", parents=[common],
+            name, usage=f"%(prog)s{blank}{arguments} [options]", help=text, parents=[common],
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example: %(prog)s {example}",
         )
         command.set_defaults(handler=handler)
         return command
