@@ -4563,12 +4563,12 @@ def _read_parameters(args: Any) -> _Json:
 
 def _upload_inputs(client: GatewayClient, args: Any, terminal: _Terminal) -> dict[str, list[str]]:
     """The URLs of the files of `-f`. Nothing is uploaded unless all of them can be read."""
-    local = [path for _, path in args.file if not path.startswith("s3://")]
-    for path in local:
-        open(path, "rb").close()
+    for _, path in args.file:
+        if not path.startswith("s3://"):
+            open(path, "rb").close()
     files: dict[str, list[str]] = {}
     for name, url in args.file:
-        if url in local:
+        if not url.startswith("s3://"):
             url = client.upload_input_file(url, on_progress=terminal.progress(url))
         if not url.startswith("s3://"):
             raise GatewayError(f"The gateway's URL of an upload is {url!r}, and not an s3:// URL.")
@@ -4624,7 +4624,8 @@ def _print_result(
         raise GatewayError(f"An output file cannot be saved: {error._in_shell()}") from error
     finally:
         if not args.result:
-            terminal.print_json({**result.to_dict(), **({"saved": saved} if args.save else {})})
+            more = {"saved": saved} if args.save else {}
+            terminal.print_json({**result.to_dict(), **more})
         elif result.is_success() or result.output is not None:
             terminal.print_value(result.get_function_result())
         for path in saved if args.result else ():
