@@ -4325,7 +4325,7 @@ def _write_all(stream: Any, text: str) -> None:
             rest = rest[written:]
 
 
-def _read_stdin() -> bytearray:
+def _read_stdin() -> bytes:
     raw = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
     content = bytearray()
     while (block := raw.read(65536)) != b"":
@@ -4333,7 +4333,7 @@ def _read_stdin() -> bytearray:
             _wait_for(raw)
         else:
             content += block
-    return content
+    return bytes(content)
 
 
 def _read_text(path: str) -> str:
@@ -4342,7 +4342,7 @@ def _read_text(path: str) -> str:
         content = _read_stdin()
     else:
         with open(path, "rb") as file:
-            content = bytearray(file.read())
+            content = file.read()
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     # UTF-16 without its mark may pass for UTF-8.
     if b"\0" not in content[:2]:
@@ -5034,7 +5034,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
 def _execute(argv: Sequence[str] | None, terminal: _Terminal) -> None:
     """Does what the arguments ask for."""
     if sys.stdout is None:
-        raise GatewayError("stdout is closed: nothing was done whose result could not be printed.")
+        raise GatewayError("stdout is closed, so nothing was done: its result could not be printed.")
     args = _parse_arguments(argv)
     terminal.quiet = args.quiet
     if args.verbose:
