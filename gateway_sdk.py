@@ -5034,7 +5034,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
 def _execute(argv: Sequence[str] | None, terminal: _Terminal) -> None:
     """Does what the arguments ask for."""
     if sys.stdout is None:
-        raise GatewayError("stdout is closed, so nothing was done: its result could not be printed.")
+        raise GatewayError("stdout is closed, so nothing was done: no result could be printed.")
     args = _parse_arguments(argv)
     terminal.quiet = args.quiet
     if args.verbose:
