@@ -4288,19 +4288,20 @@ class AsyncGatewayClient:
 # Control characters but tabs and line ends, and those that turn the direction of writing.
 _CONTROLS = {*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 _ESCAPES = {code: f"\\u{code:04x}" for code in _CONTROLS - set(b"\t\n\r")}
-# How a text may begin that is not plain UTF-8, and the encoding that this tells.
-_BYTE_ORDER_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
-# What no name of a file should have: Windows refuses it, or a reader is misled by it.
-_ODD_IN_NAMES = r'[\0-\x1f\x7f-\x9f<>:"|?*\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
-_DEVICES = r"(?i)(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)"
-_CALL_FIELDS = ("prefab_id", "version", "function_name", "parameters", "files")
+
+
+def _wait_for(raw: Any) -> None:
+    """Waits where a pipe does not make its readers and writers wait (node's, asyncio's)."""
+    import select
+
+    select.select([raw] * raw.readable(), [raw] * raw.writable(), [])
 
 
 def _write_all(stream: Any, text: str) -> None:
     """Writes a text to stdout or stderr, whole and at once.
 
-    It goes round the layers of `io`, which lose text where a pipe does not make its writers wait
-    (those of node and asyncio), and try again at the end of Python what could not be written.
+    It goes round the layers of `io`, which lose text where they would have to wait, and try again
+    at the end of Python what could not be written.
     """
     stream.flush()
     buffer = getattr(stream, "buffer", None)
@@ -4313,42 +4314,67 @@ def _write_all(stream: Any, text: str) -> None:
     while rest:
         written = raw.write(rest)
         if written is None:
-            import select
-
-            select.select([], [raw], [])
+            _wait_for(raw)
         else:
             rest = rest[written:]
 
 
-def _read_all(path: str) -> bytes:
-    """A file, or stdin for `-`, also if that is a pipe that does not make its readers wait."""
-    if path != "-":
-        with open(path, "rb") as file:
-            return file.read()
+def _read_stdin() -> bytes:
     raw = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
-    blocks = []
+    content = bytearray()
     while (block := raw.read(65536)) != b"":
         if block is None:
-            import select
-
-            select.select([raw], [], [])
+            _wait_for(raw)
         else:
-            blocks.append(block)
-    return b"".join(blocks)
+            content += block
+    return bytes(content)
+
+
+def _read_text(path: str) -> str:
+    """A file, or stdin for `-`, in UTF-8 or with a byte order mark, whatever the locale is."""
+    if path == "-":
+        content = _read_stdin()
+    else:
+        with open(path, "rb") as file:
+            content = file.read()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    # UTF-16 without its mark may pass for UTF-8.
+    if b"\0" not in content[:2]:
+        with suppress(ValueError):
+            return content.decode(encoding)
+    name = "stdin" if path == "-" else path
+    remedy = "Save it as UTF-8 (in PowerShell by `Out-File -Encoding utf8`)"
+    raise ValidationError(f"{name} is not UTF-8. {remedy}.")
+
+
+def _decode_input(text: str, name: str) -> Any:
+    """The JSON that a user wrote. NaN, which Python takes and no gateway does, is none."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ValidationError(f"{name} is not JSON: {error}") from error
+    return value
 
 
 def _to_json(document: Any, indent: int | None, ensure_ascii: bool) -> str:
     """The document as JSON, which has neither NaN nor infinities: null stands for them."""
-    encode = partial(json.dumps, ensure_ascii=ensure_ascii)
+    encode = partial(json.dumps, indent=indent, ensure_ascii=ensure_ascii)
     try:
-        return encode(document, indent=indent, allow_nan=False)
+        return encode(document, allow_nan=False)
     except ValueError:
-        system: Any = sys
-        if hasattr(sys, "set_int_max_str_digits"):
-            # It prints no integer that is longer, unasked.
-            system.set_int_max_str_digits(0)
-        plain = json.loads(json.dumps(document), parse_constant=lambda _: None)
-        return encode(plain, indent=indent)
+        # It prints no integer that is longer, unasked; older versions of Python do.
+        set_limit = getattr(sys, "set_int_max_str_digits", None)
+        if set_limit:
+            set_limit(0)
+        return encode(json.loads(json.dumps(document), parse_constant=lambda _: None))
+
+
+def _columns(stream: Any) -> int:
+    """How many cells a line has; 0 if the stream is no terminal."""
+    with suppress(AttributeError, OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 0
 
 
 def _clip(text: str, cells: int) -> str:
@@ -4357,10 +4383,6 @@ def _clip(text: str, cells: int) -> str:
     while len(text) + sum(not character.isascii() for character in text) > cells:
         text = text[:-1]
     return text
-
-
-# What an interrupted command says that is no call.
-_MAY_BE_DONE = "it may have been done all the same"
 
 
 class _Terminal:
@@ -4391,12 +4413,12 @@ class _Terminal:
         import signal
 
         before: dict[int, Any] = {}
-        # Not every system has all of them.
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
-            number: Any = getattr(signal, name, None)
-            is_set = number and signal.getsignal(number) not in (signal.SIG_IGN, None)
-            if is_set and threading.current_thread() is threading.main_thread():
-                before[number] = signal.signal(number, self._on_signal)
+            # Not every system has all of them, and only the main thread can take them.
+            with suppress(AttributeError, ValueError):
+                number = getattr(signal, name)
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    before[number] = signal.signal(number, self._on_signal)
         try:
             yield
         finally:
@@ -4445,10 +4467,10 @@ class _Terminal:
             with self.whole():
                 _write_all(sys.stdout, text)
         except OSError as error:
-            # EINVAL: so Windows calls a pipe whose reader has gone.
-            if os.name == "nt" and error.errno == 22:
-                raise BrokenPipeError from error
-            raise OSError(error.errno, error.strerror, "stdout") from error
+            # So Windows calls a pipe whose reader has gone.
+            is_closed = os.name == "nt" and error.errno == errno.EINVAL
+            number = errno.EPIPE if is_closed else error.errno
+            raise OSError(number, error.strerror, "stdout") from error
 
     def print_json(self, document: Any, *, one_line: bool = False) -> None:
         """Prints a document. A terminal gets it indented, unless it is one line of many."""
@@ -4471,18 +4493,32 @@ class _Terminal:
         line = "; ".join(lines).replace(":; ", ": ")
         self._show(line.translate(_ESCAPES) + "\n")
 
-    def draw(self, text: str, *, last: bool) -> None:
-        """Shows a line in place of the one before, if stderr is a terminal. The last one stays."""
-        if self.quiet:
-            return
-        with suppress(OSError, ValueError):
-            # It is not.
-            cells = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-            text = _clip(text, cells)
-            if last:
+    def progress(self, label: str, unit: str = "MiB") -> Callable[[int, int | None], None]:
+        """A function that shows what is done, on one line of stderr if that is a terminal."""
+        started = drawn = time.monotonic()
+        size, digits = (2**20, 1) if unit == "MiB" else (1, 0)
+
+        def draw(done: int, total: int | None) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            is_due = now - drawn >= 0.1 or done == total
+            columns = _columns(sys.stderr) if is_due and not self.quiet else 0
+            if not columns:
+                return
+            drawn = now
+            passed = max(now - started, 1e-6)
+            share, left = f" {unit}", ""
+            if total:
+                share = f" of {total / size:,.{digits}f} {unit}, {100 * done // total} %"
+                left = f", {(total - done) * passed / max(done, 1):,.0f} s left"
+            rate = f"{done / size / passed:,.1f} {unit}/s, {passed:,.0f} s passed"
+            text = _clip(f"{done / size:,.{digits}f}{share}, {rate}{left}: {label}", columns - 1)
+            if done == total:
                 self._show(f"{text}\n")
             else:
-                self._show(text, eraser=f"\r{' ' * cells}\r")
+                self._show(text, eraser=f"\r{' ' * (columns - 1)}\r")
+
+        return draw
 
     def wipe(self) -> None:
         """Makes room for what is printed next."""
@@ -4496,68 +4532,8 @@ class _Terminal:
             _write_all(sys.stderr, text)
 
 
-class _ProgressBar:
-    """A line on a terminal: what is done, the rate, and the time that has passed and is left."""
-
-    def __init__(self, terminal: _Terminal, label: str, unit: str = "MiB") -> None:
-        self._terminal = terminal
-        self._label = label
-        self._unit = unit
-        self._started = self._drawn = time.monotonic()
-
-    def __call__(self, done: int, total: int | None) -> None:
-        now = time.monotonic()
-        if now - self._drawn < 0.1 and done != total:
-            return
-        self._drawn = now
-        passed = max(now - self._started, 1e-6)
-        size, digits = (2**20, 1) if self._unit == "MiB" else (1, 0)
-        amount = f"{done / size:,.{digits}f}"
-        percent = left = ""
-        if total:
-            amount += f" of {total / size:,.{digits}f}"
-            percent = f", {100 * done // total} %"
-            left = f", {(total - done) * passed / max(done, 1):,.0f} s left"
-        rate = f"{done / size / passed:,.1f} {self._unit}/s, {passed:,.0f} s passed"
-        text = f"{amount} {self._unit}{percent}, {rate}{left}: {self._label}"
-        self._terminal.draw(text, last=done == total)
-
-
-def _read_text(path: str) -> str:
-    """A file, or stdin for `-`, in UTF-8 or with a byte order mark, whatever the locale is."""
-    content = _read_all(path)
-    marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if content.startswith(mark))
-    encoding = next(marked, "utf-8")
-    try:
-        if encoding == "utf-8" and b"\0" in content[:2]:
-            # As UTF-16 begins without its mark.
-            raise ValueError
-        return content.decode(encoding)
-    except ValueError:
-        name = "stdin" if path == "-" else path
-        remedy = "Save it as UTF-8 (in PowerShell by `Out-File -Encoding utf8`)"
-        raise ValidationError(f"{name} is not UTF-8. {remedy}.") from None
-
-
-def _decode_input(text: str, name: str) -> Any:
-    """The JSON that a user wrote. NaN, which Python takes and no gateway does, is none."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise ValidationError(f"{name} is not JSON: {error}") from error
-    return value
-
-
-def _split_pairs(pairs: Iterable[str], form: str) -> list[tuple[str, str]]:
-    """Names and values of an option that is given as NAME=VALUE, as often as needed."""
-    found = []
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise ValidationError(f"{form} is needed, not {pair!r}.")
-        found.append((name, value))
-    return found
+# What an interrupted command says that is no call.
+_MAY_BE_DONE = "it may have been done all the same"
 
 
 def _read_parameters(args: Any) -> _Json:
@@ -4568,72 +4544,60 @@ def _read_parameters(args: Any) -> _Json:
     parameters = _decode_input(data, "-d")
     if not isinstance(parameters, dict):
         raise ValidationError("-d must be a JSON object.")
-    for name, text in _split_pairs(args.parameter, "-p NAME=VALUE"):
+    for name, text in args.parameter:
         if text.startswith("@"):
             parameters[name] = _read_text(text[1:])
         else:
             parameters[name] = text
             with suppress(ValidationError):
                 parameters[name] = _decode_input(text, name)
-    parameters.update(_split_pairs(args.text, "-P NAME=TEXT"))
+    parameters.update(args.text)
     return parameters
 
 
 def _upload_inputs(client: GatewayClient, args: Any, terminal: _Terminal) -> dict[str, list[str]]:
     """The URLs of the files of `-f`. Nothing is uploaded unless all of them can be read."""
-    pairs = _split_pairs(args.file, "-f NAME=PATH")
-    local = [path for _, path in pairs if not path.startswith("s3://")]
-    for path in local:
-        open(path, "rb").close()
+    for _, path in args.file:
+        if not path.startswith("s3://"):
+            open(path, "rb").close()
     files: dict[str, list[str]] = {}
-    for name, url in pairs:
-        if url in local:
-            url = client.upload_input_file(url, on_progress=_ProgressBar(terminal, url))
+    for name, url in args.file:
+        if not url.startswith("s3://"):
+            url = client.upload_input_file(url, on_progress=terminal.progress(url))
         if not url.startswith("s3://"):
             raise GatewayError(f"The gateway's URL of an upload is {url!r}, and not an s3:// URL.")
         files.setdefault(name, []).append(url)
     return files
 
 
-def _require_folder(folder: str) -> None:
-    """Raises if there is anything but a folder at this path, or on the way to it."""
-    path = os.path.abspath(folder)
-    while not os.path.lexists(path) and path != os.path.dirname(path):
-        path = os.path.dirname(path)
-    if not os.path.isdir(path):
-        raise ValidationError(f"Nothing can be saved in {folder}: {path} is not a folder.")
-
-
 def _local_name(url: str) -> str:
     """A name for a file of the gateway: the end of its URL, but for what some system refuses."""
-    name = re.sub(_ODD_IN_NAMES, "_", url.rpartition("/")[2][-200:])
-    # Windows would leave those out.
-    stem = name.rstrip(". ")
-    if stem != name or not name:
-        name = f"{stem}_"
-    if re.match(_DEVICES, name):
+    # Windows refuses these, or a reader is misled by them.
+    odd = r'[\0-\x1f\x7f-\x9f<>:"|?*\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]'
+    devices = r"(?i)(con|prn|aux|nul|con(in|out)\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)"
+    name = re.sub(odd, "_", url.rpartition("/")[2][-200:])
+    # Windows would leave out blanks and dots at the end.
+    name = re.sub("[. ]+$|^$", "_", name)
+    if re.match(devices, name):
         name = f"_{name}"
-    while len(name.encode()) > 240:
-        # Most systems take 255, and a number may come in front.
-        name = name[1:]
-    return name
+    # Most systems take 255 bytes, and a number may come in front.
+    return name.encode()[-240:].decode(errors="ignore")
 
 
 def _download_into(client: GatewayClient, url: str, folder: str, terminal: _Terminal) -> str:
     """Downloads a file under a name that nothing in the folder has yet. Gives its path."""
-    os.makedirs(os.path.abspath(folder), exist_ok=True)
-    name, number = _local_name(url), 1
+    os.makedirs(folder, exist_ok=True)
+    name = _local_name(url)
     path = os.path.join(folder, name)
-    while True:
+    for number in itertools.count(2):
         try:
             # Takes the name, from commands that run beside this one too.
             open(path, "xb").close()
             break
         except FileExistsError:
-            number += 1
             path = os.path.join(folder, f"{number}-{name}")
     try:
-        client.download_file(url, path, on_progress=_ProgressBar(terminal, path))
+        client.download_file(url, path, on_progress=terminal.progress(path))
     except BaseException:
         os.unlink(path)
         raise
@@ -4654,7 +4618,8 @@ def _print_result(
         raise GatewayError(f"An output file cannot be saved: {error._in_shell()}") from error
     finally:
         if not args.result:
-            terminal.print_json({**result.to_dict(), **({"saved": saved} if args.save else {})})
+            more = {"saved": saved} if args.save else {}
+            terminal.print_json({**result.to_dict(), **more})
         elif result.is_success() or result.output is not None:
             terminal.print_value(result.get_function_result())
         for path in saved if args.result else ():
@@ -4668,13 +4633,11 @@ def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> Pr
     has_content = False
     try:
         for event in stream:
-            # A heartbeat is of a type that the SDK does not know, and has no data.
-            is_heartbeat = event.data is None and event.raw.get("type") != "content"
             if not kept or event.type in (StreamEventType.DONE, StreamEventType.ERROR):
                 kept.append(event)
             if as_json:
                 terminal.print_json(event.raw, one_line=True)
-            elif event.type == StreamEventType.CONTENT and not is_heartbeat:
+            elif event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
                 has_content = True
                 if isinstance(event.data, str):
                     terminal.print_text(event.data)
@@ -4699,26 +4662,39 @@ def _reason(result: PrefabResult) -> str:
     return f"{result.status}: {result.exception._in_shell() if result.exception else message}"
 
 
-def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
-    if args.stream and (args.save or args.result):
-        raise ValidationError("--save and --result do not go with --stream.")
-    if args.save == "":
-        raise ValidationError("--save needs a folder.")
-    parameters = _read_parameters(args)
-    if args.save:
-        _require_folder(args.save)
+def _call(
+    client: GatewayClient, args: Any, parameters: _Json, terminal: _Terminal
+) -> PrefabResult:
+    """Makes the call of `run`, and prints what comes."""
     files = _upload_inputs(client, args, terminal)
     call = (args.prefab, args.version, args.function, parameters, files)
     terminal.if_interrupted = "the call may have run"
     if args.stream:
         with client.run(*call, stream=True) as stream:
-            result = _print_stream(stream, args.json, terminal)
-    else:
-        result = client.run(*call)
-        terminal.if_interrupted = "the call has run"
-        # Whether somebody reads it or not, the status tells how the call ended.
-        with suppress(BrokenPipeError):
-            _print_result(client, result, args, terminal)
+            return _print_stream(stream, args.json, terminal)
+    result: PrefabResult = client.run(*call)
+    terminal.if_interrupted = "the call has run"
+    # Whether somebody reads it or not, the status tells how the call ended.
+    with suppress(BrokenPipeError):
+        _print_result(client, result, args, terminal)
+    return result
+
+
+def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+    if args.stream and (args.save is not None or args.result):
+        raise ValidationError("--save and --result do not go with --stream.")
+    parameters = _read_parameters(args)
+    if args.save is not None:
+        # Before a call is paid for whose files could not be saved.
+        os.makedirs(args.save, exist_ok=True)
+    try:
+        result = _call(client, args, parameters, terminal)
+    except ValidationError as error:
+        is_text = [isinstance(parameters[name], str) for name, _ in args.parameter]
+        if error.status_code != 422 or all(is_text):
+            raise
+        hint = "A value of -p is JSON where it can be: -P NAME=TEXT passes it as text."
+        raise GatewayError(f"{error._in_shell()}\n{hint}") from error
     if not result.is_success():
         raise GatewayError(_reason(result))
     value = result.get_function_result()
@@ -4740,11 +4716,12 @@ def _read_calls(path: str) -> list[PrefabCall]:
         # Not splitlines(): JSON may have U+2028 in a line.
         lines = enumerate(text.split("\n"), 1)
         entries = [_decode_input(line, f"Line {number}") for number, line in lines if line.strip()]
+    known = [one.name for one in fields(PrefabCall)]
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ValidationError(f"The call with index {index} is not a JSON object.")
-        problems = [f"lacks {name!r}" for name in _CALL_FIELDS[:3] if name not in entry]
-        unknown = [name for name in entry if name not in _CALL_FIELDS]
+        problems = [f"lacks {name!r}" for name in known[:3] if name not in entry]
+        unknown = [name for name in entry if name not in known]
         problems += [f"has {name!r}, which is no field of a call" for name in unknown]
         if problems:
             raise ValidationError(f"The call with index {index} {' and '.join(problems)}.")
@@ -4753,56 +4730,47 @@ def _read_calls(path: str) -> list[PrefabCall]:
 
 def _batch_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     calls = _read_calls(args.path)
-    bar = _ProgressBar(terminal, "batch", "calls")
-    # Until the results before them are printed.
-    waiting: dict[int, _Json] = {}
+    show_progress = terminal.progress("batch", "calls")
     printed = 0
 
     def on_result(index: int, result: PrefabResult) -> None:
         nonlocal printed
         with terminal.whole():
-            waiting[index] = line = {"index": index, **result.to_dict()}
+            line = {"index": index, **result.to_dict()}
             if result.exception:
                 line["error"] = {**line["error"], "message": result.exception._in_shell()}
             elif not result.is_success():
                 # So says the gateway: the call has run.
                 line["error"] = {**(result.error or {}), "may_have_run": True}
-            while printed in waiting:
-                terminal.print_json(waiting.pop(printed), one_line=True)
-                printed += 1
-            bar(printed + len(waiting), len(calls))
+            terminal.print_json(line, one_line=True)
+            printed += 1
+            show_progress(printed, len(calls))
 
     terminal.if_interrupted = "calls that have no line on stdout may have run"
-    try:
-        results = client.run_batch(calls, max_workers=args.workers, on_result=on_result).results
-    finally:
-        with terminal.whole():
-            for index in sorted(waiting):
-                terminal.print_json(waiting[index], one_line=True)
+    results = client.run_batch(calls, max_workers=args.workers, on_result=on_result).results
     failed = [index for index, result in enumerate(results) if not result.is_success()]
     if failed:
         first = f"the first with index {failed[0]}: {_reason(results[failed[0]])}"
         raise GatewayError(f"{len(failed)} of {len(calls)} calls failed, {first}")
 
 
-def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+def _list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Any:
     prefabs = client.list_prefabs(args.status)
-    if not sys.stdout.isatty():
-        terminal.print_json([prefab.raw for prefab in prefabs])
-        return
-    cells = 80
-    with suppress(OSError):
-        # The NUL of Windows calls itself a terminal.
-        cells = os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    if args.status and not prefabs:
+        terminal.tell(f"no prefab has the status {args.status!r}")
+    columns = _columns(sys.stdout)
+    if not columns:
+        return [prefab.raw for prefab in prefabs]
     names = [f"{prefab.prefab_id} {prefab.version}" for prefab in prefabs]
     for prefab, name in zip(prefabs, names):
         state = "" if prefab.status in (None, "deployed") else f"({prefab.status}) "
         line = f"{name:{max(map(len, names))}}  {state}{prefab.description}"
-        terminal.print_text(_clip(line, cells) + "\n")
+        terminal.print_text(_clip(line, columns) + "\n")
+    return None
 
 
-def _spec_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
-    terminal.print_json(client.get_prefab_spec(args.prefab, args.version))
+def _spec_command(client: GatewayClient, args: Any, _: _Terminal) -> Any:
+    return client.get_prefab_spec(args.prefab, args.version)
 
 
 def _upload_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
@@ -4814,7 +4782,7 @@ def _upload_command(client: GatewayClient, args: Any, terminal: _Terminal) -> No
     terminal.if_interrupted = _MAY_BE_DONE
     try:
         for path in args.path:
-            bar = _ProgressBar(terminal, path)
+            bar = terminal.progress(path)
             if args.input:
                 url = client.upload_input_file(path, args.content_type, on_progress=bar)
                 answers.append({"s3_url": url})
@@ -4829,31 +4797,30 @@ def _upload_command(client: GatewayClient, args: Any, terminal: _Terminal) -> No
             terminal.print_json(answers if len(args.path) > 1 else answers[0])
 
 
-def _download_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+def _download_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Any:
     path = args.target
     if os.path.isdir(path) or path.endswith(("/", os.sep)):
         path = _download_into(client, args.s3_url, path, terminal)
     else:
-        client.download_file(args.s3_url, path, on_progress=_ProgressBar(terminal, path))
-    terminal.print_json({"path": path, "size": os.path.getsize(path)})
+        client.download_file(args.s3_url, path, on_progress=terminal.progress(path))
+    return {"path": path, "size": os.path.getsize(path)}
 
 
-def _ls_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+def _url_command(client: GatewayClient, args: Any, _: _Terminal) -> Any:
+    return {"presigned_url": client.get_presigned_url(args.s3_url, args.expires)}
+
+
+def _ls_command(client: GatewayClient, args: Any, _: _Terminal) -> Any:
     temporary = args.temp or args.session
-    files = client.iter_temp_files(args.session) if temporary else client.iter_files()
-    terminal.print_json(list(files))
+    return list(client.iter_temp_files(args.session) if temporary else client.iter_files())
 
 
-def _cleanup_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+def _cleanup_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Any:
     terminal.if_interrupted = _MAY_BE_DONE
-    terminal.print_json({"deleted_count": client.cleanup_temp_files(args.session)})
+    return {"deleted_count": client.cleanup_temp_files(args.session)}
 
 
-def _url_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
-    terminal.print_json({"presigned_url": client.get_presigned_url(args.s3_url, args.expires)})
-
-
-def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Any:
     value = ""
     if sys.stdin.isatty():
         # Asks without an echo; an argument would show in the list of processes.
@@ -4872,17 +4839,17 @@ def _secret_set_command(client: GatewayClient, args: Any, terminal: _Terminal) -
         raise ValidationError("The secret is empty: it is read from stdin, or typed at the prompt.")
     terminal.if_interrupted = _MAY_BE_DONE
     client.set_secret(args.prefab, args.name, value)
-    terminal.print_json({"prefab_id": args.prefab, "secret_name": args.name})
+    return {"prefab_id": args.prefab, "secret_name": args.name}
 
 
-def _secret_list_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
-    terminal.print_json(client.list_secrets(args.prefab))
+def _secret_list_command(client: GatewayClient, args: Any, _: _Terminal) -> Any:
+    return client.list_secrets(args.prefab)
 
 
-def _secret_delete_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
+def _secret_delete_command(client: GatewayClient, args: Any, terminal: _Terminal) -> Any:
     terminal.if_interrupted = _MAY_BE_DONE
     client.delete_secret(args.prefab, args.name)
-    terminal.print_json({"prefab_id": args.prefab, "secret_name": args.name})
+    return {"prefab_id": args.prefab, "secret_name": args.name}
 
 
 def _number(kind: type, least: float, text: str) -> Any:
@@ -4896,22 +4863,35 @@ def _number(kind: type, least: float, text: str) -> Any:
     raise argparse.ArgumentTypeError(f"{name} from {least} on is needed, not {text!r}")
 
 
-def _add_run(add: Callable[..., Any]) -> None:
-    repeated: _Json = {"action": "append", "default": []}
-    run = add("run", help="run a function", usage="%(prog)s PREFAB VERSION FUNCTION [options]",
-              epilog="example: gateway-sdk run text-tools 1.1.0 statistics -p text='Hello you'")
-    run.set_defaults(handler=_run_command)
-    run.add_argument("prefab", metavar="PREFAB", help="an id, see `gateway-sdk list`")
+def _pair(text: str) -> tuple[str, str]:
+    """The name and the value of an option such as `-p`."""
+    import argparse
+
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"NAME=... is needed, not {text!r}")
+    return name, value
+
+
+def _add_prefab(command: Any) -> None:
+    command.add_argument("prefab", metavar="PREFAB", help="an id, see `gateway-sdk list`")
+
+
+def _add_run(add: Any) -> None:
+    run = add("run PREFAB VERSION FUNCTION", _run_command, text="run a function",
+              example="text-tools 1.1.0 statistics -p text='Hello you'")
+    _add_prefab(run)
     run.add_argument("version", metavar="VERSION", help="such as 1.0.0")
     run.add_argument("function", metavar="FUNCTION", help="see `gateway-sdk spec PREFAB`")
-    run.add_argument("-p", "--parameter", metavar="NAME=VALUE", **repeated,
+    repeated: _Json = {"action": "append", "default": []}
+    run.add_argument("-p", "--parameter", metavar="NAME=VALUE", type=_pair, **repeated,
                      help="a parameter: JSON, or else text; NAME=@FILE is the text of a file")
-    run.add_argument("-P", "--text", metavar="NAME=TEXT", **repeated,
+    run.add_argument("-P", "--text", metavar="NAME=TEXT", type=_pair, **repeated,
                      help="a parameter that is text, whatever it looks like")
+    run.add_argument("-f", "--file", metavar="NAME=PATH", type=_pair, **repeated,
+                     help="an input: a file, or an s3:// URL")
     run.add_argument("-d", "--data", metavar="JSON", default="{}",
                      help="all parameters: JSON, @FILE or - for stdin")
-    run.add_argument("-f", "--file", metavar="NAME=PATH", **repeated,
-                     help="an input: a file, or an s3:// URL")
     run.add_argument("--stream", action="store_true", help="print contents as they come")
     run.add_argument("--json", action="store_true", help="with --stream: events as JSON lines")
     run.add_argument("--result", action="store_true", help="print the function's value alone")
@@ -4920,88 +4900,86 @@ def _add_run(add: Callable[..., Any]) -> None:
                      help='exit with 1, and not 0, if the function reports "success": false')
 
 
-def _add_batch(add: Callable[..., Any]) -> None:
-    call = {"prefab_id": "text-tools", "version": "1.1.0", "function_name": "echo"}
-    example = json.dumps({**call, "parameters": {"value": 1}})
-    batch = add(
-        "batch", help="run the calls of a file", usage="%(prog)s FILE [options]", description=
+def _add_batch(add: Any) -> None:
+    call = (
+        '{"prefab_id": "text-tools", "version": "1.1.0", "function_name": "echo", '
+        '"parameters": {"value": 1}}'
+    )
+    batch = add("batch FILE", _batch_command, text="run the calls of a file", example="calls.jsonl")
+    batch.description = (
         "Runs calls side by side. FILE has a call in each line, or is a JSON array of calls.\n"
         "A call has the fields prefab_id, version and function_name, and may have parameters\n"
-        "(an object) and files (names to lists of s3:// URLs). Prints each result as a line\n"
-        "of JSON, with the index of its call, from 0. Exits with 1 if a call failed.",
-        epilog=f"example: gateway-sdk batch calls.jsonl\n\na line of calls.jsonl:\n{example}",
+        "(an object) and files (names to lists of s3:// URLs). Prints each result as soon as it\n"
+        "comes: a line of JSON, with the index of its call, from 0. Exits with 1 if one failed."
     )
-    batch.set_defaults(handler=_batch_command)
+    batch.epilog += f"\n\na line of calls.jsonl:\n{call}"
     batch.add_argument("path", metavar="FILE", help="a file, or - for stdin")
-    batch.add_argument("--workers", metavar="N", type=partial(_number, int, 1), default=8,
+    batch.add_argument("--workers", type=partial(_number, int, 1), default=8,
                        help="calls at a time; default: 8")
 
 
-def _add_directory(add: Callable[..., Any]) -> None:
-    prefabs = add("list", help="list the prefabs: as lines on a terminal, else as JSON",
-                  usage="%(prog)s [options]", epilog="example: gateway-sdk list --status deployed")
-    prefabs.set_defaults(handler=_list_command)
-    prefabs.add_argument("--status", metavar="STATUS", help="deployed or failed")
-    spec = add("spec", help="show functions", usage="%(prog)s PREFAB [VERSION] [options]",
-               epilog="example: gateway-sdk spec text-tools")
-    spec.set_defaults(handler=_spec_command)
-    spec.add_argument("prefab", metavar="PREFAB", help="an id, see `gateway-sdk list`")
+def _add_directory(add: Any) -> None:
+    prefabs = add("list", _list_command, example="--status deployed",
+                  text="list the prefabs: as lines on a terminal, else as JSON")
+    prefabs.add_argument("--status", help="such as deployed or failed")
+    spec = add("spec PREFAB [VERSION]", _spec_command, text="show functions", example="text-tools")
+    _add_prefab(spec)
     spec.add_argument("version", metavar="VERSION", nargs="?", help="default: the newest")
 
 
-def _add_files(add: Callable[..., Any]) -> None:
-    upload = add("upload", help="upload files", usage="%(prog)s PATH... [options]",
-                 epilog="example: gateway-sdk upload --input report.txt")
-    upload.set_defaults(handler=_upload_command)
+def _add_files(add: Any) -> None:
+    seconds = partial(_number, int, 1)
+    upload = add("upload PATH...", _upload_command, text="upload files",
+                 example="--input report.txt")
     upload.add_argument("path", metavar="PATH", nargs="+", help="a file")
     kind = upload.add_mutually_exclusive_group()
     kind.add_argument("--input", action="store_true", help="inputs of calls; no agent needed")
     kind.add_argument("--temp", action="store_true", help="temporary files")
-    upload.add_argument("--content-type", metavar="T", help="of an input, such as video/mp4")
-    upload.add_argument("--ttl", metavar="S", type=partial(_number, int, 1),
-                        help="seconds that a temporary file lives; default: 86400")
-    upload.add_argument("--session", metavar="ID", help="what temporary files have in common")
-    download = add("download", help="download a file", usage="%(prog)s S3_URL [TARGET] [options]",
-                   epilog="example: gateway-sdk download s3://bucket/key/report.txt downloads/")
-    download.set_defaults(handler=_download_command)
-    download.add_argument("s3_url", metavar="S3_URL", help="the file's URL")
+    upload.add_argument("--content-type", metavar="TYPE", help="of an input, such as video/mp4")
+    upload.add_argument("--ttl", metavar="SECONDS", type=seconds,
+                        help="how long a temporary file lives; default: 86400")
+    ls = add("ls", _ls_command, text="list the agent's files", example="--temp")
+    ls.add_argument("--temp", action="store_true", help="temporary files")
+    for command in (upload, ls):
+        command.add_argument("--session", help="what temporary files have in common")
+    cleanup = add("cleanup SESSION", _cleanup_command, text="delete temporary files",
+                  example="session-1")
+    cleanup.add_argument("session", metavar="SESSION", help="what the files have in common")
+    download = add("download S3_URL [TARGET]", _download_command, text="download a file",
+                   example="s3://bucket/key/report.txt downloads/")
+    url = add("url S3_URL", _url_command, text="print a URL that anyone can download from",
+              example="s3://bucket/key/report.txt --expires 600")
+    for command in (download, url):
+        command.add_argument("s3_url", metavar="S3_URL", help="the file's URL")
     download.add_argument("target", metavar="TARGET", nargs="?", default=".",
                           help="a file; or a folder, where none is replaced; default: this one")
-    url = add("url", help="print a URL that anyone can download from",
-              usage="%(prog)s S3_URL [options]",
-              epilog="example: gateway-sdk url s3://bucket/key/report.txt --expires 600")
-    url.set_defaults(handler=_url_command)
-    url.add_argument("s3_url", metavar="S3_URL", help="the file's URL")
-    url.add_argument("--expires", metavar="S", type=partial(_number, int, 1), default=3600,
-                     help="seconds until it ends; default: 3600")
-    ls = add("ls", help="list the agent's files", usage="%(prog)s [options]",
-             epilog="example: gateway-sdk ls --temp")
-    ls.set_defaults(handler=_ls_command)
-    ls.add_argument("--temp", action="store_true", help="temporary files")
-    ls.add_argument("--session", metavar="ID", help="what temporary files have in common")
-    cleanup = add("cleanup", help="delete temporary files", usage="%(prog)s SESSION [options]",
-                  epilog="example: gateway-sdk cleanup session-1")
-    cleanup.set_defaults(handler=_cleanup_command)
-    cleanup.add_argument("session", metavar="SESSION", help="what the files have in common")
+    url.add_argument("--expires", metavar="SECONDS", type=seconds, default=3600,
+                     help="how long it can be used; default: 3600")
 
 
-def _add_secret(add: Callable[..., Any], common: Any) -> None:
-    secret = add("secret", help="set, list or delete your secrets",
-                 usage="%(prog)s ACTION ... [options]", epilog="example: gateway-sdk secret list")
+def _add_secret(add: Any) -> None:
+    secret = add("secret ACTION ...", None, text="set, list or delete your secrets", example="list")
     actions = secret.add_subparsers(metavar="ACTION", required=True, prog=secret.prog)
-    put = actions.add_parser("set", help="set one, from stdin or a prompt", parents=[common],
-                             usage="%(prog)s PREFAB NAME [options]")
-    put.set_defaults(handler=_secret_set_command)
-    delete = actions.add_parser("delete", help="delete one", parents=[common],
-                                usage="%(prog)s PREFAB NAME [options]")
-    delete.set_defaults(handler=_secret_delete_command)
+    add = partial(add, to=actions)
+    put = add("set PREFAB NAME", _secret_set_command, text="set one, from stdin or a prompt",
+              example="vault SIGNING_KEY < key.txt")
+    delete = add("delete PREFAB NAME", _secret_delete_command, text="delete one",
+                 example="vault SIGNING_KEY")
     for action in (put, delete):
-        action.add_argument("prefab", metavar="PREFAB", help="the prefab that needs it")
-        action.add_argument("name", metavar="NAME", help="its name")
-    names = actions.add_parser("list", help="list their names", parents=[common],
-                               usage="%(prog)s [PREFAB] [options]")
-    names.set_defaults(handler=_secret_list_command)
+        _add_prefab(action)
+        action.add_argument("name", metavar="NAME", help="the secret's name")
+    names = add("list [PREFAB]", _secret_list_command, text="list their names", example="vault")
     names.add_argument("prefab", metavar="PREFAB", nargs="?", help="only those of this one")
+
+
+def _add_options(common: Any) -> None:
+    common.add_argument("--base-url", metavar="URL", help="default: $GATEWAY_BASE_URL")
+    common.add_argument("--timeout", metavar="SECONDS", type=partial(_number, float, 0.001),
+                        help="of each wait; default: 60")
+    common.add_argument("--retries", type=partial(_number, int, 0),
+                        help="of what can do no harm; default: 2")
+    common.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    common.add_argument("-v", "--verbose", action="store_true", help="log requests to stderr")
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> Any:
@@ -5014,15 +4992,13 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
             usage = str(self.usage).replace("%(prog)s", self.prog)
             raise ValidationError(f"{message} (usage: {usage})")
 
+        def _print_message(self, message: str, file: Any = None) -> None:
+            _write_all(file or sys.stdout, message)
+
     # These stand before or after the command: a default at one place would hide the other.
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("--base-url", metavar="URL", help="default: $GATEWAY_BASE_URL")
-    common.add_argument("--timeout", metavar="S", type=partial(_number, float, 0.001),
-                        help="seconds for each wait; default: 60")
-    common.add_argument("--retries", metavar="N", type=partial(_number, int, 0),
-                        help="of what can do no harm; default: 2")
-    common.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-    common.add_argument("-v", "--verbose", action="store_true", help="log requests to stderr")
+    _add_options(common)
+    values = argparse.Namespace(base_url=None, timeout=60, retries=2, quiet=False, verbose=False)
     parser = Parser(
         "gateway-sdk", usage="%(prog)s COMMAND ... [options]", parents=[common],
         description="The credential is that in the environment: "
@@ -5030,37 +5006,42 @@ def _parse_arguments(argv: Sequence[str] | None) -> Any:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog)
-    formatter = argparse.RawDescriptionHelpFormatter
-    add = partial(commands.add_parser, parents=[common], formatter_class=formatter)
+
+    def add(usage: str, handler: Any, *, text: str, example: str, to: Any = commands) -> Any:
+        name, blank, arguments = usage.partition(" ")
+        command = to.add_parser(
+            name, usage=f"%(prog)s{blank}{arguments} [options]", help=text, parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example: %(prog)s {example}",
+        )
+        command.set_defaults(handler=handler)
+        return command
+
     _add_run(add)
     _add_batch(add)
     _add_directory(add)
     _add_files(add)
-    _add_secret(add, common)
-    values = argparse.Namespace(base_url=None, timeout=60, retries=2, quiet=False, verbose=False)
+    _add_secret(add)
     return parser.parse_args(argv, values)
-
-
-def _log_to(terminal: _Terminal) -> None:
-    """Shows the log of the SDK."""
-    import logging
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            terminal.tell(self.format(record))
-
-    logging.basicConfig(level=logging.DEBUG, handlers=[Handler()])
 
 
 def _execute(argv: Sequence[str] | None, terminal: _Terminal) -> None:
     """Does what the arguments ask for."""
+    if sys.stdout is None:
+        raise GatewayError("stdout is closed, so nothing was done: no result could be printed.")
     args = _parse_arguments(argv)
     terminal.quiet = args.quiet
     if args.verbose:
-        _log_to(terminal)
+        import logging
+        import types
+
+        stream: Any = types.SimpleNamespace(write=terminal.tell)
+        logging.basicConfig(level=logging.DEBUG, stream=stream)
     options = {"base_url": args.base_url, "timeout": args.timeout, "max_retries": args.retries}
     with GatewayClient.from_env(**options) as client:
-        args.handler(client, args, terminal)
+        document = args.handler(client, args, terminal)
+    if document is not None:
+        terminal.print_json(document)
 
 
 def _report(error: BaseException, terminal: _Terminal) -> int:
@@ -5087,10 +5068,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 1 failed, 2 wrong usage; interrupted, 128 and the signal's number:
         130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            # Closed by the caller.
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
+    # These are None if the caller has closed them.
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - for good
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     terminal = _Terminal()
     with terminal.signals():
         try:
@@ -5100,11 +5080,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 terminal.finish()
         except SystemExit:
             # After help and version.
-            try:
-                sys.stdout.flush()
-            except OSError:
-                # Keep the interpreter from trying it again.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except (KeyboardInterrupt, GatewayError, OSError, ValueError, RecursionError) as error:
             return _report(error, terminal)
     return 0
