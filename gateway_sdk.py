@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 import threading
@@ -375,14 +376,6 @@ def _text_of(value: Any) -> str:
     return "(too large or too deep to be shown)"
 
 
-def _shell_word(text: str) -> str:
-    """A text as one word of a command. `shlex` cannot be imported where no file can be opened."""
-    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
-        return text
-    quoted = text.replace("'", "'\"'\"'")
-    return f"'{quoted}'"
-
-
 def _joined(parts: Iterable[str]) -> str:
     """The parts of a message, each on a line of its own, without empty lines."""
     lines = "\n".join(parts).split("\n")
@@ -423,42 +416,39 @@ class GatewayError(Exception):
         for name, default in self._fields.items():
             setattr(self, name, self.details.get(name) or default)
 
-    @classmethod
-    def _restore(
-        cls, message: str, details: Mapping[str, Any], attributes: Mapping[str, Any]
-    ) -> GatewayError:
-        """An error with these attributes, as the constructors take too few."""
-        error = cls.__new__(cls)
-        GatewayError.__init__(error, message, details)
-        error.__dict__.update(attributes)
-        return error
+    def _advise(
+        self, problem: str, details: Mapping[str, Any] | None, *advice: _Advice | None
+    ) -> None:
+        """Initializes an error that says what the problem is, and what can be done."""
+        told = [one for one in advice if one]
+        GatewayError.__init__(self, _joined([problem, *(one.python for one in told)]), details)
+        self._shell_message = _joined([problem, *(one.shell or one.python for one in told)])
 
     @classmethod
     def _create(
         cls, problem: str, details: Mapping[str, Any] | None = None, *advice: _Advice | None,
         may_have_run: bool = False, **attributes: Any,
     ) -> GatewayError:
-        """An error that says what the problem is, what can be done, and if it may have run."""
-        told = [one for one in (*advice, _MAY_HAVE_RUN if may_have_run else None) if one]
-        python = _joined([problem, *(one.python for one in told)])
-        shell = _joined([problem, *(one.shell or one.python for one in told)])
-        attributes.update(may_have_run=may_have_run, _shell_message=shell)
-        return cls._restore(python, details or {}, attributes)
+        """An error with advice and these attributes, as the constructors take too few."""
+        error = cls.__new__(cls)
+        error._advise(problem, details, *advice, _MAY_HAVE_RUN if may_have_run else None)
+        error.__dict__.update(attributes, may_have_run=may_have_run)
+        return error
 
     @classmethod
     def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
         """The advice of the class, with the fields of this error in it."""
         values = {name: details.get(name) or default for name, default in cls._fields.items()}
-        words = {name: _shell_word(_text_of(value)) for name, value in values.items()}
-        python, shell = cls._class_advice.python, cls._class_advice.shell
-        return _Advice(python.format_map(values), shell.format_map(words))
+        words = {name: shlex.quote(_text_of(value)) for name, value in values.items()}
+        advice = cls._class_advice
+        return _Advice(advice.python.format_map(values), advice.shell.format_map(words))
 
     def _in_shell(self) -> str:
         """The message as the command line prints it."""
         return self._shell_message or self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._restore, (self.message, self.details, self.__dict__)
+        return self._create, (self.message,), {**self.__dict__, "args": self.args}
 
 
 class AuthenticationError(GatewayError):
@@ -515,12 +505,12 @@ class MissingSecretError(GatewayError):
     instructions: str | None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
+        body = {
+            "error_code": "MISSING_SECRET", "prefab_id": prefab_id, "secret_name": secret_name,
+            "instructions": instructions,
+        }
         problem = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
-        advice, more = self._advice_for(body), instructions or ""
-        body["error_code"] = "MISSING_SECRET"
-        super().__init__(_joined([problem, advice.python, more]), body)
-        self._shell_message = _joined([problem, advice.shell, more])
+        self._advise(problem, body, self._advice_for(body), _Advice(instructions or ""))
 
 
 class AgentContextRequiredError(GatewayError):
@@ -534,9 +524,8 @@ class AgentContextRequiredError(GatewayError):
     )
 
     def __init__(self, message: str | None = None) -> None:
-        python, shell = self._class_advice.python, self._class_advice.shell
-        super().__init__(message or python, {"error_code": "MISSING_AGENT_CONTEXT"})
-        self._shell_message = message or shell
+        advice = None if message else self._class_advice
+        self._advise(message or "", {"error_code": "MISSING_AGENT_CONTEXT"}, advice)
 
 
 class ServiceUnavailableError(GatewayError):
