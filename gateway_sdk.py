@@ -199,6 +199,7 @@ _ENDING_ESCAPE = re.compile(
         | [\xc2\xc3][\x80-\xbf]             # Latin-1
     )\Z"""
 )
+_escapeless_run = re.compile(r"[^\\%&\x80-\U0010ffff]+").match
 
 
 class _Secret:
@@ -215,11 +216,6 @@ class _Secret:
     def reveal(self) -> Any:
         """The value itself, never to be kept in a variable."""
         return self._value
-
-
-def _revealed(value: Any) -> Any:
-    """A value, which may be kept in a `_Secret`."""
-    return _Secret(value).reveal()
 
 
 def _meaning(escape: bytes) -> bytes:
@@ -264,21 +260,19 @@ def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
         return text.encode(), range(len(text) + 1)
     from array import array
 
-    plain = bytearray()
+    plain, position = bytearray(), 0
     # An answer may have many megabytes: a list of numbers would have several times as many.
     begins = array("Q")
-    for run in re.finditer(r"[\\%&\x80-\U0010ffff]|[^\\%&\x80-\U0010ffff]+", text):
-        for position in range(*run.span()):
-            # Where none has begun, none can end until the next run: the rest is taken in one step.
-            is_due = (position - run.start()) % _MAX_ESCAPE_BYTES == _MAX_ESCAPE_BYTES - 1
-            if is_due and not re.search(rb"[\\%&\x80-\xff]", plain[-_MAX_ESCAPE_BYTES:]):
-                plain += text[position : run.end()].encode()
-                begins.extend(range(position, run.end()))
-                break
-            encoded = text[position].encode("utf-8", "surrogatepass")
-            plain += encoded
-            begins.extend([position] * len(encoded))
-            _replace_escapes(plain, begins)
+    while position < len(text):
+        # Where no escape has begun, none can end before the next one begins.
+        has_begun = re.search(rb"[\\%&\x80-\xff]", plain[-_MAX_ESCAPE_BYTES:])
+        run = None if has_begun else _escapeless_run(text, position)
+        end = run.end() if run else position + 1
+        encoded = text[position:end].encode("utf-8", "surrogatepass")
+        plain += encoded
+        begins.extend(range(position, end) if run else [position] * len(encoded))
+        _replace_escapes(plain, begins)
+        position = end
     begins.append(len(text))
     return bytes(plain), begins
 
@@ -335,12 +329,9 @@ class _Redactor:
 
 def _mask_queries(text: str) -> str:
     """`text` without the queries of the URLs in it, which may be presigned."""
-
-    def mask(url: re.Match[str]) -> str:
-        address, _, query = url[0].partition("?")
-        return f"{address}?***" if query else url[0]
-
-    return re.sub(r"http[^\s\"'<>]+", mask, text)
+    # Matches also what has no query, so that no part of the text is read twice.
+    urls = r"(http[^\s\"'<>?]*)(\?[^\s\"'<>]+)?"
+    return re.sub(urls, lambda url: url[1] + ("?***" if url[2] else ""), text)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -3844,7 +3835,7 @@ class GatewayClient:
         in_use = credential or self._transport.credential
         caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
-            body = _encode(_revealed(content))
+            body = _encode(_Secret(content).reveal())
         return _Request(
             method, self._origin, target, timeout, body=body,
             headers={"Content-Type": content_type} if body else {}, caller_headers=caller_headers,
