@@ -335,16 +335,6 @@ def _mask_queries(text: str) -> str:
 
 
 # --- Errors ---------------------------------------------------------------------------------------
-#
-# GatewayError
-#     AuthenticationError
-#     PrefabNotFoundError
-#     ValidationError               also a ValueError
-#     QuotaExceededError
-#     MissingSecretError
-#     AgentContextRequiredError
-#     ServiceUnavailableError
-#         GatewayTimeoutError       also a TimeoutError
 
 
 @dataclass(frozen=True)
@@ -386,8 +376,8 @@ class GatewayError(Exception):
         may_have_run: Whether the gateway may have run the call although no usable answer came.
     """
 
-    # What a class reads from `details`, and its value where nothing is there.
-    _fields: ClassVar[Mapping[str, Any]] = {}
+    # Attributes that `details` may have, too.
+    _fields: ClassVar[Sequence[str]] = ()
     _class_advice: ClassVar[_Advice] = _Advice("")
 
     status_code: int | None = None
@@ -404,8 +394,8 @@ class GatewayError(Exception):
         self.message = message
         self.details = dict(details or {})
         self.error_code = self.details.get("error_code") or None
-        for name, default in self._fields.items():
-            setattr(self, name, self.details.get(name) or default)
+        for name in self._fields:
+            setattr(self, name, self.details.get(name) or getattr(self, name))
 
     def _advise(
         self, problem: str, details: Mapping[str, Any] | None, *advice: _Advice | None
@@ -429,7 +419,7 @@ class GatewayError(Exception):
     @classmethod
     def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
         """The advice of the class, with the fields of this error in it."""
-        values = {name: details.get(name) or default for name, default in cls._fields.items()}
+        values = {name: details.get(name) or getattr(cls, name) for name in cls._fields}
         words = {name: shlex.quote(_text_of(value)) for name, value in values.items()}
         advice = cls._class_advice
         return _Advice(advice.python.format_map(values), advice.shell.format_map(words))
@@ -449,13 +439,13 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "version": "unknown"}
+    _fields = ("prefab_id", "version")
     _class_advice = _Advice(
         "See client.list_prefabs(), and client.get_prefab_spec(prefab_id, version) for functions.",
         "See `gateway-sdk list`, and `gateway-sdk spec PREFAB VERSION` for functions.",
     )
-    prefab_id: str
-    version: str
+    prefab_id: str = "unknown"
+    version: str = "unknown"
 
     def __init__(self, prefab_id: str, version: str, message: str | None = None) -> None:
         body = {"prefab_id": prefab_id, "version": version}
@@ -469,11 +459,11 @@ class ValidationError(GatewayError, ValueError):
 class QuotaExceededError(GatewayError):
     """A quota is used up (429)."""
 
-    _fields: ClassVar[Mapping[str, Any]] = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    _fields = ("limit", "used", "quota_type")
     _class_advice = _Advice("Wait, or have the quota raised: such a call is not repeated.")
-    limit: int
-    used: int
-    quota_type: str
+    limit: int = 0
+    used: int = 0
+    quota_type: str = "unknown"
 
     def __init__(self, message: str, limit: int, used: int, quota_type: str) -> None:
         super().__init__(message, {"limit": limit, "used": used, "quota_type": quota_type})
@@ -482,18 +472,14 @@ class QuotaExceededError(GatewayError):
 class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours; `instructions` say how to get it."""
 
-    _fields: ClassVar[Mapping[str, Any]] = {
-        "prefab_id": "unknown",
-        "secret_name": "unknown",
-        "instructions": None,
-    }
+    _fields = ("prefab_id", "secret_name", "instructions")
     _class_advice = _Advice(
         "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
         "Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
     )
-    prefab_id: str
-    secret_name: str
-    instructions: str | None
+    prefab_id: str = "unknown"
+    secret_name: str = "unknown"  # noqa: S105
+    instructions: str | None = None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
         body = {
@@ -616,9 +602,13 @@ class StreamEvent:
         return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
 
 
-def _is_heartbeat(event: StreamEvent) -> bool:
-    """Whether an event, of an unknown type and without data, only shows that the stream lives."""
-    return event.data is None and _text_of(event.raw.get("type", "content")) not in _EVENT_TYPES
+def _contents(events: Iterable[StreamEvent]) -> list[Any]:
+    """The data of content events, but not of heartbeats: of an unknown type, and without data."""
+    return [
+        event.data for event in events
+        if event.type == StreamEventType.CONTENT
+        and (event.data is not None or _text_of(event.raw.get("type", "content")) in _EVENT_TYPES)
+    ]
 
 
 def _event_error(event: StreamEvent) -> _Json:
@@ -695,27 +685,22 @@ class PrefabResult:
         Args:
             events: What was read, or an `EventStream`, which is read to its end.
         """
-        seen: list[_Json] = []
-        contents: list[Any] = []
-        merged: _Json = {}
-        files: _Json = {}
-        value: Any = None
-        job_id: Any = None
-        error: _Json | None = None
         read: list[StreamEvent] = []
         try:
             read.extend(events)
         except ServiceUnavailableError as broken:
             # What came was paid for.
-            contents = [event.data for event in read if event.type == StreamEventType.CONTENT]
-            broken.details.update(partial_output=contents, events=[event.raw for event in read])
+            came = [event.raw for event in read]
+            broken.details.update(partial_output=_contents(read), events=came)
             raise
+        merged: _Json = {}
+        files: _Json = {}
+        value: Any = None
+        job_id: Any = None
+        error: _Json | None = None if read else {"message": "The stream had no events."}
         for event in read:
             data = event.data
-            seen.append(event.raw or {"type": str(event.type), "data": data})
-            if event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
-                contents.append(data)
-            elif event.type == StreamEventType.ERROR:
+            if event.type == StreamEventType.ERROR:
                 error = _event_error(event)
             elif event.type == StreamEventType.DONE and isinstance(data, dict):
                 added = data.get("files")
@@ -726,14 +711,14 @@ class PrefabResult:
                 value = merged if own else value
             elif event.type == StreamEventType.DONE and data not in (None, "", "[DONE]"):
                 value = data
+        contents = _contents(read)
         if contents or value is None:
             is_text = all(isinstance(content, str) for content in contents)
             value = "".join(contents) if is_text else contents
-        if not seen:
-            error = {"message": "The stream had no events."}
         status = CallStatus.FAILED if error else CallStatus.SUCCESS
         output = {"status": str(status), "output": value, "files": files or None}
         result = cls(status, output, error, job_id if isinstance(job_id, str) else None)
+        seen = [event.raw or {"type": str(event.type), "data": event.data} for event in read]
         result.raw = {"events": seen}
         return result
 
@@ -951,13 +936,6 @@ def _segments(*names: Any) -> str:
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-# An attribute of a type that JSON cannot carry, and what to pass instead.
-_JSON_CONVERSIONS = {
-    "isoformat": "its .isoformat()",
-    "model_dump": "its .model_dump()",
-    "tolist": "its .tolist()",
-    "__iter__": "list(...) of it",
-}
 
 
 def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
@@ -977,12 +955,15 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
             _encode(item, f"{path}[{index}]", depth + 1)
     elif isinstance(content, float):
         problem = f"{content}, which JSON does not have"
-    elif not isinstance(content, (str, bytes, int)):
-        for name, way_out in _JSON_CONVERSIONS.items():
-            # Of the type: some objects have every attribute.
-            if hasattr(type(content), name):
-                problem = f"a {type(content).__name__}: pass {way_out}"
-                break
+    elif not isinstance(content, (str, bytes)):
+        # Of the type: some objects have every attribute.
+        kind = type(content)
+        names = ("isoformat", "model_dump", "tolist")
+        ways = [f"its .{name}()" for name in names if hasattr(kind, name)]
+        if hasattr(kind, "__iter__"):
+            ways.append("list(...) of it")
+        if ways:
+            problem = f"a {kind.__name__}: pass {ways[0]}"
     raise ValidationError(f"The request cannot be sent as JSON: {path or 'it'} is {problem}.")
 
 
@@ -2808,14 +2789,6 @@ def _read_prefabs(response: _Response) -> list[PrefabInfo]:
 
 # --- Files ----------------------------------------------------------------------------------------
 
-_COMPRESSED_TYPES = {
-    "gzip": "application/gzip",
-    "bzip2": "application/x-bzip2",
-    "xz": "application/x-xz",
-    "compress": "application/x-compress",
-    "br": "application/x-brotli",
-}
-
 
 def _file_name(path: _Path) -> str:
     """The last part of a path, with bytes in it replaced that UTF-8 does not have."""
@@ -2833,8 +2806,7 @@ def _open_file(path: _Path) -> Any:
     # As in /proc.
     if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        problem = "says that it is empty, but is not: copy it into a regular file first."
-        raise ValidationError(f"{path} {problem}")
+        raise ValidationError(f"{path} says that it is empty, but is not: copy it somewhere first.")
     return file
 
 
@@ -2847,7 +2819,7 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
     media_type, compression = mimetypes.guess_type(name)
     if compression:
         # Not the type of what is inside.
-        media_type = _COMPRESSED_TYPES.get(compression)
+        media_type = f"application/{'' if compression == 'gzip' else 'x-'}{compression}"
     # As browsers do.
     name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
     part = f"--{boundary}\r\nContent-Disposition: form-data; name="
@@ -3130,7 +3102,7 @@ class _Batch:
                 # Another thread took the last one.
                 return
             if self._refused:
-                self._fail(index, self._unsent())
+                self._arrive(index, self._unsent())
             elif not self._executor:
                 self._arrive(index, _run_one(self._transport, request, self._scopes))
             else:
@@ -3138,24 +3110,22 @@ class _Batch:
                     future = self._executor.submit(_run_one, self._transport, request)
                 except Exception as error:  # noqa: BLE001
                     # A broken executor must not cost the other results.
-                    self._fail(index, self._unsent(f"the executor did not take it: {error}"))
+                    self._arrive(index, self._unsent(f"the executor did not take it: {error}"))
                 else:
                     self._futures[index] = future
                     future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
-        """Takes the result of a call from its future, or the error that the executor gives."""
         # A cluster may run a call again as long as somebody holds its future.
         self._futures.pop(index, None)
         try:
-            result = future.result()
-            if not isinstance(result, PrefabResult):
-                raise TypeError(f"the executor gave {_shown(result)}")
+            outcome: Any = future.result()
+            if not isinstance(outcome, PrefabResult):
+                outcome = TypeError(f"the executor gave {_shown(outcome)}")
         except BaseException as error:  # noqa: BLE001
             # Each call must arrive, or the batch would wait for ever.
-            self._fail(index, self._cancelled() if future.cancelled() else error)
-        else:
-            self._arrive(index, result)
+            outcome = self._cancelled() if future.cancelled() else error
+        self._arrive(index, outcome)
 
     def _cancelled(self) -> GatewayError:
         """The error of a call whose future was cancelled, by this batch or by somebody else."""
@@ -3171,15 +3141,14 @@ class _Batch:
             return AuthenticationError("Not sent: the credential of an earlier call was refused.")
         return ServiceUnavailableError(f"Not sent: {reason}")
 
-    def _fail(self, index: int, error: BaseException) -> None:
-        self._arrive(index, PrefabResult._from_exception(error))
-
-    def _arrive(self, index: int, result: PrefabResult) -> None:
-        if result.exception and result.exception.status_code == 401:
-            self._refused = result.exception
+    def _arrive(self, index: int, outcome: PrefabResult | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            outcome = PrefabResult._from_exception(outcome)
+        if outcome.exception and outcome.exception.status_code == 401:
+            self._refused = outcome.exception
             self._cancel_futures()
-        self._results[index] = result
-        self._arrived.append((index, result))
+        self._results[index] = outcome
+        self._arrived.append((index, outcome))
         # It may be released already.
         with suppress(RuntimeError):
             self._gate.release()
