@@ -387,14 +387,13 @@ class GatewayError(Exception):
     may_have_run: bool = False
     # See `_retry_delay`.
     _fault: Literal["unreachable", "lost"] | None = None
-    _shell_message: str | None = None
+    _shell_message: str = ""
 
     def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.details = dict(details or {})
-        self.error_code = self.details.get("error_code") or None
-        for name in self._fields:
+        for name in ("error_code", *self._fields):
             setattr(self, name, self.details.get(name) or getattr(self, name))
 
     def _advise(
@@ -703,10 +702,9 @@ class PrefabResult:
             if event.type == StreamEventType.ERROR:
                 error = _event_error(event)
             elif event.type == StreamEventType.DONE and isinstance(data, dict):
-                added = data.get("files")
+                own = dict(data)
+                added, job_id = own.pop("files", None), own.pop("job_id", job_id)
                 files.update(added if isinstance(added, dict) else {})
-                job_id = data.get("job_id", job_id)
-                own = {key: data[key] for key in data if key not in ("files", "job_id")}
                 merged.update(own)
                 value = merged if own else value
             elif event.type == StreamEventType.DONE and data not in (None, "", "[DONE]"):
@@ -904,11 +902,12 @@ def _files_problem(files: Any) -> str:
     if not isinstance(files, dict):
         return f"files must be a dict, not {_shown(files)}"
     for name, urls in files.items():
+        place = f"files[{_shown(name)}]"
         if not isinstance(urls, (list, tuple)):
-            return f"files[{_shown(name)}] must be a list of s3:// URLs, not {_shown(urls)}"
+            return f"{place} must be a list of s3:// URLs, not {_shown(urls)}"
         for url in urls:
             if not _is_s3_url(url):
-                return f"each of files[{_shown(name)}] must be an s3:// URL, not {_shown(url)}"
+                return f"each of {place} must be an s3:// URL, not {_shown(url)}"
     return ""
 
 
@@ -978,11 +977,10 @@ _CREDENTIAL_KINDS = {
     "Authorization": "a JWT",
 }
 # Only the SDK knows how it frames a message, and to whom it says who it is.
-_OWN_HEADERS = frozenset(
-    "accept-encoding connection content-encoding content-length content-type expect host if-range "
-    "keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding "
-    "upgrade".split()
-)
+_OWN_HEADERS = (
+    "accept-encoding connection content-encoding content-length content-type expect host if-range"
+    " keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding upgrade"
+).split()
 _is_token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 
 
@@ -2918,7 +2916,7 @@ class _Download(_Resume):
 
     def receive(self, response: _Response) -> None:
         """Writes an answer where the last one ended."""
-        head = response.head
+        head, doing = response.head, "the download broke off"
         if response.status not in (200, 206) or not head.framed:
             raise _unexpected_response(response, "without a whole file, or without its length")
         etag, encoding = head.get("ETag"), head.content_encoding()
@@ -2929,7 +2927,7 @@ class _Download(_Resume):
             is_same = self._etag == etag and self._encoding == encoding
             if not total or self._size not in (None, total) or not is_same:
                 self._etag = ""
-                raise self._broken(response, "the object changed in between")
+                raise _wire_error(response.request, _Fault("the object changed in between"), doing)
         else:
             # The object from its beginning.
             done, self._size, self._encoding = 0, total, encoding
@@ -2944,10 +2942,8 @@ class _Download(_Resume):
             self._most = max(self._most, done)
             self._on_progress(done, total)
         if total not in (None, done):
-            raise self._broken(response, f"only {done} of {total} bytes came")
-
-    def _broken(self, response: _Response, reason: str) -> GatewayError:
-        return _wire_error(response.request, _Fault(reason), "the download broke off")
+            fault = _Fault(f"only {done} of {total} bytes came")
+            raise _wire_error(response.request, fault, doing)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -3095,11 +3091,10 @@ class _Batch:
 
     def _work(self) -> None:
         """Sends or submits what waits. After a 401 the rest gets a result that says so."""
-        while self._waiting:
+        while True:
             try:
                 index, request = self._waiting.popleft()
             except IndexError:
-                # Another thread took the last one.
                 return
             if self._refused:
                 self._arrive(index, self._unsent())
