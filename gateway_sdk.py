@@ -669,7 +669,8 @@ class PrefabResult:
         error: _Json = {"message": exception.message, "type": type(exception).__name__}
         if exception.error_code:
             error["error_code"] = exception.error_code
-        result = cls(CallStatus.FAILED, error={**error, "may_have_run": exception.may_have_run})
+        error["may_have_run"] = exception.may_have_run
+        result = cls(CallStatus.FAILED, error=error)
         result.exception = exception
         return result
 
@@ -883,18 +884,19 @@ def _is_s3_url(url: Any) -> bool:
     return isinstance(url, str) and bool(re.match("s3://.", url))
 
 
-def _no_url_error(problem: str, source: str, command: str) -> GatewayError:
-    """The error for what is no s3:// URL; it says what gives one, in Python and in the shell."""
-    advice = _Advice(f"{problem}: {source} gives one.", f"{problem}: `{command}` gives one.")
-    return ValidationError._create("", {}, advice)
+_LIST_ADVICE = _Advice(
+    "A result's get_file_urls(), or list_files(), gives one.", "`gateway-sdk ls` gives one."
+)
+_UPLOAD_ADVICE = _Advice(
+    "client.upload_input_file(path) gives one.", "`gateway-sdk upload --input PATH` gives one."
+)
 
 
-def _check_s3_url(name: str, url: Any, source: str) -> None:
+def _check_s3_url(url: _Secret) -> None:
     # It may be presigned.
-    url = _Secret(url)
     if not _is_s3_url(url.reveal()):
-        problem = f"{name} must be an s3:// URL, not {_shown(url.reveal())}"
-        raise _no_url_error(problem, source, "gateway-sdk ls")
+        problem = f"s3_url must be an s3:// URL, not {_shown(url.reveal())}."
+        raise ValidationError._create(problem, {}, _LIST_ADVICE)
 
 
 def _files_problem(files: Any) -> str:
@@ -922,8 +924,7 @@ def _check_call(call: Any, where: str = "") -> None:
         raise ValidationError(f"{where}parameters must be a dict, not {_shown(call.parameters)}.")
     problem = "" if call.files is None else _files_problem(call.files)
     if problem:
-        source = "client.upload_input_file(path)"
-        raise _no_url_error(f"{where}{problem}", source, "gateway-sdk upload --input PATH")
+        raise ValidationError._create(f"{where}{problem}.", {}, _UPLOAD_ADVICE)
 
 
 def _segments(*names: Any) -> str:
@@ -2949,20 +2950,18 @@ class _Download(_Resume):
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def _flattened(request: _Request) -> tuple[_Request, set[str]]:
-    """A run request with flat parameters, `{"inputs": {"text": ...}}`, and their names.
+def _flattened(request: _Request) -> tuple[_Request, _Json]:
+    """A run request with flat inputs, `{"inputs": {"text": ...}}`, and those of its first call.
 
     A file is a parameter there: its URL, or a list where there are several.
     """
-    names: set[str] = set()
     body = json.loads(request.body if isinstance(request.body, bytes) else b"{}")
     for call in body["calls"]:
         inputs = call["inputs"]
         call["inputs"] = inputs["parameters"]
         for name, urls in inputs.get("files", {}).items():
             call["inputs"][name] = urls[0] if len(urls) == 1 else urls
-        names.update(call["inputs"])
-    return replace(request, body=_encode(body)), names
+    return replace(request, body=_encode(body)), body["calls"][0]["inputs"]
 
 
 def _missing_parameter(error: GatewayError) -> str | None:
@@ -2984,8 +2983,8 @@ def _send_call(
     try:
         return transport.send(_flattened(request)[0] if reads_flat else request, read, scopes)
     except ValidationError as error:
-        flat, names = _flattened(request)
-        if request.calls != 1 or _missing_parameter(error) not in names:
+        flat, inputs = _flattened(request)
+        if request.calls != 1 or _missing_parameter(error) not in inputs:
             raise
     try:
         answer = transport.send(request if reads_flat else flat, read, scopes)
@@ -3715,7 +3714,7 @@ class GatewayClient:
         # Another URL, given by mistake, may be a secret.
         url = _Secret(s3_url)
         del s3_url
-        _check_s3_url("s3_url", url.reveal(), "a result's get_file_urls(), or list_files(),")
+        _check_s3_url(url)
         _check_number("expires_in", expires_in)
         query = {"s3_url": url.reveal(), "mode": "presigned", "expires_in": expires_in}
         request = self._request("GET", "/internal/files/download", query)

@@ -1855,10 +1855,10 @@ BAD_AT_500: dict[str, tuple[Any, str]] = {
                          r"\bcalls\[500\]\.inputs\.parameters\.rows\[0\]\.a\b.*list\("),
     "not a number": (dataclasses.replace(call(), parameters={"x": [0, float("nan")]}),
                      r"\bcalls\[500\]\.inputs\.parameters\.x\[1\].*nan"),
-    "file": (
-        dataclasses.replace(call(), files={"v": ["a.mp4"]}), r"calls\[500\]: .*upload_input_file"),
-    "files": (
-        dataclasses.replace(call(), files=["report.txt"]), r"calls\[500\]: .*upload_input_file"),
+    "file": (dataclasses.replace(call(), files={"v": ["a.mp4"]}),
+             r"calls\[500\]: .*\n.*upload_input_file"),
+    "files": (dataclasses.replace(call(), files=["report.txt"]),
+              r"calls\[500\]: .*\n.*upload_input_file"),
     "name": (dataclasses.replace(call(), prefab_id=""), r"calls\[500\]: .*prefab_id"),
     "version": (dataclasses.replace(call(), version=1.1), r"calls\[500\]: .*version.*1\.1"),
     "dict": ({"prefab_id": "p"}, r"calls\[500\]: .*PrefabCall\(\*\*"),
