@@ -554,7 +554,7 @@ class StreamEventType(str, enum.Enum):
     __str__ = str.__str__
 
 
-_EVENT_TYPES = {str(event_type): event_type for event_type in StreamEventType}
+_EVENT_TYPES = {str(one): one for one in StreamEventType}
 _ENVELOPE_KEYS = {"status", "output", "error", "files", "metadata", "job_id"}
 
 
@@ -1003,7 +1003,9 @@ def _parse_url(url: Any) -> tuple[str, str, str]:
     netloc = f"[{host}]" if ":" in host else host
     if port not in (None, _DEFAULT_PORTS[parts.scheme]):
         netloc += f":{port}"
-    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    target = parts.path or "/"
+    if parts.query:
+        target += f"?{parts.query}"
     # A presigned URL must arrive as it was signed: only what HTTP cannot carry is encoded.
     return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS), ""
 
@@ -1048,8 +1050,7 @@ class _FileBody:
 
     def __iter__(self) -> Iterator[bytes]:
         """The body in blocks. If the file is not as long as was promised, raises before its end."""
-        if self._head:
-            yield self._head
+        yield self._head
         self._file.seek(0)
         sent = 0
         self._on_progress(sent, self._size)
@@ -1063,8 +1064,7 @@ class _FileBody:
         if sent != self._size:
             how = "longer" if sent > self._size else "shorter"
             raise GatewayError(f"{self._file.name} became {how} while it was being sent.")
-        if self._tail:
-            yield self._tail
+        yield self._tail
 
 
 @dataclass(frozen=True)
@@ -2805,7 +2805,7 @@ def _open_file(path: _Path) -> Any:
     # As in /proc.
     if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        raise ValidationError(f"{path} says that it is empty, but is not: copy it somewhere first.")
+        raise ValidationError(f"{path} says that it is empty, but is not: save a copy first.")
     return file
 
 
