@@ -200,6 +200,9 @@ _ENDING_ESCAPE = re.compile(
     )\Z"""
 )
 _escapeless_run = re.compile(r"[^\\%&\x80-\U0010ffff]+").match
+# Where a word is no part of a larger one, as `test` is of `test-tools` or `a.test`.
+_begins_alone = re.compile(rb"(?<![\w\x80-\xff])(?<![\w\x80-\xff][-./])").match
+_ends_alone = re.compile(rb"(?![-./]?[\w\x80-\xff])").match
 
 
 class _Secret:
@@ -284,13 +287,6 @@ def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
         begin = content.find(wanted, begin + len(wanted))
 
 
-def _stands_alone(content: bytes, begin: int, word: bytes) -> bool:
-    """Whether a word is no part of a larger one, such as `test` is of `test-tools` or `a.test`."""
-    end = begin + len(word)
-    is_led = re.search(rb"[\w\x80-\xff][-./]?\Z", content[max(0, begin - 2) : begin])
-    return not is_led and not re.match(rb"[-./]?[\w\x80-\xff]", content[end : end + 2])
-
-
 class _Redactor:
     """Masks secrets in texts, in linear time. Neither escapes nor blanks and quotes count."""
 
@@ -312,13 +308,15 @@ class _Redactor:
         spans: list[tuple[int, int]] = []
         places: list[int] = []
         for wanted in self._long:
-            found = list(_find_all(dense, wanted))
-            if found and not places:
-                places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
-            spans += [(places[at], places[at + len(wanted) - 1] + 1) for at in found]
+            for at in _find_all(dense, wanted):
+                if not places:
+                    places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
+                spans.append((places[at], places[at + len(wanted) - 1] + 1))
         for wanted in self._short if short_ones else ():
-            alone = (at for at in _find_all(plain, wanted) if _stands_alone(plain, at, wanted))
-            spans += [(at, at + len(wanted)) for at in alone]
+            for at in _find_all(plain, wanted):
+                behind = at + len(wanted)
+                if _begins_alone(plain, at) and _ends_alone(plain, behind):
+                    spans.append((at, behind))
         masked, done = "", 0
         for first, behind in sorted(spans):
             if begins[first] >= done:
@@ -1117,7 +1115,7 @@ def _query_secrets(target: str) -> tuple[_Secret, ...]:
     """The query of a presigned URL, and its values that are too long for a date or a name."""
     query = target.partition("?")[2]
     values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
-    return tuple(_Secret(text) for text in [query, *(text for text in values if len(text) > 9)])
+    return tuple(map(_Secret, [query, *(value for value in values if len(value) > 9)]))
 
 
 # --- Connections ----------------------------------------------------------------------------------
@@ -2997,7 +2995,7 @@ def _send_call(
     return answer
 
 
-# In a worker process, of the clients whose calls it ran last.
+# Of the clients whose calls this worker process ran last.
 _worker_transports: dict[Any, _Transport] = {}
 
 
@@ -3005,7 +3003,7 @@ def _run_one(
     transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
 ) -> PrefabResult:
     """Sends one call of a batch. Any executor can run it: all of it can be pickled."""
-    # Calls of one client share connections and token in a worker process, too.
+    # Calls of one client share connections and token there, too.
     if transport.origin[0] != _Process.id:
         transport = _worker_transports.setdefault(transport.origin, transport)
         for origin in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
@@ -3089,7 +3087,7 @@ class _Batch:
                 self._work()
 
     def _work(self) -> None:
-        """Sends or submits what waits. After a 401 the rest gets a result that says so."""
+        """Sends or submits what waits."""
         while True:
             try:
                 index, request = self._waiting.popleft()
