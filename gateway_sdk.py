@@ -357,7 +357,7 @@ def _text_of(value: Any) -> str:
 
 def _joined(parts: Iterable[str]) -> str:
     """The parts of a message, each on a line of its own, without empty lines."""
-    lines = "\n".join(parts).split("\n")
+    lines = "\n".join(map(str, parts)).split("\n")
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
@@ -385,22 +385,19 @@ class GatewayError(Exception):
     may_have_run: bool = False
     # See `_retry_delay`.
     _fault: Literal["unreachable", "lost"] | None = None
-    _shell_message: str = ""
 
-    def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self, message: str, details: Mapping[str, Any] | None = None, *,
+        _advice: Iterable[_Advice | None] = (),
+    ) -> None:
+        told = [one for one in _advice if one]
+        self.message = _joined([message, *(one.python for one in told)])
+        # As the command line prints it.
+        self._shell_message = _joined([message, *(one.shell or one.python for one in told)])
+        super().__init__(self.message)
         self.details = dict(details or {})
         for name in ("error_code", *self._fields):
             setattr(self, name, self.details.get(name) or getattr(self, name))
-
-    def _advise(
-        self, problem: str, details: Mapping[str, Any] | None, *advice: _Advice | None
-    ) -> None:
-        """Initializes an error that says what the problem is, and what can be done."""
-        told = [one for one in advice if one]
-        GatewayError.__init__(self, _joined([problem, *(one.python for one in told)]), details)
-        self._shell_message = _joined([problem, *(one.shell or one.python for one in told)])
 
     @classmethod
     def _create(
@@ -409,7 +406,8 @@ class GatewayError(Exception):
     ) -> GatewayError:
         """An error with advice and these attributes, as the constructors take too few."""
         error = cls.__new__(cls)
-        error._advise(problem, details, *advice, _MAY_HAVE_RUN if may_have_run else None)
+        told = (*advice, _MAY_HAVE_RUN if may_have_run else None)
+        GatewayError.__init__(error, problem, details, _advice=told)
         error.__dict__.update(attributes, may_have_run=may_have_run)
         return error
 
@@ -422,11 +420,10 @@ class GatewayError(Exception):
         return _Advice(advice.python.format_map(values), advice.shell.format_map(words))
 
     def _in_shell(self) -> str:
-        """The message as the command line prints it."""
-        return self._shell_message or self.message
+        return self._shell_message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._create, (self.message,), {**self.__dict__, "args": self.args}
+        return self._create, (self.message,), self.__dict__
 
 
 class AuthenticationError(GatewayError):
@@ -484,7 +481,8 @@ class MissingSecretError(GatewayError):
             "instructions": instructions,
         }
         problem = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
-        self._advise(problem, body, self._advice_for(body), _Advice(instructions or ""))
+        advice = (self._advice_for(body), _Advice(instructions or ""))
+        super().__init__(problem, body, _advice=advice)
 
 
 class AgentContextRequiredError(GatewayError):
@@ -498,8 +496,8 @@ class AgentContextRequiredError(GatewayError):
     )
 
     def __init__(self, message: str | None = None) -> None:
-        advice = None if message else self._class_advice
-        self._advise(message or "", {"error_code": "MISSING_AGENT_CONTEXT"}, advice)
+        advice = () if message else (self._class_advice,)
+        super().__init__(message or "", {"error_code": "MISSING_AGENT_CONTEXT"}, _advice=advice)
 
 
 class ServiceUnavailableError(GatewayError):
