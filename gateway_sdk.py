@@ -509,7 +509,7 @@ class GatewayTimeoutError(ServiceUnavailableError, TimeoutError):
 
 
 class _NotPicklableError(GatewayError, TypeError):
-    """Raised where a client cannot be pickled, and so cannot go to another process."""
+    """Raised where a client cannot be pickled."""
 
 
 _STATUS_ERRORS: Mapping[int, type[GatewayError]] = {
@@ -712,9 +712,8 @@ class PrefabResult:
             value = "".join(contents) if is_text else contents
         status = CallStatus.FAILED if error else CallStatus.SUCCESS
         output = {"status": str(status), "output": value, "files": files or None}
-        result = cls(status, output, error, job_id if isinstance(job_id, str) else None)
-        seen = [event.raw or {"type": str(event.type), "data": event.data} for event in read]
-        result.raw = {"events": seen}
+        result = cls(status, output, error, job_id)
+        result.raw = {"events": [event.raw for event in read]}
         return result
 
     def to_dict(self) -> _Json:

@@ -5616,6 +5616,8 @@ RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "done with a text": ([event("done", "text")], "text", {}, None),
     "done with files": ([event("done", WITH_FILES)], {"n": 1}, {"a": [S3]}, None),
     "done with files only": ([event("done", {"files": {"a": [S3]}})], "", {"a": [S3]}, None),
+    "done with files that are no object": (
+        [done_with({"n": 1, "files": ["a"]})], {"n": 1}, {}, None),
     "done with nothing": ([event("done")], "", {}, None),
     "done as a marker": ([event("done", "[DONE]")], "", {}, None),
     "error with nothing": ([A_TEXT, event("error")], "a", {},
@@ -7634,6 +7636,14 @@ def test_context_variables_reach_the_threads_of_a_batch() -> None:
         logger.setLevel(level)
         logger.removeHandler(handler)
     assert variable.get() == "none"
+
+
+def test_the_exceptions_of_a_batch_keep_no_frames_alive() -> None:
+    with Script() as server, client_of(server, max_retries=0) as client:
+        (result,) = client.run_batch([call()]).results
+    error = result.exception
+    assert error and error.__traceback__ is None
+    assert not error.__context__ or error.__context__.__traceback__ is None
 
 
 # What is answered to the calls that are sent, one after another, and the exceptions of all results.
