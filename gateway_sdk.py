@@ -30,6 +30,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 import threading
@@ -203,6 +204,10 @@ _ENDING_ESCAPE = re.compile(
         | [\xc2\xc3][\x80-\xbf]             # Latin-1
     )\Z"""
 )
+_escapeless_run = re.compile(r"[^\\%&\x80-\U0010ffff]+").match
+# Where a word is no part of a larger one, as `test` is of `test-tools` or `a.test`.
+_begins_alone = re.compile(rb"(?<![\w\x80-\xff])(?<![\w\x80-\xff][-./])").match
+_ends_alone = re.compile(rb"(?![-./]?[\w\x80-\xff])").match
 
 
 class _Secret:
@@ -219,11 +224,6 @@ class _Secret:
     def reveal(self) -> Any:
         """The value itself, never to be kept in a variable."""
         return self._value
-
-
-def _revealed(value: Any) -> Any:
-    """A value, which may be kept in a `_Secret`."""
-    return _Secret(value).reveal()
 
 
 def _meaning(escape: bytes) -> bytes:
@@ -268,21 +268,19 @@ def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
         return text.encode(), range(len(text) + 1)
     from array import array
 
-    plain = bytearray()
+    plain, position = bytearray(), 0
     # An answer may have many megabytes: a list of numbers would have several times as many.
     begins = array("Q")
-    for run in re.finditer(r"[\\%&\x80-\U0010ffff]|[^\\%&\x80-\U0010ffff]+", text):
-        for position in range(*run.span()):
-            # Where none has begun, none can end until the next run: the rest is taken in one step.
-            is_due = (position - run.start()) % _MAX_ESCAPE_BYTES == _MAX_ESCAPE_BYTES - 1
-            if is_due and not re.search(rb"[\\%&\x80-\xff]", plain[-_MAX_ESCAPE_BYTES:]):
-                plain += text[position : run.end()].encode()
-                begins.extend(range(position, run.end()))
-                break
-            encoded = text[position].encode("utf-8", "surrogatepass")
-            plain += encoded
-            begins.extend([position] * len(encoded))
-            _replace_escapes(plain, begins)
+    while position < len(text):
+        # Where no escape has begun, none can end before the next one begins.
+        has_begun = re.search(rb"[\\%&\x80-\xff]", plain[-_MAX_ESCAPE_BYTES:])
+        run = None if has_begun else _escapeless_run(text, position)
+        end = run.end() if run else position + 1
+        encoded = text[position:end].encode("utf-8", "surrogatepass")
+        plain += encoded
+        begins.extend(range(position, end) if run else [position] * len(encoded))
+        _replace_escapes(plain, begins)
+        position = end
     begins.append(len(text))
     return bytes(plain), begins
 
@@ -292,13 +290,6 @@ def _find_all(content: bytes, wanted: bytes) -> Iterator[int]:
     while begin >= 0:
         yield begin
         begin = content.find(wanted, begin + len(wanted))
-
-
-def _stands_alone(content: bytes, begin: int, word: bytes) -> bool:
-    """Whether a word is no part of a larger one, such as `test` is of `test-tools` or `a.test`."""
-    end = begin + len(word)
-    is_led = re.search(rb"[\w\x80-\xff][-./]?\Z", content[max(0, begin - 2) : begin])
-    return not is_led and not re.match(rb"[-./]?[\w\x80-\xff]", content[end : end + 2])
 
 
 class _Redactor:
@@ -322,13 +313,15 @@ class _Redactor:
         spans: list[tuple[int, int]] = []
         places: list[int] = []
         for wanted in self._long:
-            found = list(_find_all(dense, wanted))
-            if found and not places:
-                places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
-            spans += [(places[at], places[at + len(wanted) - 1] + 1) for at in found]
+            for at in _find_all(dense, wanted):
+                if not places:
+                    places = [place for place, byte in enumerate(plain) if byte not in _LOOSE_BYTES]
+                spans.append((places[at], places[at + len(wanted) - 1] + 1))
         for wanted in self._short if short_ones else ():
-            alone = (at for at in _find_all(plain, wanted) if _stands_alone(plain, at, wanted))
-            spans += [(at, at + len(wanted)) for at in alone]
+            for at in _find_all(plain, wanted):
+                behind = at + len(wanted)
+                if _begins_alone(plain, at) and _ends_alone(plain, behind):
+                    spans.append((at, behind))
         masked, done = "", 0
         for first, behind in sorted(spans):
             if begins[first] >= done:
@@ -339,25 +332,12 @@ class _Redactor:
 
 def _mask_queries(text: str) -> str:
     """`text` without the queries of the URLs in it, which may be presigned."""
-
-    def mask(url: re.Match[str]) -> str:
-        address, _, query = url[0].partition("?")
-        return f"{address}?***" if query else url[0]
-
-    return re.sub(r"http[^\s\"'<>]+", mask, text)
+    # Matches also what has no query, so that no part of the text is read twice.
+    urls = r"(http[^\s\"'<>?]*)(\?[^\s\"'<>]+)?"
+    return re.sub(urls, lambda url: url[1] + ("?***" if url[2] else ""), text)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
-#
-# GatewayError
-#     AuthenticationError
-#     PrefabNotFoundError
-#     ValidationError               also a ValueError
-#     QuotaExceededError
-#     MissingSecretError
-#     AgentContextRequiredError
-#     ServiceUnavailableError
-#         GatewayTimeoutError       also a TimeoutError
 
 
 @dataclass(frozen=True)
@@ -380,17 +360,9 @@ def _text_of(value: Any) -> str:
     return "(too large or too deep to be shown)"
 
 
-def _shell_word(text: str) -> str:
-    """A text as one word of a command. `shlex` cannot be imported where no file can be opened."""
-    if re.fullmatch(r"[\w@%+=:,./-]+", text, re.ASCII):
-        return text
-    quoted = text.replace("'", "'\"'\"'")
-    return f"'{quoted}'"
-
-
 def _joined(parts: Iterable[str]) -> str:
     """The parts of a message, each on a line of its own, without empty lines."""
-    lines = "\n".join(parts).split("\n")
+    lines = "\n".join(map(str, parts)).split("\n")
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
@@ -407,8 +379,8 @@ class GatewayError(Exception):
         may_have_run: Whether the gateway may have run the call although no usable answer came.
     """
 
-    # What a class reads from `details`, and its value where nothing is there.
-    _fields: ClassVar[Mapping[str, Any]] = {}
+    # Attributes that `details` may have, too.
+    _fields: ClassVar[Sequence[str]] = ()
     _class_advice: ClassVar[_Advice] = _Advice("")
 
     status_code: int | None = None
@@ -418,52 +390,45 @@ class GatewayError(Exception):
     may_have_run: bool = False
     # See `_retry_delay`.
     _fault: Literal["unreachable", "lost"] | None = None
-    _shell_message: str | None = None
 
-    def __init__(self, message: str, details: Mapping[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self, message: str, details: Mapping[str, Any] | None = None, *,
+        _advice: Iterable[_Advice | None] = (),
+    ) -> None:
+        told = [one for one in _advice if one]
+        self.message = _joined([message, *(one.python for one in told)])
+        # As the command line prints it.
+        self._shell_message = _joined([message, *(one.shell or one.python for one in told)])
+        super().__init__(self.message)
         self.details = dict(details or {})
-        self.error_code = self.details.get("error_code") or None
-        for name, default in self._fields.items():
-            setattr(self, name, self.details.get(name) or default)
-
-    @classmethod
-    def _restore(
-        cls, message: str, details: Mapping[str, Any], attributes: Mapping[str, Any]
-    ) -> GatewayError:
-        """An error with these attributes, as the constructors take too few."""
-        error = cls.__new__(cls)
-        GatewayError.__init__(error, message, details)
-        error.__dict__.update(attributes)
-        return error
+        for name in ("error_code", *self._fields):
+            setattr(self, name, self.details.get(name) or getattr(self, name))
 
     @classmethod
     def _create(
         cls, problem: str, details: Mapping[str, Any] | None = None, *advice: _Advice | None,
         may_have_run: bool = False, **attributes: Any,
     ) -> GatewayError:
-        """An error that says what the problem is, what can be done, and if it may have run."""
-        told = [one for one in (*advice, _MAY_HAVE_RUN if may_have_run else None) if one]
-        python = _joined([problem, *(one.python for one in told)])
-        shell = _joined([problem, *(one.shell or one.python for one in told)])
-        attributes.update(may_have_run=may_have_run, _shell_message=shell)
-        return cls._restore(python, details or {}, attributes)
+        """An error with advice and these attributes, as the constructors take too few."""
+        error = cls.__new__(cls)
+        told = (*advice, _MAY_HAVE_RUN if may_have_run else None)
+        GatewayError.__init__(error, problem, details, _advice=told)
+        error.__dict__.update(attributes, may_have_run=may_have_run)
+        return error
 
     @classmethod
     def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
         """The advice of the class, with the fields of this error in it."""
-        values = {name: details.get(name) or default for name, default in cls._fields.items()}
-        words = {name: _shell_word(_text_of(value)) for name, value in values.items()}
-        python, shell = cls._class_advice.python, cls._class_advice.shell
-        return _Advice(python.format_map(values), shell.format_map(words))
+        values = {name: details.get(name) or getattr(cls, name) for name in cls._fields}
+        words = {name: shlex.quote(_text_of(value)) for name, value in values.items()}
+        advice = cls._class_advice
+        return _Advice(advice.python.format_map(values), advice.shell.format_map(words))
 
     def _in_shell(self) -> str:
-        """The message as the command line prints it."""
-        return self._shell_message or self.message
+        return self._shell_message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._restore, (self.message, self.details, self.__dict__)
+        return self._create, (self.message,), self.__dict__
 
 
 class AuthenticationError(GatewayError):
@@ -473,13 +438,13 @@ class AuthenticationError(GatewayError):
 class PrefabNotFoundError(GatewayError):
     """There is no such prefab, version or function (404)."""
 
-    _fields: ClassVar[Mapping[str, Any]] = {"prefab_id": "unknown", "version": "unknown"}
+    _fields = ("prefab_id", "version")
     _class_advice = _Advice(
         "See client.list_prefabs(), and client.get_prefab_spec(prefab_id, version) for functions.",
         "See `gateway-sdk list`, and `gateway-sdk spec PREFAB VERSION` for functions.",
     )
-    prefab_id: str
-    version: str
+    prefab_id: str = "unknown"
+    version: str = "unknown"
 
     def __init__(self, prefab_id: str, version: str, message: str | None = None) -> None:
         body = {"prefab_id": prefab_id, "version": version}
@@ -493,11 +458,11 @@ class ValidationError(GatewayError, ValueError):
 class QuotaExceededError(GatewayError):
     """A quota is used up (429)."""
 
-    _fields: ClassVar[Mapping[str, Any]] = {"limit": 0, "used": 0, "quota_type": "unknown"}
+    _fields = ("limit", "used", "quota_type")
     _class_advice = _Advice("Wait, or have the quota raised: such a call is not repeated.")
-    limit: int
-    used: int
-    quota_type: str
+    limit: int = 0
+    used: int = 0
+    quota_type: str = "unknown"
 
     def __init__(self, message: str, limit: int, used: int, quota_type: str) -> None:
         super().__init__(message, {"limit": limit, "used": used, "quota_type": quota_type})
@@ -506,26 +471,23 @@ class QuotaExceededError(GatewayError):
 class MissingSecretError(GatewayError):
     """The prefab needs a secret of yours; `instructions` say how to get it."""
 
-    _fields: ClassVar[Mapping[str, Any]] = {
-        "prefab_id": "unknown",
-        "secret_name": "unknown",
-        "instructions": None,
-    }
+    _fields = ("prefab_id", "secret_name", "instructions")
     _class_advice = _Advice(
         "Set it with client.set_secret({prefab_id!r}, {secret_name!r}, value).",
         "Set it with `gateway-sdk secret set {prefab_id} {secret_name}`.",
     )
-    prefab_id: str
-    secret_name: str
-    instructions: str | None
+    prefab_id: str = "unknown"
+    secret_name: str = "unknown"  # noqa: S105
+    instructions: str | None = None
 
     def __init__(self, prefab_id: str, secret_name: str, instructions: str | None = None) -> None:
-        body = {"prefab_id": prefab_id, "secret_name": secret_name, "instructions": instructions}
+        body = {
+            "error_code": "MISSING_SECRET", "prefab_id": prefab_id, "secret_name": secret_name,
+            "instructions": instructions,
+        }
         problem = f"Missing required secret '{secret_name}' for prefab '{prefab_id}'"
-        advice, more = self._advice_for(body), instructions or ""
-        body["error_code"] = "MISSING_SECRET"
-        super().__init__(_joined([problem, advice.python, more]), body)
-        self._shell_message = _joined([problem, advice.shell, more])
+        advice = (self._advice_for(body), _Advice(instructions or ""))
+        super().__init__(problem, body, _advice=advice)
 
 
 class AgentContextRequiredError(GatewayError):
@@ -539,9 +501,8 @@ class AgentContextRequiredError(GatewayError):
     )
 
     def __init__(self, message: str | None = None) -> None:
-        python, shell = self._class_advice.python, self._class_advice.shell
-        super().__init__(message or python, {"error_code": "MISSING_AGENT_CONTEXT"})
-        self._shell_message = message or shell
+        advice = () if message else (self._class_advice,)
+        super().__init__(message or "", {"error_code": "MISSING_AGENT_CONTEXT"}, _advice=advice)
 
 
 class ServiceUnavailableError(GatewayError):
@@ -553,7 +514,7 @@ class GatewayTimeoutError(ServiceUnavailableError, TimeoutError):
 
 
 class _NotPicklableError(GatewayError, TypeError):
-    """Raised where a client cannot be pickled, and so cannot go to another process."""
+    """Raised where a client cannot be pickled."""
 
 
 _STATUS_ERRORS: Mapping[int, type[GatewayError]] = {
@@ -594,7 +555,7 @@ class StreamEventType(str, enum.Enum):
     __str__ = str.__str__
 
 
-_EVENT_TYPES = {str(event_type): event_type for event_type in StreamEventType}
+_EVENT_TYPES = {str(one): one for one in StreamEventType}
 _ENVELOPE_KEYS = {"status", "output", "error", "files", "metadata", "job_id"}
 
 
@@ -641,9 +602,13 @@ class StreamEvent:
         return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
 
 
-def _is_heartbeat(event: StreamEvent) -> bool:
-    """Whether an event, of an unknown type and without data, only shows that the stream lives."""
-    return event.data is None and _text_of(event.raw.get("type", "content")) not in _EVENT_TYPES
+def _contents(events: Iterable[StreamEvent]) -> list[Any]:
+    """The data of content events, but not of heartbeats: of an unknown type, and without data."""
+    return [
+        event.data for event in events
+        if event.type == StreamEventType.CONTENT
+        and (event.data is not None or _text_of(event.raw.get("type", "content")) in _EVENT_TYPES)
+    ]
 
 
 def _event_error(event: StreamEvent) -> _Json:
@@ -705,7 +670,8 @@ class PrefabResult:
         error: _Json = {"message": exception.message, "type": type(exception).__name__}
         if exception.error_code:
             error["error_code"] = exception.error_code
-        result = cls(CallStatus.FAILED, error={**error, "may_have_run": exception.may_have_run})
+        error["may_have_run"] = exception.may_have_run
+        result = cls(CallStatus.FAILED, error=error)
         result.exception = exception
         return result
 
@@ -720,46 +686,39 @@ class PrefabResult:
         Args:
             events: What was read, or an `EventStream`, which is read to its end.
         """
-        seen: list[_Json] = []
-        contents: list[Any] = []
-        merged: _Json = {}
-        files: _Json = {}
-        value: Any = None
-        job_id: Any = None
-        error: _Json | None = None
         read: list[StreamEvent] = []
         try:
             read.extend(events)
         except ServiceUnavailableError as broken:
             # What came was paid for.
-            contents = [event.data for event in read if event.type == StreamEventType.CONTENT]
-            broken.details.update(partial_output=contents, events=[event.raw for event in read])
+            came = [event.raw for event in read]
+            broken.details.update(partial_output=_contents(read), events=came)
             raise
+        merged: _Json = {}
+        files: _Json = {}
+        value: Any = None
+        job_id: Any = None
+        error: _Json | None = None if read else {"message": "The stream had no events."}
         for event in read:
             data = event.data
-            seen.append(event.raw or {"type": str(event.type), "data": data})
-            if event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
-                contents.append(data)
-            elif event.type == StreamEventType.ERROR:
+            if event.type == StreamEventType.ERROR:
                 error = _event_error(event)
             elif event.type == StreamEventType.DONE and isinstance(data, dict):
-                added = data.get("files")
+                own = dict(data)
+                added, job_id = own.pop("files", None), own.pop("job_id", job_id)
                 files.update(added if isinstance(added, dict) else {})
-                job_id = data.get("job_id", job_id)
-                own = {key: data[key] for key in data if key not in ("files", "job_id")}
                 merged.update(own)
                 value = merged if own else value
             elif event.type == StreamEventType.DONE and data not in (None, "", "[DONE]"):
                 value = data
+        contents = _contents(read)
         if contents or value is None:
             is_text = all(isinstance(content, str) for content in contents)
             value = "".join(contents) if is_text else contents
-        if not seen:
-            error = {"message": "The stream had no events."}
         status = CallStatus.FAILED if error else CallStatus.SUCCESS
         output = {"status": str(status), "output": value, "files": files or None}
-        result = cls(status, output, error, job_id if isinstance(job_id, str) else None)
-        result.raw = {"events": seen}
+        result = cls(status, output, error, job_id)
+        result.raw = {"events": [event.raw for event in read]}
         return result
 
     def to_dict(self) -> _Json:
@@ -925,18 +884,19 @@ def _is_s3_url(url: Any) -> bool:
     return isinstance(url, str) and bool(re.match("s3://.", url))
 
 
-def _no_url_error(problem: str, source: str, command: str) -> GatewayError:
-    """The error for what is no s3:// URL; it says what gives one, in Python and in the shell."""
-    advice = _Advice(f"{problem}: {source} gives one.", f"{problem}: `{command}` gives one.")
-    return ValidationError._create("", {}, advice)
+_LIST_ADVICE = _Advice(
+    "A result's get_file_urls(), or list_files(), gives one.", "`gateway-sdk ls` gives one."
+)
+_UPLOAD_ADVICE = _Advice(
+    "client.upload_input_file(path) gives one.", "`gateway-sdk upload --input PATH` gives one."
+)
 
 
-def _check_s3_url(name: str, url: Any, source: str) -> None:
+def _check_s3_url(url: _Secret) -> None:
     # It may be presigned.
-    url = _Secret(url)
     if not _is_s3_url(url.reveal()):
-        problem = f"{name} must be an s3:// URL, not {_shown(url.reveal())}"
-        raise _no_url_error(problem, source, "gateway-sdk ls")
+        problem = f"s3_url must be an s3:// URL, not {_shown(url.reveal())}."
+        raise ValidationError._create(problem, {}, _LIST_ADVICE)
 
 
 def _files_problem(files: Any) -> str:
@@ -944,11 +904,12 @@ def _files_problem(files: Any) -> str:
     if not isinstance(files, dict):
         return f"files must be a dict, not {_shown(files)}"
     for name, urls in files.items():
+        place = f"files[{_shown(name)}]"
         if not isinstance(urls, (list, tuple)):
-            return f"files[{_shown(name)}] must be a list of s3:// URLs, not {_shown(urls)}"
+            return f"{place} must be a list of s3:// URLs, not {_shown(urls)}"
         for url in urls:
             if not _is_s3_url(url):
-                return f"each of files[{_shown(name)}] must be an s3:// URL, not {_shown(url)}"
+                return f"each of {place} must be an s3:// URL, not {_shown(url)}"
     return ""
 
 
@@ -963,8 +924,7 @@ def _check_call(call: Any, where: str = "") -> None:
         raise ValidationError(f"{where}parameters must be a dict, not {_shown(call.parameters)}.")
     problem = "" if call.files is None else _files_problem(call.files)
     if problem:
-        source = "client.upload_input_file(path)"
-        raise _no_url_error(f"{where}{problem}", source, "gateway-sdk upload --input PATH")
+        raise ValidationError._create(f"{where}{problem}.", {}, _UPLOAD_ADVICE)
 
 
 def _segments(*names: Any) -> str:
@@ -976,13 +936,6 @@ def _segments(*names: Any) -> str:
 
 
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-# An attribute of a type that JSON cannot carry, and what to pass instead.
-_JSON_CONVERSIONS = {
-    "isoformat": "its .isoformat()",
-    "model_dump": "its .model_dump()",
-    "tolist": "its .tolist()",
-    "__iter__": "list(...) of it",
-}
 
 
 def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
@@ -1002,12 +955,15 @@ def _encode(content: Any, path: str = "", depth: int = 0) -> bytes:
             _encode(item, f"{path}[{index}]", depth + 1)
     elif isinstance(content, float):
         problem = f"{content}, which JSON does not have"
-    elif not isinstance(content, (str, bytes, int)):
-        for name, way_out in _JSON_CONVERSIONS.items():
-            # Of the type: some objects have every attribute.
-            if hasattr(type(content), name):
-                problem = f"a {type(content).__name__}: pass {way_out}"
-                break
+    elif not isinstance(content, (str, bytes)):
+        # Of the type: some objects have every attribute.
+        kind = type(content)
+        names = ("isoformat", "model_dump", "tolist")
+        ways = [f"its .{name}()" for name in names if hasattr(kind, name)]
+        if hasattr(kind, "__iter__"):
+            ways.append("list(...) of it")
+        if ways:
+            problem = f"a {kind.__name__}: pass {ways[0]}"
     raise ValidationError(f"The request cannot be sent as JSON: {path or 'it'} is {problem}.")
 
 
@@ -1022,11 +978,10 @@ _CREDENTIAL_KINDS = {
     "Authorization": "a JWT",
 }
 # Only the SDK knows how it frames a message, and to whom it says who it is.
-_OWN_HEADERS = frozenset(
-    "accept-encoding connection content-encoding content-length content-type expect host if-range "
-    "keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding "
-    "upgrade".split()
-)
+_OWN_HEADERS = (
+    "accept-encoding connection content-encoding content-length content-type expect host if-range"
+    " keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding upgrade"
+).split()
 _is_token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 
 
@@ -1048,7 +1003,9 @@ def _parse_url(url: Any) -> tuple[str, str, str]:
     netloc = f"[{host}]" if ":" in host else host
     if port not in (None, _DEFAULT_PORTS[parts.scheme]):
         netloc += f":{port}"
-    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
+    target = parts.path or "/"
+    if parts.query:
+        target += f"?{parts.query}"
     # A presigned URL must arrive as it was signed: only what HTTP cannot carry is encoded.
     return f"{parts.scheme}://{netloc}", quote(target, safe=_URL_CHARACTERS), ""
 
@@ -1093,8 +1050,7 @@ class _FileBody:
 
     def __iter__(self) -> Iterator[bytes]:
         """The body in blocks. If the file is not as long as was promised, raises before its end."""
-        if self._head:
-            yield self._head
+        yield self._head
         self._file.seek(0)
         sent = 0
         self._on_progress(sent, self._size)
@@ -1108,8 +1064,7 @@ class _FileBody:
         if sent != self._size:
             how = "longer" if sent > self._size else "shorter"
             raise GatewayError(f"{self._file.name} became {how} while it was being sent.")
-        if self._tail:
-            yield self._tail
+        yield self._tail
 
 
 @dataclass(frozen=True)
@@ -1168,7 +1123,7 @@ def _query_secrets(target: str) -> tuple[_Secret, ...]:
     """The query of a presigned URL, and its values that are too long for a date or a name."""
     query = target.partition("?")[2]
     values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
-    return tuple(_Secret(text) for text in [query, *(text for text in values if len(text) > 9)])
+    return tuple(map(_Secret, [query, *(value for value in values if len(value) > 9)]))
 
 
 # --- Connections ----------------------------------------------------------------------------------
@@ -2865,14 +2820,6 @@ def _read_prefabs(response: _Response) -> list[PrefabInfo]:
 
 # --- Files ----------------------------------------------------------------------------------------
 
-_COMPRESSED_TYPES = {
-    "gzip": "application/gzip",
-    "bzip2": "application/x-bzip2",
-    "xz": "application/x-xz",
-    "compress": "application/x-compress",
-    "br": "application/x-brotli",
-}
-
 
 def _file_name(path: _Path) -> str:
     """The last part of a path, with bytes in it replaced that UTF-8 does not have."""
@@ -2890,8 +2837,7 @@ def _open_file(path: _Path) -> Any:
     # As in /proc.
     if os.fstat(file.fileno()).st_size == 0 and file.read(1):
         file.close()
-        problem = "says that it is empty, but is not: copy it into a regular file first."
-        raise ValidationError(f"{path} {problem}")
+        raise ValidationError(f"{path} says that it is empty, but is not: save a copy first.")
     return file
 
 
@@ -2904,7 +2850,7 @@ def _multipart(fields: Mapping[str, str], path: _Path) -> tuple[str, bytes, byte
     media_type, compression = mimetypes.guess_type(name)
     if compression:
         # Not the type of what is inside.
-        media_type = _COMPRESSED_TYPES.get(compression)
+        media_type = f"application/{'' if compression == 'gzip' else 'x-'}{compression}"
     # As browsers do.
     name = re.sub(r'["\r\n]', lambda found: f"%{ord(found[0]):02X}", name)
     part = f"--{boundary}\r\nContent-Disposition: form-data; name="
@@ -3003,7 +2949,7 @@ class _Download(_Resume):
 
     def receive(self, response: _Response) -> None:
         """Writes an answer where the last one ended."""
-        head = response.head
+        head, doing = response.head, "the download broke off"
         if response.status not in (200, 206) or not head.framed:
             raise _unexpected_response(response, "without a whole file, or without its length")
         etag, encoding = head.get("ETag"), head.content_encoding()
@@ -3014,7 +2960,7 @@ class _Download(_Resume):
             is_same = self._etag == etag and self._encoding == encoding
             if not total or self._size not in (None, total) or not is_same:
                 self._etag = ""
-                raise self._broken(response, "the object changed in between")
+                raise _wire_error(response.request, _Fault("the object changed in between"), doing)
         else:
             # The object from its beginning.
             done, self._size, self._encoding = 0, total, encoding
@@ -3029,29 +2975,25 @@ class _Download(_Resume):
             self._most = max(self._most, done)
             self._on_progress(done, total)
         if total not in (None, done):
-            raise self._broken(response, f"only {done} of {total} bytes came")
-
-    def _broken(self, response: _Response, reason: str) -> GatewayError:
-        return _wire_error(response.request, _Fault(reason), "the download broke off")
+            fault = _Fault(f"only {done} of {total} bytes came")
+            raise _wire_error(response.request, fault, doing)
 
 
 # --- Batches --------------------------------------------------------------------------------------
 
 
-def _flattened(request: _Request) -> tuple[_Request, set[str]]:
-    """A run request with flat parameters, `{"inputs": {"text": ...}}`, and their names.
+def _flattened(request: _Request) -> tuple[_Request, _Json]:
+    """A run request with flat inputs, `{"inputs": {"text": ...}}`, and those of its first call.
 
     A file is a parameter there: its URL, or a list where there are several.
     """
-    names: set[str] = set()
     body = json.loads(request.body if isinstance(request.body, bytes) else b"{}")
     for call in body["calls"]:
         inputs = call["inputs"]
         call["inputs"] = inputs["parameters"]
         for name, urls in inputs.get("files", {}).items():
             call["inputs"][name] = urls[0] if len(urls) == 1 else urls
-        names.update(call["inputs"])
-    return request.changed(body=_encode(body)), names
+    return request.changed(body=_encode(body)), body["calls"][0]["inputs"]
 
 
 def _missing_parameter(error: GatewayError) -> str | None:
@@ -3073,8 +3015,8 @@ def _send_call(
     try:
         return transport.send(_flattened(request)[0] if reads_flat else request, read, scopes)
     except ValidationError as error:
-        flat, names = _flattened(request)
-        if request.calls != 1 or _missing_parameter(error) not in names:
+        flat, inputs = _flattened(request)
+        if request.calls != 1 or _missing_parameter(error) not in inputs:
             raise
     try:
         answer = transport.send(request if reads_flat else flat, read, scopes)
@@ -3087,7 +3029,7 @@ def _send_call(
     return answer
 
 
-# In a worker process, of the clients whose calls it ran last.
+# Of the clients whose calls this worker process ran last.
 _worker_transports: dict[Any, _Transport] = {}
 
 
@@ -3095,7 +3037,7 @@ def _run_one(
     transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
 ) -> PrefabResult:
     """Sends one call of a batch. Any executor can run it: all of it can be pickled."""
-    # Calls of one client share connections and token in a worker process, too.
+    # Calls of one client share connections and token there, too.
     if transport.origin[0] != _Process.id:
         transport = _worker_transports.setdefault(transport.origin, transport)
         for origin in list(_worker_transports)[:-_MAX_WORKER_TRANSPORTS]:
@@ -3179,15 +3121,14 @@ class _Batch:
                 self._work()
 
     def _work(self) -> None:
-        """Sends or submits what waits. After a 401 the rest gets a result that says so."""
-        while self._waiting:
+        """Sends or submits what waits."""
+        while True:
             try:
                 index, request = self._waiting.popleft()
             except IndexError:
-                # Another thread took the last one.
                 return
             if self._refused:
-                self._fail(index, self._unsent())
+                self._arrive(index, self._unsent())
             elif not self._executor:
                 self._arrive(index, _run_one(self._transport, request, self._scopes))
             else:
@@ -3195,24 +3136,22 @@ class _Batch:
                     future = self._executor.submit(_run_one, self._transport, request)
                 except Exception as error:  # noqa: BLE001
                     # A broken executor must not cost the other results.
-                    self._fail(index, self._unsent(f"the executor did not take it: {error}"))
+                    self._arrive(index, self._unsent(f"the executor did not take it: {error}"))
                 else:
                     self._futures[index] = future
                     future.add_done_callback(partial(self._finish, index))
 
     def _finish(self, index: int, future: Future[PrefabResult]) -> None:
-        """Takes the result of a call from its future, or the error that the executor gives."""
         # A cluster may run a call again as long as somebody holds its future.
         self._futures.pop(index, None)
         try:
-            result = future.result()
-            if not isinstance(result, PrefabResult):
-                raise TypeError(f"the executor gave {_shown(result)}")
+            outcome: Any = future.result()
+            if not isinstance(outcome, PrefabResult):
+                outcome = TypeError(f"the executor gave {_shown(outcome)}")
         except BaseException as error:  # noqa: BLE001
             # Each call must arrive, or the batch would wait for ever.
-            self._fail(index, self._cancelled() if future.cancelled() else error)
-        else:
-            self._arrive(index, result)
+            outcome = self._cancelled() if future.cancelled() else error
+        self._arrive(index, outcome)
 
     def _cancelled(self) -> GatewayError:
         """The error of a call whose future was cancelled, by this batch or by somebody else."""
@@ -3228,15 +3167,14 @@ class _Batch:
             return AuthenticationError("Not sent: the credential of an earlier call was refused.")
         return ServiceUnavailableError(f"Not sent: {reason}")
 
-    def _fail(self, index: int, error: BaseException) -> None:
-        self._arrive(index, PrefabResult._from_exception(error))
-
-    def _arrive(self, index: int, result: PrefabResult) -> None:
-        if result.exception and result.exception.status_code == 401:
-            self._refused = result.exception
+    def _arrive(self, index: int, outcome: PrefabResult | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            outcome = PrefabResult._from_exception(outcome)
+        if outcome.exception and outcome.exception.status_code == 401:
+            self._refused = outcome.exception
             self._cancel_futures()
-        self._results[index] = result
-        self._arrived.append((index, result))
+        self._results[index] = outcome
+        self._arrived.append((index, outcome))
         # It may be released already.
         with suppress(RuntimeError):
             self._gate.release()
@@ -3779,7 +3717,7 @@ class GatewayClient:
         # Another URL, given by mistake, may be a secret.
         url = _Secret(s3_url)
         del s3_url
-        _check_s3_url("s3_url", url.reveal(), "a result's get_file_urls(), or list_files(),")
+        _check_s3_url(url)
         _check_number("expires_in", expires_in)
         query = {"s3_url": url.reveal(), "mode": "presigned", "expires_in": expires_in}
         request = self._request("GET", "/internal/files/download", query)
@@ -3866,7 +3804,7 @@ class GatewayClient:
         in_use = credential or self._transport.credential
         caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
-            body = _encode(_revealed(content))
+            body = _encode(_Secret(content).reveal())
         headers = {"Content-Type": content_type} if body else {}
         return _Request(
             method, self._origin, target, timeout, headers, caller_headers, body,

@@ -1855,10 +1855,10 @@ BAD_AT_500: dict[str, tuple[Any, str]] = {
                          r"\bcalls\[500\]\.inputs\.parameters\.rows\[0\]\.a\b.*list\("),
     "not a number": (dataclasses.replace(call(), parameters={"x": [0, float("nan")]}),
                      r"\bcalls\[500\]\.inputs\.parameters\.x\[1\].*nan"),
-    "file": (
-        dataclasses.replace(call(), files={"v": ["a.mp4"]}), r"calls\[500\]: .*upload_input_file"),
-    "files": (
-        dataclasses.replace(call(), files=["report.txt"]), r"calls\[500\]: .*upload_input_file"),
+    "file": (dataclasses.replace(call(), files={"v": ["a.mp4"]}),
+             r"calls\[500\]: .*\n.*upload_input_file"),
+    "files": (dataclasses.replace(call(), files=["report.txt"]),
+              r"calls\[500\]: .*\n.*upload_input_file"),
     "name": (dataclasses.replace(call(), prefab_id=""), r"calls\[500\]: .*prefab_id"),
     "version": (dataclasses.replace(call(), version=1.1), r"calls\[500\]: .*version.*1\.1"),
     "dict": ({"prefab_id": "p"}, r"calls\[500\]: .*PrefabCall\(\*\*"),
@@ -5634,6 +5634,8 @@ RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "done with a text": ([event("done", "text")], "text", {}, None),
     "done with files": ([event("done", WITH_FILES)], {"n": 1}, {"a": [S3]}, None),
     "done with files only": ([event("done", {"files": {"a": [S3]}})], "", {"a": [S3]}, None),
+    "done with files that are no object": (
+        [done_with({"n": 1, "files": ["a"]})], {"n": 1}, {}, None),
     "done with nothing": ([event("done")], "", {}, None),
     "done as a marker": ([event("done", "[DONE]")], "", {}, None),
     "error with nothing": ([A_TEXT, event("error")], "a", {},
@@ -7653,6 +7655,14 @@ def test_context_variables_reach_the_threads_of_a_batch() -> None:
         logger.setLevel(level)
         logger.removeHandler(handler)
     assert variable.get() == "none"
+
+
+def test_the_exceptions_of_a_batch_keep_no_frames_alive() -> None:
+    with Script() as server, client_of(server, max_retries=0) as client:
+        (result,) = client.run_batch([call()]).results
+    error = result.exception
+    assert error and error.__traceback__ is None
+    assert not error.__context__ or error.__context__.__traceback__ is None
 
 
 # What is answered to the calls that are sent, one after another, and the exceptions of all results.
