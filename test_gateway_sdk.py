@@ -2374,6 +2374,9 @@ def test_nothing_is_said_of_what_is_open_when_python_ends(held: str, sockets: st
         {HELD_AT_THE_END[held]}
         # Error handlers outlive all modules, and so do these two, which are then emptied in turn.
         kept = sys.modules["__main__"], gateway_sdk
+        # From 3.14 on, Python empties its own sockets first, and no open one can then be closed.
+        if {held == "an open stream"} and sys.version_info >= (3, 14):
+            kept = ()
         codecs.register_error("kept", lambda error, kept=kept: kept)
     """
     if sockets == "gevent's":
