@@ -12464,9 +12464,13 @@ def test_a_program_can_call_main_and_print_besides(cli: Any, gateway: LocalGatew
 @posix
 def test_the_file_is_a_program(lone: Path) -> None:
     assert SDK.read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")
+    # A machine may have a `python3.15` and no `python3`.
+    (lone.parent / "python3").symlink_to(sys.executable)
+    path = os.pathsep.join([str(lone.parent), os.environ["PATH"]])
     done = subprocess.run(
-        [f"./{lone.name}", "--version"], cwd=str(lone.parent), capture_output=True, timeout=60
-    )
+        [f"./{lone.name}", "--version"], cwd=str(lone.parent), capture_output=True, timeout=60,
+        env={**os.environ, "PATH": path},
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"{gateway_sdk.__version__}\n".encode())
 
 
