@@ -376,13 +376,17 @@ def client(gateway: LocalGateway) -> Iterator[GatewayClient]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C interrupts.
+    """Ctrl-C interrupts, and a terminal that is closed ends.
 
-    A job in the background ignores it, and so would each process that a test starts.
+    A job in the background ignores the one, one under `nohup` the other, and so would each process
+    that a test starts.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    kept = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    if hasattr(signal, "SIGHUP"):
+        kept[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, before in kept.items():
+        signal.signal(number, before)
 
 
 @pytest.fixture(autouse=True)
