@@ -1642,7 +1642,8 @@ class _Connection:
 
     def _is_own(self, error: OSError) -> bool:
         """Whether an error is the socket's: all that it came through is code of its kind."""
-        own = {__name__, "socket", "ssl", type(self._sock).__module__.partition(".")[0]}
+        # `_cffi_ssl` is below `ssl` in PyPy.
+        own = {__name__, "socket", "ssl", "_cffi_ssl", type(self._sock).__module__.partition(".")[0]}
         traceback = error.__traceback__
         while traceback:
             module = str(traceback.tb_frame.f_globals.get("__name__"))
