@@ -2317,8 +2317,9 @@ def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float 
     # 2.0**1024 overflows.
     longest = min(_BACKOFF_CAP_SECONDS, base * 2.0 ** min(attempt - 1, 100))
     least = longest / 2 if unsent else 0.0
-    # Not `random`, which a program may have seeded, and which no full process can import.
-    return least + (longest - least) * int.from_bytes(os.urandom(4), "big") / 2**32
+    # Not `random`, which a program may have seeded, and which no process that is out of files can
+    # import; nor `os.urandom`, for which PyPy opens a file.
+    return least + (longest - least) * (time.perf_counter_ns() % 10**6 / 10**6)
 
 
 class _Resume:
