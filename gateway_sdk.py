@@ -1629,16 +1629,22 @@ class _Connection:
                 if self._shut:
                     raise _Fault("it was closed here")
                 return operation(*arguments)
-        except _Fault as fault:
-            # Without its frames, and those of the socket: they hold what the server sent.
-            raise fault.with_traceback(None)
+        except _Fault as caught:
+            fault = caught
         except OSError as error:
             if not self._is_own(error):
                 raise
-            raise _Fault(str(error) or type(error).__name__, error.with_traceback(None))
+            fault = _Fault(str(error) or type(error).__name__, error.with_traceback(None))
         finally:
             if self._woken:
                 self._free()
+        try:
+            # Without its frames, and those of the socket: they hold what the server sent. Out here,
+            # as an error that is handled while another one is raised gets them back in PyPy.
+            raise fault.with_traceback(None)
+        finally:
+            # Its new frame would keep it alive, and all that this frame knows.
+            del fault
 
     def _is_own(self, error: OSError) -> bool:
         """Whether an error is the socket's: all that it came through is code of its kind."""
