@@ -1648,8 +1648,9 @@ class _Connection:
 
     def _is_own(self, error: OSError) -> bool:
         """Whether an error is the socket's: all that it came through is code of its kind."""
-        # `_cffi_ssl` is below `ssl` in PyPy.
-        own = {__name__, "socket", "ssl", "_cffi_ssl", type(self._sock).__module__.partition(".")[0]}
+        kind = type(self._sock).__module__.partition(".")[0]
+        # The last one is what PyPy's `ssl` is made of.
+        own = {__name__, kind, "socket", "ssl", "_cffi_ssl"}
         traceback = error.__traceback__
         while traceback:
             module = str(traceback.tb_frame.f_globals.get("__name__"))
