@@ -1595,20 +1595,28 @@ class _Connection:
                 if self._shut:
                     raise _Fault("it was closed here")
                 return operation(*arguments)
-        except _Fault as fault:
-            # Without its frames, and those of the socket: they hold what the server sent.
-            raise fault.with_traceback(None)
+        except _Fault as caught:
+            fault = caught
         except OSError as error:
             if not self._is_own(error):
                 raise
-            raise _Fault(str(error) or type(error).__name__, error.with_traceback(None))
+            fault = _Fault(str(error) or type(error).__name__, error.with_traceback(None))
         finally:
             if self._woken:
                 self._free()
+        try:
+            # Without its frames, and those of the socket: they hold what the server sent. Out here,
+            # as an error that is handled while another one is raised gets them back in PyPy.
+            raise fault.with_traceback(None)
+        finally:
+            # Its new frame would keep it alive, and all that this frame knows.
+            del fault
 
     def _is_own(self, error: OSError) -> bool:
         """Whether an error is the socket's: all that it came through is code of its kind."""
-        own = {__name__, "socket", "ssl", type(self._sock).__module__.partition(".")[0]}
+        kind = type(self._sock).__module__.partition(".")[0]
+        # The last one is what PyPy's `ssl` is made of.
+        own = {__name__, kind, "socket", "ssl", "_cffi_ssl"}
         traceback = error.__traceback__
         while traceback:
             module = str(traceback.tb_frame.f_globals.get("__name__"))
@@ -1987,7 +1995,8 @@ class _Response:
         self._flight.close()
 
 
-_find_charset = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE).search
+# Of ASCII letters: from 3.15 on, Python warns of a name with others.
+_find_charset = re.compile(r"(?ai)charset\s*=\s*[\"']?([\w.:-]+)").search
 
 
 def _decode_text(head: _Head, body: bytes) -> str:
@@ -2307,8 +2316,9 @@ def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float 
     # 2.0**1024 overflows.
     longest = min(_BACKOFF_CAP_SECONDS, base * 2.0 ** min(attempt - 1, 100))
     least = longest / 2 if unsent else 0.0
-    # Not `random`, which a program may have seeded, and which no full process can import.
-    return least + (longest - least) * int.from_bytes(os.urandom(4), "big") / 2**32
+    # Not `random`, which a program may have seeded, and which no process that is out of files can
+    # import; nor `os.urandom`, for which PyPy opens a file.
+    return least + (longest - least) * (time.perf_counter_ns() % 10**6 / 10**6)
 
 
 class _Resume:

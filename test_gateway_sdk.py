@@ -64,6 +64,7 @@ import unittest.mock
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 import weakref
 import zipfile
 import zlib
@@ -105,6 +106,10 @@ ROOT = Path(__file__).resolve().parent
 cpython_only = pytest.mark.skipif(
     sys.implementation.name != "cpython", reason="counts on CPython's own ways"
 )
+# Whether what nothing refers to goes at once, and in order.
+COUNTS_REFERENCES = sys.implementation.name == "cpython" and getattr(
+    sys, "_is_gil_enabled", lambda: True
+)()
 Patch = pytest.MonkeyPatch
 TOKEN = "token-of-the-agent"
 WAIT_SECONDS = 10.0  # for what must happen; only a failing test waits that long
@@ -376,13 +381,17 @@ def client(gateway: LocalGateway) -> Iterator[GatewayClient]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C interrupts.
+    """Ctrl-C interrupts, and a terminal that is closed ends.
 
-    A job in the background ignores it, and so would each process that a test starts.
+    A job in the background ignores the one, one under `nohup` the other, and so would each process
+    that a test starts.
     """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    kept = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    if hasattr(signal, "SIGHUP"):
+        kept[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, before in kept.items():
+        signal.signal(number, before)
 
 
 @pytest.fixture(autouse=True)
@@ -543,6 +552,17 @@ def python(code: str, *arguments: object, **environment: str) -> subprocess.Comp
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
 
 
+def collect() -> None:
+    """Frees what nothing refers to."""
+    with warnings.catch_warnings():
+        if not COUNTS_REFERENCES:
+            # A socket may go before the connection that would have closed it.
+            warnings.simplefilter("ignore", ResourceWarning)
+        # In PyPy, what only a thing with a `__del__` refers to goes in the next round.
+        for _ in range(1 if COUNTS_REFERENCES else 4):
+            gc.collect()
+
+
 @contextlib.contextmanager
 def nothing_left(*folders: Path) -> Iterator[None]:
     """No file descriptor, thread or file is more than there was."""
@@ -554,12 +574,12 @@ def nothing_left(*folders: Path) -> Iterator[None]:
                 found.append(os.readlink(f"/proc/self/fd/{number}"))
         return collections.Counter(found)
 
-    if sys.implementation.name != "cpython":
-        gc.collect()  # what earlier tests let go of, where nothing counts references
+    if not COUNTS_REFERENCES:
+        collect()  # what earlier tests let go of
     before, threads = things(), set(threading.enumerate())
     yield
-    if sys.implementation.name != "cpython":
-        gc.collect()
+    if not COUNTS_REFERENCES:
+        collect()
     for thread in set(threading.enumerate()) - threads:
         thread.join(WAIT_SECONDS)
         assert not thread.is_alive(), thread
@@ -2374,6 +2394,9 @@ def test_nothing_is_said_of_what_is_open_when_python_ends(held: str, sockets: st
         {HELD_AT_THE_END[held]}
         # Error handlers outlive all modules, and so do these two, which are then emptied in turn.
         kept = sys.modules["__main__"], gateway_sdk
+        # Since some 3.13, Python empties its own sockets first, and no open one can be closed then.
+        if {held == "an open stream"} and sys.version_info >= (3, 13):
+            kept = ()
         codecs.register_error("kept", lambda error, kept=kept: kept)
     """
     if sockets == "gevent's":
@@ -3257,6 +3280,8 @@ OUT_OF_FILES = """if True:
 """
 
 
+# PyPy does not tell why an address could not be looked up.
+@cpython_only
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of open files")
 def test_too_many_open_files_are_no_matter_of_base_url(certificate: Path) -> None:
     closing = answer([], Connection="close")
@@ -3931,7 +3956,7 @@ def test_after_an_exchange_that_failed_the_next_call_tries_again() -> None:
     with Script(TOKEN_ANSWERS[0], REFUSED, failed, REFUSED, TOKEN_ANSWERS[1], ran()) as server:
         client = GatewayClient.from_api_key("key-1", server.url, timeout=WAIT_SECONDS)
         reference = fail()
-        gc.collect()
+        collect()
         # The client keeps the error for others, but not what its traceback holds.
         assert reference() is None
         assert run(client).is_success()
@@ -9142,7 +9167,7 @@ def test_a_worker_that_waits_lets_go_of_its_last_call() -> None:
             weakref.finalize(parameters, gone.set)
             await client.run("p", "1.0.0", "f", parameters)
             del parameters
-            gc.collect()
+            collect()
             assert await asyncio.to_thread(gone.wait, WAIT_SECONDS)
 
     class Weak(dict):  # type: ignore[type-arg]
@@ -9160,7 +9185,8 @@ def test_a_client_that_is_dropped_leaves_no_thread_and_no_connection() -> None:
             client = gateway_sdk.AsyncGatewayClient(sys.argv[1])
             await asyncio.gather(*(client.run("p", "1", "f") for _ in range(3)))
         asyncio.run(main())
-        gc.collect()
+        for _ in range(4):
+            gc.collect()
         for thread in threading.enumerate():
             if thread is not threading.main_thread():
                 thread.join(10)
@@ -9342,11 +9368,13 @@ class Full(Script):
         self._listener.listen(0)
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._first = socket.create_connection(("127.0.0.1", self.port))
+        # PyPy takes 0 for 1.
+        count = 2 if sys.implementation.name == "pypy" else 1
+        self._first = [socket.create_connection(("127.0.0.1", self.port)) for _ in range(count)]
 
     def __exit__(self, *_: object) -> None:
-        self._first.close()
-        self._listener.close()
+        for sock in (*self._first, self._listener):
+            sock.close()
 
     @property
     def open_connections(self) -> int:
@@ -9847,7 +9875,7 @@ def test_leaving_an_async_stream_closes_its_connection(way: str, script: Any) ->
             await LEAVING[way](stream)
             if way in ("break", "drop", "drop after events"):  # the others close it themselves
                 del stream
-                gc.collect()
+                collect()
             await until(server, lambda: server.open_connections == 0)
             assert (await run(client)).is_success()  # on any thread that there is
 
@@ -9882,7 +9910,7 @@ def test_a_stream_may_outlive_its_loop(how: str) -> None:
         if how == "closed elsewhere":
             in_loop(stream.close())
         del stream
-        gc.collect()
+        collect()
         server.wait_until(lambda: server.open_connections == 0)
         in_loop(client.close())
 
@@ -10078,8 +10106,11 @@ def test_the_loop_beats_while_files_are_opened_and_parameters_written(
     upload, target = SlowPath(content_file), SlowPath(content_file.with_name("down"))
     parameters = SlowParameters()
     in_loop(main())
-    for slow in (upload, target, parameters):
-        assert slow.waited and all(slow.waited)
+    slow = [upload, target]
+    if sys.implementation.name == "cpython":
+        # PyPy writes parameters without asking for their items.
+        slow.append(parameters)
+    assert all(one.waited and all(one.waited) for one in slow)
     assert target.path.read_bytes() == b"content"
 
 
@@ -12290,6 +12321,8 @@ with terminal.whole():
     assert ended_python("-c", code, cwd=str(ROOT)) == (129, "once\n", "as before\n")
 
 
+# PyPy does not tell which signals are ignored.
+@cpython_only
 @posix
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(lone: Path, name: str) -> None:
@@ -12527,9 +12560,13 @@ def test_a_program_can_call_main_and_print_besides(cli: Any, gateway: LocalGatew
 @posix
 def test_the_file_is_a_program(lone: Path) -> None:
     assert SDK.read_text(encoding="utf-8").startswith("#!/usr/bin/env python3\n")
+    # A machine may have a `python3.15` and no `python3`.
+    (lone.parent / "python3").symlink_to(sys.executable)
+    path = os.pathsep.join([str(lone.parent), os.environ["PATH"]])
     done = subprocess.run(
-        [f"./{lone.name}", "--version"], cwd=str(lone.parent), capture_output=True, timeout=60
-    )
+        [f"./{lone.name}", "--version"], cwd=str(lone.parent), capture_output=True, timeout=60,
+        env={**os.environ, "PATH": path},
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, f"{gateway_sdk.__version__}\n".encode())
 
 
