@@ -11172,8 +11172,12 @@ def shell(gateway: LocalGateway, tmp_path: Path) -> Callable[..., Ended]:
     folder = tmp_path / "programs"
     folder.mkdir()
     interpreter = f'"{sys.executable}"'
+    # As pip makes it. It need not compile the file, which each start of the file itself does.
+    entry = folder / "entry_point.py"
+    importing = f"import sys\nsys.path[0] = {str(ROOT)!a}\nfrom gateway_sdk import main\n"
+    entry.write_text(importing + "sys.exit(main())\n")
     for name, command in (("python", interpreter), ("python3", interpreter),
-                          ("gateway-sdk", f'{interpreter} "{SDK}"')):
+                          ("gateway-sdk", f'{interpreter} "{entry}"')):
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / name).chmod(0o755)
     environment = environment_for(gateway, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")

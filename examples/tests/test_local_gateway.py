@@ -863,14 +863,14 @@ def test_a_process_dies_when_its_stream_is_left(hanging: Path, fifo: Fifo, caplo
 @pytest.mark.parametrize("function", ["hang", "stream"])
 def test_a_process_dies_when_its_time_is_up(function: str, hanging: Path, fifo: Fifo) -> None:
     with LocalGateway(hanging) as gateway, client_of(gateway) as client:
-        gateway.call_seconds = 0.7
+        gateway.call_seconds = 0.5
         try:
             result = client.run("p", "1.0.0", function, {"fifo": fifo.path})
             assert result.error
             told = result.error["message"]
         except ServiceUnavailableError as error:
             told = error.message
-        assert "it took longer than 0.7 seconds" in told
+        assert "it took longer than 0.5 seconds" in told
         assert fifo.has_ended()
 
 
