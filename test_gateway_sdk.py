@@ -73,6 +73,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import local_gateway
 import pytest
 from local_gateway import LocalGateway
 
@@ -392,6 +393,13 @@ def _interruptible() -> Iterator[None]:
     yield
     for number, before in kept.items():
         signal.signal(number, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen() -> None:
+    """The thousands of tests are no garbage: no collection needs to look them through again."""
+    if hasattr(gc, "freeze"):  # PyPy has none
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -3344,6 +3352,7 @@ def leave_a_stream(end):
 def run(**options):
     return client.run("p", "1", "f", {}, **options).get_function_result()
 
+gateway_sdk._BACKOFF_BASE_SECONDS = 0.001
 client = gateway_sdk.GatewayClient(sys.argv[1], timeout=10)
 outcome(run)
 outcome(run)
@@ -3623,7 +3632,10 @@ def test_the_timeout_is_for_all_addresses_of_a_host_together(
 
 
 @pytest.mark.parametrize("kind", [pytest.param("dead", marks=full_queues), "refusing"])
-def test_an_address_that_answered_is_the_first_one_next_time(kind: str, resolve: Any) -> None:
+def test_an_address_that_answered_is_the_first_one_next_time(
+    kind: str, resolve: Any, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway_sdk, "_ADDRESS_SECONDS", 2 * SHORT_SECONDS)
     answers = [answer([], Connection="close")] * 2
     with Place(dead=kind == "dead") as first, Script(*answers, *answers) as server:
         started = time.monotonic()
@@ -3639,9 +3651,10 @@ def test_an_address_that_answered_is_the_first_one_next_time(kind: str, resolve:
 @full_queues
 @pytest.mark.parametrize("dead", [1, 2])
 def test_of_a_short_timeout_the_last_address_gets_its_share(dead: int, resolve: Any) -> None:
-    with Place(dead=True) as first, Script(answer([])) as server:
+    # Three, for a machine so busy that it does not answer at once.
+    with Place(dead=True) as first, Script(*[answer([])] * 3) as server:
         url = resolve(*[first.address] * dead, ("127.0.0.1", server.port))
-        assert GatewayClient(url, timeout=1).list_prefabs() == []
+        assert GatewayClient(url, timeout=4 * SHORT_SECONDS).list_prefabs() == []
 
 
 def test_if_the_address_that_answered_is_gone_the_others_are_tried(resolve: Any) -> None:
@@ -3659,7 +3672,10 @@ def test_if_the_address_that_answered_is_gone_the_others_are_tried(resolve: Any)
 @pytest.mark.parametrize(
     "order", [("dead", "refusing"), ("refusing", "dead"), ("refusing", "refusing")], ids=str
 )
-def test_where_no_address_answers_the_end_comes_soon(order: tuple[str, str], resolve: Any) -> None:
+def test_where_no_address_answers_the_end_comes_soon(
+    order: tuple[str, str], resolve: Any, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(gateway_sdk, "_ADDRESS_SECONDS", 2 * SHORT_SECONDS)
     with Place(order[0] == "dead") as first, Place(order[1] == "dead") as second:
         # Only for the last one is all of it waited.
         timeout = A_WHILE if order[1] == "refusing" else SHORT_SECONDS
@@ -8602,6 +8618,7 @@ def test_without_a_free_descriptor_an_error_says_so_and_that_nothing_ran() -> No
     code = """
         import resource, sys
         import gateway_sdk
+        gateway_sdk._CONNECT_BACKOFF_BASE_SECONDS = 0.001
         client = gateway_sdk.GatewayClient("http://127.0.0.1:1", max_retries=1)
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
         for act in (client.list_prefabs, lambda: client.run("p", "1", "f")):
@@ -9181,6 +9198,7 @@ def test_a_worker_that_waits_lets_go_of_its_last_call() -> None:
 def test_a_client_that_is_dropped_leaves_no_thread_and_no_connection() -> None:
     code = """if True:
         import asyncio, gc, socket, sys, threading, gateway_sdk
+        gateway_sdk._IDLE_SECONDS = 0.1
         async def main():
             client = gateway_sdk.AsyncGatewayClient(sys.argv[1])
             await asyncio.gather(*(client.run("p", "1", "f") for _ in range(3)))
@@ -9642,7 +9660,10 @@ def test_a_call_that_waits_for_a_worker_can_be_given_up_and_is_never_sent() -> N
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["when it is made", "later"])
-def test_a_token_exchange_can_be_given_up(first: bool) -> None:
+def test_a_token_exchange_can_be_given_up(first: bool, monkeypatch: Patch) -> None:
+    # The thread of a client that nobody got ends when it has been idle.
+    monkeypatch.setattr(gateway_sdk, "_IDLE_SECONDS", SHORT_SECONDS)
+
     async def main() -> None:
         making = AsyncGatewayClient.from_api_key("key-1", server.url, LONG_SECONDS)
         if first:
@@ -11069,6 +11090,7 @@ def test_no_text_of_a_server_takes_long_to_read(tmp_path: Path) -> None:
         answers.append(answer({"presigned_url": f"http://{long_text(host)}/o"}))
     code = """if True:
         import json, sys, gateway_sdk
+        gateway_sdk._CONNECT_BACKOFF_BASE_SECONDS = 0.001
         for arguments in json.loads(sys.argv[1]):
             gateway_sdk.main(arguments)
     """
@@ -11210,8 +11232,12 @@ def shell(gateway: LocalGateway, tmp_path: Path) -> Callable[..., Ended]:
     folder = tmp_path / "programs"
     folder.mkdir()
     interpreter = f'"{sys.executable}"'
+    # As pip makes it. It need not compile the file, which each start of the file itself does.
+    entry = folder / "entry_point.py"
+    importing = f"import sys\nsys.path[0] = {str(ROOT)!a}\nfrom gateway_sdk import main\n"
+    entry.write_text(importing + "sys.exit(main())\n")
     for name, command in (("python", interpreter), ("python3", interpreter),
-                          ("gateway-sdk", f'{interpreter} "{SDK}"')):
+                          ("gateway-sdk", f'{interpreter} "{entry}"')):
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / name).chmod(0o755)
     environment = environment_for(gateway, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -12665,6 +12691,8 @@ def test_every_block_of_the_readme_works(
 ) -> None:
     caplog.set_level(logging.NOTSET, "gateway_sdk")  # undone at the end, whatever a block sets
     monkeypatch.setitem(sys.modules, "opentelemetry", opentelemetry_within_a_span())
+    # The calls that are given up would sleep for a minute: the gateway need not wait for them.
+    monkeypatch.setattr(local_gateway, "CLOSE_SECONDS", SHORT_SECONDS)
     for copied in (SDK, ROOT / "examples/local_gateway.py"):
         shutil.copy(str(copied), copied.name)
     session: dict[str, Any] = {"__name__": "__main__"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import importlib.util
 import json
 import os
@@ -19,7 +18,6 @@ from conftest import EXAMPLES
 from local_gateway import LocalGateway
 
 from gateway_sdk import GatewayClient, GatewayError
-from test_gateway_sdk import client_of, cpython_only
 
 EXPECTED_LINES = {
     "basic_usage": [
@@ -60,35 +58,43 @@ def environment_of_example(name: str, gateway: LocalGateway) -> dict[str, str]:
     return {"GATEWAY_BASE_URL": gateway.base_url, "X_INTERNAL_TOKEN": gateway.internal_token}
 
 
-@pytest.mark.parametrize(("example", "runs_already"), [
-    *((name, True) for name in EXPECTED_LINES if name != "distributed_batch"),
+RUNS = [
     # PyPy 7.3.11 has a process pool that cannot start.
-    pytest.param("distributed_batch", True, marks=cpython_only),
+    *((name, True) for name in EXPECTED_LINES
+      if name != "distributed_batch" or sys.implementation.name == "cpython"),
     # With a gateway of their own, each for another credential.
     ("file_operations", False), ("third_party", False),
-])
-def test_an_example_shows_what_it_promises(
-        example: str, runs_already: bool, gateway: LocalGateway, tmp_path: Path) -> None:
-    with client_of(gateway) as client, contextlib.suppress(GatewayError):
-        client.delete_secret("vault", "SIGNING_KEY")  # which another test may have left
-    requests, executed = len(gateway.requests), len(gateway.executed)
+]
+
+
+def check_example(example: str, runs_already: bool, folder: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONDONTWRITEBYTECODE": "1"}
-    if runs_already:
-        environment.update(environment_of_example(example, gateway))
-    command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{example}.py")]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=60
-    )
+    with LocalGateway() as gateway:
+        if runs_already:
+            environment.update(environment_of_example(example, gateway))
+        command = [sys.executable, "-X", "dev", "-W", "default", str(EXAMPLES / f"{example}.py")]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=60
+        )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "" or example == "distributed_batch"  # Dask has warnings of its own
-    assert list(tmp_path.iterdir()) == []
+    # Dask has warnings of its own.
+    assert done.stderr == "" or example == "distributed_batch", done.stderr
+    assert list(folder.iterdir()) == []
     for line in EXPECTED_LINES[example]:
         assert re.search(f"(?m)^{line}$", done.stdout.replace("\r", "\n")), (line, done.stdout)
-    assert (len(gateway.requests) > requests) == runs_already
+    assert bool(gateway.requests) == runs_already, example
     if example == "distributed_batch":
-        assert len(gateway.executed) == executed + 20 * done.stdout.count("COMPLETED")
+        assert len(gateway.executed) == 20 * done.stdout.count("COMPLETED")
     for secret in (gateway.internal_token, gateway.api_key, "X-Amz", "signature="):
         assert secret not in done.stdout
+
+
+def test_every_example_shows_what_it_promises(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """All at once: they wait more than they work."""
+    with concurrent.futures.ThreadPoolExecutor(len(RUNS)) as pool:
+        checks = [pool.submit(check_example, *run, tmp_path_factory.mktemp("run")) for run in RUNS]
+    for check in checks:
+        check.result()
 
 
 @pytest.mark.parametrize("example", EXPECTED_LINES)

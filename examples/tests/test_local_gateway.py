@@ -865,14 +865,14 @@ def test_a_process_dies_when_its_stream_is_left(hanging: Path, fifo: Fifo, caplo
 @pytest.mark.parametrize("function", ["hang", "stream"])
 def test_a_process_dies_when_its_time_is_up(function: str, hanging: Path, fifo: Fifo) -> None:
     with LocalGateway(hanging) as gateway, client_of(gateway) as client:
-        gateway.call_seconds = 0.7
+        gateway.call_seconds = 0.5
         try:
             result = client.run("p", "1.0.0", function, {"fifo": fifo.path})
             assert result.error
             told = result.error["message"]
         except ServiceUnavailableError as error:
             told = error.message
-        assert "it took longer than 0.7 seconds" in told
+        assert "it took longer than 0.5 seconds" in told
         assert fifo.has_ended()
 
 
@@ -1022,13 +1022,15 @@ def test_a_signed_url_lasts_as_long_as_was_asked_for(own: LocalGateway, content_
 
 
 def test_a_temporary_file_is_gone_when_its_time_is_up(
-    temporary: Path, content_file: Path
+    temporary: Path, content_file: Path, monkeypatch: Patch
 ) -> None:
+    now = time.time
     with LocalGateway() as gateway, client_of(gateway) as client:
-        short = client.upload_temp_file(content_file, 1)["s3_url"]
+        short = client.upload_temp_file(content_file, 100)["s3_url"]
         long = client.upload_temp_file(content_file, 1000)["s3_url"]
         url = client.get_presigned_url(short)
         assert {file["s3_url"] for file in client.list_temp_files()["files"]} == {short, long}
+        monkeypatch.setattr(time, "time", lambda: now() + 100)
         wait_for(lambda: len(list(temporary.rglob("content"))) == 1)  # no request is needed for it
         assert [file["s3_url"] for file in client.list_temp_files()["files"]] == [long]
         assert open_url(url)[0] == 404
