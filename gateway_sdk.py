@@ -338,6 +338,16 @@ def _mask_queries(text: str) -> str:
 
 
 # --- Errors ---------------------------------------------------------------------------------------
+#
+# GatewayError
+#     AuthenticationError
+#     PrefabNotFoundError
+#     ValidationError               also a ValueError
+#     QuotaExceededError
+#     MissingSecretError
+#     AgentContextRequiredError
+#     ServiceUnavailableError
+#         GatewayTimeoutError       also a TimeoutError
 
 
 @dataclass(frozen=True)
@@ -611,6 +621,11 @@ def _contents(events: Iterable[StreamEvent]) -> list[Any]:
     ]
 
 
+def _decoded(events: Iterable[StreamEvent]) -> list[_Json]:
+    """Events as the objects that they were made of, or could have been."""
+    return [event.raw or {"type": str(event.type), "data": event.data} for event in events]
+
+
 def _event_error(event: StreamEvent) -> _Json:
     """A result's `error`: an error event's data, and what may stand beside it."""
     error: _Json = {"message": "The function reported an error."}
@@ -691,8 +706,7 @@ class PrefabResult:
             read.extend(events)
         except ServiceUnavailableError as broken:
             # What came was paid for.
-            came = [event.raw for event in read]
-            broken.details.update(partial_output=_contents(read), events=came)
+            broken.details.update(partial_output=_contents(read), events=_decoded(read))
             raise
         merged: _Json = {}
         files: _Json = {}
@@ -718,7 +732,7 @@ class PrefabResult:
         status = CallStatus.FAILED if error else CallStatus.SUCCESS
         output = {"status": str(status), "output": value, "files": files or None}
         result = cls(status, output, error, job_id)
-        result.raw = {"events": [event.raw for event in read]}
+        result.raw = {"events": _decoded(read)}
         return result
 
     def to_dict(self) -> _Json:
@@ -4585,7 +4599,7 @@ def _print_stream(stream: EventStream, as_json: bool, terminal: _Terminal) -> Pr
                 kept.append(event)
             if as_json:
                 terminal.print_json(event.raw, one_line=True)
-            elif event.type == StreamEventType.CONTENT and not _is_heartbeat(event):
+            elif _contents([event]):
                 has_content = True
                 if isinstance(event.data, str):
                     terminal.print_text(event.data)

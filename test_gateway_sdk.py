@@ -12631,7 +12631,7 @@ def test_the_command_line_uses_few_privates_of_the_module() -> None:
     }
     attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)} - own_attributes
     used = {name for name in (names - own) | attributes if re.match("_[^_]", name)}
-    assert used - {"_"} == {"_Json", "_in_shell", "_is_heartbeat"}
+    assert used - {"_"} == {"_Json", "_in_shell", "_contents"}
 
 
 # --- README and repository ------------------------------------------------------------------------
