@@ -1887,8 +1887,9 @@ class _Response:
         self._deadline: float | None = None
         # Bytes that are still to come of the chunk or the body; None: until the connection ends.
         self._missing = 0 if head.chunked else head.length
-        # Whether the first chunk has.
+        # Whether a chunk has: the next one then stands behind its line end.
         self._has_begun = False
+        # Bytes of a body that has two lengths.
         self._received = 0
         # Whether nothing need follow: the last chunk has come, or the lesser of two lengths.
         self._is_whole = False
@@ -1980,6 +1981,7 @@ class _Response:
         return size
 
     def _odd_chunk_size(self, line: bytes) -> int:
+        """The size in a line that is not written as it should be. Raises if there is none."""
         self._may_keep = False
         if not line.endswith(b"\n"):
             raise _Fault("the connection was closed before the end")
@@ -2331,7 +2333,7 @@ def _retry_delay(request: _Request, error: GatewayError, attempt: int) -> float 
     longest = min(_BACKOFF_CAP_SECONDS, base * 2.0 ** min(attempt - 1, 100))
     least = longest / 2 if unsent else 0.0
     # Not `random`, which a program may have seeded, and which no process that is out of files can
-    # import; nor `os.urandom`, for which PyPy opens a file.
+    # import; nor `os.urandom`, for which PyPy opens a file. The clock's last digits are as good.
     return least + (longest - least) * (time.perf_counter_ns() % 10**6 / 10**6)
 
 
@@ -4199,6 +4201,7 @@ class AsyncGatewayClient:
 
     def prefab(self, prefab_id: str, version: str) -> _AsyncPrefab:
         """A prefab whose functions are called like methods, and awaited. Nothing is sent."""
+        # Its methods give what the client's `run` gives, which is to be awaited here.
         return cast(_AsyncPrefab, Prefab(cast(Any, self), prefab_id, version))
 
     list_prefabs = _awaited(GatewayClient.list_prefabs)
