@@ -996,7 +996,9 @@ _OWN_HEADERS = (
     "accept-encoding connection content-encoding content-length content-type expect host if-range"
     " keep-alive proxy-authorization proxy-connection range te trailer transfer-encoding upgrade"
 ).split()
-_is_token = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
+# RFC 9110 §5.1
+_FIELD_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_is_field_name = re.compile(_FIELD_NAME).fullmatch
 
 
 def _parse_url(url: Any) -> tuple[str, str, str]:
@@ -1043,7 +1045,7 @@ def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, 
         raise ValidationError(f"headers must be {kind}, not {_shown(headers)}.")
     given = dict(headers)
     for name, value in given.items():
-        if not isinstance(name, str) or not _is_token(name):
+        if not isinstance(name, str) or not _is_field_name(name):
             raise ValidationError(f"headers: {_shown(name)} cannot be the name of a header.")
         if name.lower() in _OWN_HEADERS or name.lower() == (credential or "").lower():
             raise ValidationError(f"headers: {name} is set by the SDK.")
@@ -1384,9 +1386,7 @@ def _read_line(reader: Any) -> bytes:
 
 
 # A field, or a line by which the one before goes on, or what is neither.
-_field_lines = re.compile(
-    r"^(?:([!#$%&'*+.^_`|~0-9A-Za-z-]+)[ \t]*:(.*)|[ \t]+(.*)|.*)$", re.MULTILINE
-).findall
+_field_lines = re.compile(rf"(?m)^(?:({_FIELD_NAME})[ \t]*:(.*)|[ \t]+(.*)|.*)$").findall
 
 
 def _read_fields(reader: Any) -> dict[str, list[str]]:
@@ -1911,11 +1911,13 @@ class _Response:
     def _next_piece(self) -> bytes:
         """The next bytes; none at the end of the body, when the connection is given back."""
         try:
+            seconds = self.request.timeout
             if self._deadline is not None:
-                self._connection.set_timeout(max(self._deadline - time.monotonic(), 1e-3))
-            elif self._is_whole:
-                seconds = self.request.timeout or _SILENCE_SECONDS
-                self._connection.set_timeout(min(seconds, _SILENCE_SECONDS))
+                seconds = max(self._deadline - time.monotonic(), 1e-3)
+            if self._is_whole:
+                seconds = min(seconds or _SILENCE_SECONDS, _SILENCE_SECONDS)
+            if self._deadline is not None or self._is_whole:
+                self._connection.set_timeout(seconds)
             piece = self._connection.guarded(self._read_some)
             if piece:
                 return piece

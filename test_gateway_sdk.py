@@ -2756,6 +2756,17 @@ def test_of_two_lengths_the_shorter_is_enough_for_a_result(name: str) -> None:
     assert [received.connection for received in server.received] == [0, 1]
 
 
+def test_an_error_with_two_lengths_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_sdk, "_SILENCE_SECONDS", 0.05)
+    body = b'{"detail": "no such tool"}'
+    lengths = [b"Content-Length: %d" % (len(body) + more) for more in (0, 1)]
+    refusal = headed(*lengths, body=body, start=b"HTTP/1.1 400 Bad Request")
+    started = time.monotonic()
+    with Script(refusal) as server, pytest.raises(GatewayError, match="no such tool"):
+        run(client_of(server, timeout=600))
+    assert time.monotonic() - started < 100, "it was waited for the timeout"
+
+
 EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
 # Event streams whose connection is not used again, and the data of the events that they have.
 DOUBTFUL_STREAMS: dict[str, tuple[bytes, list[Any]]] = {
