@@ -204,7 +204,6 @@ _ENDING_ESCAPE = re.compile(
         | [\xc2\xc3][\x80-\xbf]             # Latin-1
     )\Z"""
 )
-_escapeless_run = re.compile(r"[^\\%&\x80-\U0010ffff]+").match
 # Where a word is no part of a larger one, as `test` is of `test-tools` or `a.test`.
 _begins_alone = re.compile(rb"(?<![\w\x80-\xff])(?<![\w\x80-\xff][-./])").match
 _ends_alone = re.compile(rb"(?![-./]?[\w\x80-\xff])").match
@@ -268,13 +267,15 @@ def _unescape(text: str) -> tuple[bytes, Sequence[int]]:
         return text.encode(), range(len(text) + 1)
     from array import array
 
+    # In here, as it takes milliseconds to compile.
+    escapeless_run = re.compile(r"[^\\%&\x80-\U0010ffff]+").match
     plain, position = bytearray(), 0
     # An answer may have many megabytes: a list of numbers would have several times as many.
     begins = array("Q")
     while position < len(text):
         # Where no escape has begun, none can end before the next one begins.
         has_begun = re.search(rb"[\\%&\x80-\xff]", plain[-_MAX_ESCAPE_BYTES:])
-        run = None if has_begun else _escapeless_run(text, position)
+        run = None if has_begun else escapeless_run(text, position)
         end = run.end() if run else position + 1
         encoded = text[position:end].encode("utf-8", "surrogatepass")
         plain += encoded
