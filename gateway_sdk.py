@@ -1662,11 +1662,17 @@ class _Connection:
         """Frees the descriptor, unless somebody uses it, who will do so afterwards."""
         if self._busy.acquire(blocking=False):
             try:
-                for opened in (self.reader, self._sock):
-                    if opened is not None:
-                        opened.close()
+                self._free_now()
             finally:
                 self._busy.release()
+
+    def _free_now(self) -> None:
+        for opened in (self.reader, self._sock):
+            if opened is not None:
+                opened.close()
+
+    # Nobody uses it any more: a stream was dropped, or Ctrl-C came between two steps of closing it.
+    __del__ = _free_now
 
     def _bare(self) -> Any:
         """The methods of the socket itself: TLS's would not wake a reader, nor see all bytes."""
@@ -1814,9 +1820,6 @@ class _Flight:
         connection = self.take()
         if connection:
             connection.close()
-
-    # Of a stream that was dropped.
-    __del__ = close
 
     def cancel(self) -> None:
         """Ends the request: whoever waits for it gets an error, and it is not sent again."""
