@@ -4194,8 +4194,10 @@ class AsyncGatewayClient:
                 if not scope.cancelled or result.exception is None:
                     loop.call_soon_threadsafe(hand_over, index, result)
 
+        # An iterator is read in this thread. What is none is refused as everywhere.
+        given = list(calls) if isinstance(calls, Iterable) else calls
         work = partial(
-            self._client._scoped(scope).run_batch, list(calls), max_workers=max_workers,
+            self._client._scoped(scope).run_batch, given, max_workers=max_workers,
             timeout=timeout, on_result=report if callable(on_result) else on_result,
             executor=executor, single_request=single_request,
         )

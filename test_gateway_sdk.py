@@ -1711,6 +1711,8 @@ BAD_ARGUMENTS: dict[str, tuple[Callable[[GatewayClient], Any], str]] = {
        for value in (0, -1, "5", True, float("nan"), float("inf"), 2**31 / 1000)},
     "nothing in a batch": (lambda c: c.run_batch([call(), None]), "PrefabCall"),
     "a call as a batch": (lambda c: c.run_batch(call()), "list of PrefabCall"),
+    "nothing as a batch": (lambda c: c.run_batch(None), "list of PrefabCall"),
+    "a number as a batch": (lambda c: c.run_batch(5, single_request=True), "list of PrefabCall"),
     "zero byte in a path": (lambda c: c.upload_file("a\0b"), "path of a file"),
     "zero byte in a target": (lambda c: c.download_file(S3, "a\0b"), "path of a file"),
     "dict in a batch": (lambda c: c.run_batch([{"prefab_id": "p"}]), r"PrefabCall\(\*\*"),
@@ -9022,6 +9024,14 @@ def outcome_of(act: Callable[[], Any]) -> Any:
         return act()
     except Exception as error:
         return type(error), str(error), vars(error)
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_the_async_client_refuses_the_same_arguments_by_the_same_error(name: str) -> None:
+    act, _ = BAD_ARGUMENTS[name]
+    with Script() as server, client_of(server) as client:
+        assert outcome_of(lambda: awaited(act, server)) == outcome_of(lambda: act(client))
+    assert not server.received
 
 
 # Methods that send: `close`, and what is inherited from `object`, do not.
