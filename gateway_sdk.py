@@ -334,7 +334,7 @@ class _Redactor:
 def _mask_queries(text: str) -> str:
     """`text` without the queries of the URLs in it, which may be presigned."""
     # Matches also what has no query, so that no part of the text is read twice.
-    urls = r"(http[^\s\"'<>?]*)(\?[^\s\"'<>]+)?"
+    urls = r"(?i)(http[^\s\"'<>?]*)(\?[^\s\"'<>]+)?"
     return re.sub(urls, lambda url: url[1] + ("?***" if url[2] else ""), text)
 
 
@@ -430,8 +430,8 @@ class GatewayError(Exception):
     @classmethod
     def _advice_for(cls, details: Mapping[str, Any]) -> _Advice:
         """The advice of the class, with the fields of this error in it."""
-        values = {name: details.get(name) or getattr(cls, name) for name in cls._fields}
-        words = {name: shlex.quote(_text_of(value)) for name, value in values.items()}
+        values = {name: _text_of(details.get(name) or getattr(cls, name)) for name in cls._fields}
+        words = {name: shlex.quote(value) for name, value in values.items()}
         advice = cls._class_advice
         return _Advice(advice.python.format_map(values), advice.shell.format_map(words))
 
@@ -859,7 +859,8 @@ class PrefabInfo:
 def _shown(value: Any) -> str:
     """A value as a message shows it: short, also if it is huge, and without the query of a URL."""
     if isinstance(value, str):
-        return f"{_mask_queries(value[:1000])!r:.80}"
+        shown, query, _ = value[:1000].partition("?")
+        return f"{shown!r:.80}{'?***' if query else ''}"
     if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e15):
         return f"{value!r:.80}"
     return f"a {type(value).__name__}"
@@ -1011,7 +1012,7 @@ def _parse_url(url: Any) -> tuple[str, str, str]:
             host = host.encode("idna").decode()
     except (ValueError, AttributeError, TypeError):
         return "", "", "is not a URL"
-    if parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", host):
+    if parts.scheme not in _DEFAULT_PORTS or not re.fullmatch(r"[\w.:%~-]+", unquote(host)):
         return "", "", "is not an http:// or https:// URL"
     if "@" in parts.netloc:
         return "", "", "must not contain a user name"
@@ -1133,7 +1134,7 @@ class _Request:
 
     def redact(self, text: str) -> str:
         """`text` without the credential, secrets and the queries of URLs."""
-        return _Redactor(self.secrets)(_mask_queries(text))
+        return _mask_queries(_Redactor(self.secrets)(text))
 
 
 def _query_secrets(target: str) -> tuple[_Secret, ...]:
@@ -1151,12 +1152,16 @@ class _Fault(Exception):  # noqa: N818
 
     It is no `OSError`, so that an error of a signal handler, a file or a callback is never taken
     for one of the network. It has no text, as that may quote a secret: see `_wire_error`.
+
+    Args:
+        quoted: What the server sent.
     """
 
-    def __init__(self, reason: str, error: Any = None) -> None:
+    def __init__(self, reason: str, error: Any = None, quoted: str = "") -> None:
         super().__init__()
         self.reason = reason
         self.error = error
+        self.quoted = _Secret(quoted)
 
     @property
     def timed_out(self) -> bool:
@@ -1170,13 +1175,18 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _TIMEOUT_ADVICE = _Advice("A larger timeout= waits longer.", "A larger --timeout waits longer.")
 
 
+def _refuses_client(error: Any) -> bool:
+    """Whether a server said by an alert of TLS that it wants another certificate of the client."""
+    alert = str(getattr(error, "reason", ""))
+    return bool(re.search("ALERT.*(CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE)", alert))
+
+
 def _fault_advice(request: _Request, fault: _Fault, connected: bool) -> tuple[_Advice | None, bool]:
     """What to do about a fault, and whether it is final: nothing ran, and a retry would fail."""
     error, ssl = fault.error, sys.modules.get("ssl")
     if sys.platform == "emscripten":
         return _Advice("This Python has no sockets: it runs in a browser or another sandbox."), True
-    alert = str(getattr(error, "reason", ""))
-    if re.search("ALERT.*(CERTIFICATE|UNKNOWN_CA|ACCESS_DENIED|HANDSHAKE)", alert):
+    if _refuses_client(error):
         # With TLS 1.3 that comes when the answer is waited for.
         text = "The server refused this client's certificate, or that it has none."
         return _Advice(f"{text} ssl_context= can carry one.", text), True
@@ -1216,7 +1226,10 @@ def _wire_error(
         connected: Whether the request may have arrived.
     """
     error_class: type[GatewayError] = ServiceUnavailableError
-    reason = request.redact(fault.reason)[:_MAX_SHOWN_CHARACTERS].rstrip(". \n")
+    # The answer to an API key is a secret.
+    quoted = _Secret("***") if request.credential else fault.quoted
+    reason = request.redact(fault.reason + quoted.reveal())
+    reason = reason[:_MAX_SHOWN_CHARACTERS].rstrip(". \n")
     advice, is_final = _fault_advice(request, fault, connected)
     may_have_run = connected and not request.idempotent and not is_final
     kind = None if is_final else "lost" if connected else "unreachable"
@@ -1256,7 +1269,9 @@ def _parse_proxy(variable: str, url: str) -> _Proxy | None:
     """The proxy of a URL; None if it cannot be used. An error raised here could show its login."""
     with suppress(ValueError):
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme == "http" and re.fullmatch(r"(.*@)?([^@:]+|\[.+\])(:\d*)?", parts.netloc):
+        is_plain = re.fullmatch(r"(.*@)?([^@:]+|\[.+\])(:\d*)?", parts.netloc)
+        # An "@" behind it: a password with a character that ends the host.
+        if parts.scheme == "http" and is_plain and "@" not in parts[2] + parts[3] + parts[4]:
             host, port = parts.hostname or "", parts.port or 80
             if parts.username is None:
                 return _Proxy(variable, host, port)
@@ -1407,10 +1422,10 @@ def _read_fields(reader: Any) -> dict[str, list[str]]:
     for name, value, more in _field_lines(b"".join(lines).decode("latin-1")):
         if name:
             values = fields.setdefault(name.lower(), [])
-            values.append(value.strip())
+            values.append(value.strip(" \t\r"))
         elif more:
             # If the line before was no field, this is lost with it.
-            values[-1:] = [f"{last} {more.strip()}" for last in values[-1:]]
+            values[-1:] = [f"{last} {more}".strip(" \t\r") for last in values[-1:]]
         else:
             values = []
     return fields
@@ -1428,17 +1443,19 @@ def _framing(status: int, fields: Mapping[str, Sequence[str]], is_old: bool) -> 
     named = _list_of(fields, "transfer-encoding")
     # As other clients do: `identity` is none, and what servers behind each other say twice is one.
     codings = [coding for coding in named if coding != "identity"]
-    if status < 200 or status in (204, 304):
+    if status < 200:
+        return {"length": 0}
+    if status in (204, 304):
         return {"length": 0, "keep_alive": keep_alive and not named and lengths <= {"0"}}
     if codings:
         chunked = codings[-1] == "chunked"
         others = [coding for coding in codings if not chunked or coding != "chunked"]
-        keep_alive = keep_alive and named == ["chunked"] and not lengths
+        keep_alive = keep_alive and named == ["chunked"] and not lengths and not is_old
         return {"chunked": chunked, "coding": ", ".join(others), "keep_alive": keep_alive}
     # Python itself refuses to read very long numbers.
-    sizes = [int(length[-18:]) for length in lengths if length.isdecimal()]
+    sizes = [int(length[:19]) for length in lengths if length.isdecimal()]
     if lengths and not sizes:
-        raise _Fault(f"the answer's length is {min(lengths)[:80]!r}")
+        raise _Fault("the answer's length is no number")
     if len(lengths) == 1:
         return {"length": sizes[0], "keep_alive": keep_alive and not named}
     return {"least_length": min(sizes, default=None)}
@@ -1453,12 +1470,13 @@ def _read_head(reader: Any) -> _Head:
         line = _Secret(_read_line(reader).decode("latin-1").rstrip())
         found = _status_line(line.reveal())
         if not found:
-            raise _Fault(f"the server does not answer in HTTP/1.1, but with {line.reveal()!r}")
+            problem = "the server does not answer in HTTP/1.1, but with "
+            raise _Fault(problem, quoted=repr(line.reveal()))
         status, fields = int(found[2]), _read_fields(reader)
         # After 101 the server speaks another protocol.
         if status >= 200 or status == 101:
-            reason = (found[3] or "").strip()[:_MAX_SHOWN_CHARACTERS]
-            return _Head(status, reason, fields, **_framing(status, fields, found[1] == "0"))
+            framing = _framing(status, fields, found[1] == "0")
+            return _Head(status, (found[3] or "").strip(), fields, **framing)
     raise _Fault(f"more than {_MAX_INTERIM_RESPONSES} interim answers")
 
 
@@ -1500,6 +1518,22 @@ def _serialize(request: _Request, proxy: _Proxy | None) -> Iterable[bytes]:
         # One block: a body by itself would be a packet by itself.
         return [_request_head(request, proxy) + request.body]
     return itertools.chain([_request_head(request, proxy)], request.body)
+
+
+def _came_through(error: BaseException, modules: Iterable[str]) -> bool:
+    """Whether all the code that an error came out of is of these modules, or in one of them."""
+    traceback = error.__traceback__
+    while traceback:
+        module = str(traceback.tb_frame.f_globals.get("__name__"))
+        if module not in modules and module.partition(".")[0] not in modules:
+            return False
+        traceback = traceback.tb_next
+    return True
+
+
+def _is_own(error: GatewayError) -> bool:
+    """Whether an error is this module's own, and none that came out of a handler or a callback."""
+    return _came_through(error, [__name__])
 
 
 class _Connection:
@@ -1612,8 +1646,8 @@ class _Connection:
                 return operation(*arguments)
         except _Fault as caught:
             fault = caught
-        except OSError as error:
-            if not self._is_own(error):
+        except (OSError, ValueError) as error:
+            if not self._is_own(error, operation):
                 raise
             fault = _Fault(str(error) or type(error).__name__, error.with_traceback(None))
         finally:
@@ -1627,18 +1661,15 @@ class _Connection:
             # Its new frame would keep it alive, and all that this frame knows.
             del fault
 
-    def _is_own(self, error: OSError) -> bool:
-        """Whether an error is the socket's: all that it came through is code of its kind."""
+    def _is_own(self, error: Exception, operation: Callable[..., Any]) -> bool:
+        """Whether an error is the socket's, and none that a signal handler raised meanwhile."""
         kind = type(self._sock).__module__.partition(".")[0]
         # The last one is what PyPy's `ssl` is made of.
-        own = {__name__, kind, "socket", "ssl", "_cffi_ssl"}
-        traceback = error.__traceback__
-        while traceback:
-            module = str(traceback.tb_frame.f_globals.get("__name__"))
-            if module not in own and module.partition(".")[0] not in own:
-                return isinstance(error, socket.gaierror)
-            traceback = traceback.tb_next
-        return True
+        if _came_through(error, (__name__, kind, "socket", "ssl", "_cffi_ssl")):
+            return True
+        # Names are resolved by other modules, too.
+        is_name = isinstance(error, (socket.gaierror, UnicodeError))
+        return is_name and operation is socket.getaddrinfo
 
     def close(self) -> None:
         """Closes it, also while another thread waits in an operation on it, which then ends."""
@@ -1866,7 +1897,7 @@ class _Scope:
 # --- Responses ------------------------------------------------------------------------------------
 
 
-_chunk_size = re.compile(b"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?\r\n").fullmatch
+_chunk_size = re.compile(b"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n").fullmatch
 
 
 class _Response:
@@ -1908,23 +1939,26 @@ class _Response:
         """
         # No `except` here: when Python ends with an open stream, its name would be gone already.
         try:
-            yield from iter(self._next_piece, b"")
+            # Not `iter`, which takes a StopIteration of a signal handler for the end. No variable
+            # holds a piece.
+            pieces = (self._next_piece() for _ in itertools.repeat(None))
+            yield from itertools.takewhile(bool, pieces)
         finally:
             self.close()
 
     def _next_piece(self) -> bytes:
         """The next bytes; none at the end of the body, when the connection is given back."""
         try:
-            seconds = self.request.timeout
-            if self._deadline is not None:
-                seconds = max(self._deadline - time.monotonic(), 1e-3)
-            if self._is_whole:
-                seconds = min(seconds or _SILENCE_SECONDS, _SILENCE_SECONDS)
             if self._deadline is not None or self._is_whole:
-                self._connection.set_timeout(seconds)
+                self._limit_wait()
             piece = self._connection.guarded(self._read_some)
             if piece:
                 return piece
+            if self.head.chunked:
+                # Fields may follow the last chunk. If they break off, the body is here already.
+                self._is_whole = True
+                self._limit_wait()
+                self._connection.guarded(_read_fields, self._connection.reader)
             if self._flight.take() is None:
                 raise _Fault("it was closed here")
             if self._may_keep and not self.broken:
@@ -1941,7 +1975,16 @@ class _Response:
             self._connection.close()
             return b""
         self._connection.close()
-        raise _wire_error(self.request, fault, f"the answer ({self.status}) was cut short")
+        raise self.failure(fault, f"the answer ({self.status}) was cut short")
+
+    def _limit_wait(self) -> None:
+        """Sets how long the next wait may be."""
+        seconds = self.request.timeout
+        if self._deadline is not None:
+            seconds = max(self._deadline - time.monotonic(), 1e-3)
+        if self._is_whole:
+            seconds = min(seconds or _SILENCE_SECONDS, _SILENCE_SECONDS)
+        self._connection.set_timeout(seconds)
 
     def _read_some(self) -> bytes:
         """The next bytes; none at the end of the body. One operation on the connection."""
@@ -1959,10 +2002,12 @@ class _Response:
         elif self.head.least_length is not None:
             self._received += len(piece)
             self._is_whole = self._received >= self.head.least_length
+            if not piece and not self._is_whole:
+                raise _Fault("more bytes were expected")
         return piece
 
     def _begin_chunk(self, reader: Any) -> int:
-        """The size of the next chunk; 0 for the last one, behind which there may be fields.
+        """The size of the next chunk; 0 for the last one.
 
         As lenient as Python's own client: the content will show if it was right. But where anything
         is not exactly as it should be, the connection is not used again.
@@ -1974,17 +2019,8 @@ class _Response:
             if not line.strip(b"\r\n"):
                 line = reader.readline(_MAX_HEAD_BYTES)
         found = _chunk_size(line)
-        size = int(found[1], 16) if found else self._odd_chunk_size(line)
         self._has_begun = True
-        if size == 0:
-            # If nothing more comes, nothing is lost but the connection.
-            self._is_whole = True
-            if reader.peek(1):
-                self._is_whole = False
-                _read_fields(reader)
-            else:
-                self._may_keep = False
-        return size
+        return int(found[1], 16) if found else self._odd_chunk_size(line)
 
     def _odd_chunk_size(self, line: bytes) -> int:
         """The size in a line that is not written as it should be. Raises if there is none."""
@@ -1995,11 +2031,11 @@ class _Response:
             size = int(line.partition(b";")[0], 16)
             if size >= 0:
                 return size
-        raise _Fault(f"a chunk's size is {line[:80]!r}")
+        raise _Fault("a chunk's size is no number")
 
     def read_all(self) -> bytes:
         """The whole body, which `body` keeps."""
-        self.body = b"".join(iter(self._next_piece, b""))
+        self.body = b"".join(self.chunks())
         return self.body
 
     def wait_at_most(self, seconds: float | None) -> None:
@@ -2011,6 +2047,16 @@ class _Response:
             self._deadline = None if seconds is None else time.monotonic() + seconds
             with suppress(_Fault):
                 self._connection.set_timeout(seconds or self.request.timeout)
+
+    def request_id(self) -> str | None:
+        given = self.request.redact(self.head.get("X-Request-ID"))
+        return given[:_MAX_SHOWN_CHARACTERS] or None
+
+    def failure(self, fault: _Fault, doing: str) -> GatewayError:
+        """The error for an answer that is not whole."""
+        error = _wire_error(self.request, fault, doing)
+        error.request_id = self.request_id()
+        return error
 
     def close(self) -> None:
         """Closes the connection, unless it is the pool's by now. Any thread may."""
@@ -2038,11 +2084,13 @@ def _decode_text(head: _Head, body: bytes) -> str:
 
 def _parse_long_integer(digits: str) -> int:
     """An integer of any length. Python itself refuses more than 4,300 digits at once."""
-    value, unsigned = 0, digits.lstrip("-")
-    for begin in range(0, len(unsigned), 4000):
-        piece = unsigned[begin : begin + 4000]
-        value = value * 10 ** len(piece) + int(piece)
-    return -value if digits.startswith("-") else value
+    if len(digits) <= 4000:
+        return int(digits)
+    # By halves, as piece by piece would take quadratic time.
+    half = len(digits) // 2
+    shift: int = 10**half
+    head, tail = _parse_long_integer(digits[:-half]), _parse_long_integer(digits[-half:])
+    return head * shift + (-tail if digits.startswith("-") else tail)
 
 
 class _JsonDecoder(json.JSONDecoder):
@@ -2076,11 +2124,6 @@ def _json_of(response: _Response) -> Any:
     return None
 
 
-def _request_id(response: _Response) -> str | None:
-    given = response.request.redact(response.head.get("X-Request-ID"))
-    return given[:_MAX_SHOWN_CHARACTERS] or None
-
-
 def _unexpected_response(response: _Response, problem: str) -> GatewayError:
     """The error for a 2xx whose body is not what was promised. `details["body"]` has it."""
     request, body = response.request, response.body
@@ -2089,7 +2132,7 @@ def _unexpected_response(response: _Response, problem: str) -> GatewayError:
     return GatewayError._create(
         f"{request.redact(repr(request))} answered {response.status}, but {problem}{shown}",
         {"body": text}, may_have_run=not request.idempotent, status_code=response.status,
-        request_id=_request_id(response),
+        request_id=response.request_id(),
     )
 
 
@@ -2120,12 +2163,15 @@ def _read_error_body(response: _Response) -> str:
     # Some bodies never end. If sending broke off, only what has arrived is read.
     if not response.broken:
         response.wait_at_most(response.request.timeout or _CONNECT_CAP_SECONDS)
-    # If it breaks off, the status still says enough.
-    with suppress(ServiceUnavailableError):
+    try:
         for chunk in response.chunks():
             body += chunk
             if len(body) > _MAX_ERROR_BYTES:
                 break
+    except ServiceUnavailableError as error:
+        # If it breaks off, the status still says enough.
+        if not _is_own(error):
+            raise
     response.close()
     if response.head.content_encoding() in ("gzip", "x-gzip", "deflate"):
         import zlib
@@ -2142,12 +2188,12 @@ def _read_detail(response: _Response) -> Any:
     redactor = _Redactor(response.request.secrets)
 
     def redact(value: str) -> str:
-        return redactor(_mask_queries(value), short_ones=False)
+        return _mask_queries(redactor(value, short_ones=False))
 
     try:
         detail = _redact_json(_decode_json(text), redact)
     except (ValueError, RecursionError):
-        detail = redactor(_mask_queries(text))[:_MAX_SHOWN_CHARACTERS]
+        detail = _mask_queries(redactor(text))[:_MAX_SHOWN_CHARACTERS]
         # Of S3.
         found = re.search(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>", detail)
         if found:
@@ -2273,18 +2319,19 @@ def _status_error(response: _Response) -> GatewayError:
     elif request.to_gateway and no_such_path:
         advice = _ENCODED_SLASH_ADVICE if "%2F" in request.target else _NO_ENDPOINT_ADVICE
     elif 300 <= status < 400:
-        address = head.get("Location").partition("?")[0][:_MAX_SHOWN_CHARACTERS]
+        address = request.redact(head.get("Location").partition("?")[0])[:_MAX_SHOWN_CHARACTERS]
         message = f"a redirect to {address or 'nowhere'}, which is not followed."
         advice = _REDIRECT_ADVICE if request.to_gateway else None
     refused = no_such_path or status == 401 or (status == 422 and _is_fastapis(detail))
     retry_after = _retry_after_seconds(head.get("Retry-After"))
     wait = "" if retry_after is None else f"It asks to wait for {retry_after:.0f} s (Retry-After)."
     instructions = request.redact(_text_of(fields.get("instructions") or ""))
+    message = request.redact(message) or request.redact(head.reason)[:_MAX_SHOWN_CHARACTERS]
     return error_class._create(
-        f"{request!r} answered {status}: {request.redact(message or head.reason or 'no reason')}",
+        f"{request!r} answered {status}: {message or 'no reason'}",
         fields, advice, _Advice(instructions), _Advice(wait), _proxy_advice(request),
         may_have_run=_status_may_have_run(request, status, refused), status_code=status,
-        request_id=_request_id(response), retry_after=retry_after,
+        request_id=response.request_id(), retry_after=retry_after,
     )
 
 
@@ -2362,7 +2409,7 @@ def _check_whole(response: _Response) -> None:
     """Raises if a 2xx is none: its request did not arrive, or its body is in an unknown coding."""
     request, head = response.request, response.head
     if response.broken:
-        raise _wire_error(request, response.broken, "sending broke off")
+        raise response.failure(response.broken, "sending broke off")
     # A file in a storage may have been stored in an encoding.
     encoding = head.content_encoding() if request.to_gateway else head.coding
     if encoding:
@@ -2434,7 +2481,8 @@ class _Transport:
                 attempted = self._for_attempt(request, credential, resume.headers())
                 return self._attempt(flight, attempted, attempt, read)
             except GatewayError as error:
-                if flight.cancelled:
+                # What a handler or a callback raised says nothing of this request.
+                if flight.cancelled or not _is_own(error):
                     raise
                 if resume.made_progress():
                     # So that a long download on a bad line ends.
@@ -2544,8 +2592,10 @@ class _Transport:
             broken = connection.send(request)
             head = connection.guarded(_read_head, connection.reader)
         except _Fault as fault:
-            doing = "sending broke off" if broken else "no answer"
-            raise _wire_error(request, broken or fault, doing)
+            # With TLS, what is read says more.
+            if broken and not _refuses_client(fault.error):
+                raise _wire_error(request, broken, "sending broke off")
+            raise _wire_error(request, fault, "no answer")
         response = _Response(request, flight, connection, self.pool, head)
         response.broken = broken
         return response
@@ -2555,9 +2605,7 @@ class _Transport:
         tls = self._tls_context() if request.origin.startswith("https:") else None
         try:
             connection.open(request.timeout, tls, self.pool.answered)
-        except (_Fault, ValueError) as error:
-            # A ValueError: a host or a port that there cannot be.
-            fault = error if isinstance(error, _Fault) else _Fault(str(error), error)
+        except _Fault as fault:
             doing = f"no connection to {request.origin}"
             if request.proxy:
                 doing += f" through {request.proxy}"
@@ -2696,8 +2744,8 @@ def _read_events(response: _Response) -> Generator[list[StreamEvent], None, bool
         # No `yield` in here: when Python ends, this name may be gone.
         try:
             events = next(lists, [])
-        except ServiceUnavailableError:
-            if not is_end:
+        except ServiceUnavailableError as error:
+            if not is_end or not _is_own(error):
                 raise
             return True
         if not events:
@@ -2710,8 +2758,7 @@ def _read_events(response: _Response) -> Generator[list[StreamEvent], None, bool
     if is_end is None:
         response.body = b"".join(unread)
     if not response.head.framed and not is_end and not response.body:
-        fault = _Fault("no done or error event")
-        raise _wire_error(response.request, fault, "the stream was cut short")
+        raise response.failure(_Fault("no done or error event"), "the stream was cut short")
     return is_end is not None
 
 
@@ -2977,7 +3024,7 @@ class _Download(_Resume):
         # A URL has expired if it served anything before that.
         served = self._most > self._most_of_urls
         self._most_of_urls = self._most
-        return served and error.status_code in (400, 401, 403)
+        return served and error.status_code in (400, 401, 403) and _is_own(error)
 
     def receive(self, response: _Response) -> None:
         """Writes an answer where the last one ended."""
@@ -2992,7 +3039,7 @@ class _Download(_Resume):
             is_same = self._etag == etag and self._encoding == encoding
             if not total or self._size not in (None, total) or not is_same:
                 self._etag = ""
-                raise _wire_error(response.request, _Fault("the object changed in between"), doing)
+                raise response.failure(_Fault("the object changed in between"), doing)
         else:
             # The object from its beginning.
             done, self._size, self._encoding = 0, total, encoding
@@ -3007,8 +3054,7 @@ class _Download(_Resume):
             self._most = max(self._most, done)
             self._on_progress(done, total)
         if total not in (None, done):
-            fault = _Fault(f"only {done} of {total} bytes came")
-            raise _wire_error(response.request, fault, doing)
+            raise response.failure(_Fault(f"only {done} of {total} bytes came"), doing)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -3048,7 +3094,7 @@ def _send_call(
         return transport.send(_flattened(request)[0] if reads_flat else request, read, scopes)
     except ValidationError as error:
         flat, inputs = _flattened(request)
-        if request.calls != 1 or _missing_parameter(error) not in inputs:
+        if request.calls != 1 or _missing_parameter(error) not in inputs or not _is_own(error):
             raise
     try:
         answer = transport.send(request if reads_flat else flat, read, scopes)

@@ -1219,6 +1219,13 @@ def test_an_error_has_the_request_id_of_its_answer(name: str) -> None:
     assert without != given and error_of(act, without).request_id is None
 
 
+@pytest.mark.parametrize("kind", ["application/json", STREAM])
+def test_an_answer_that_is_cut_short_has_its_request_id(kind: str) -> None:
+    cut = HangUp(answer(body=b"data: 1", X_Request_ID="r-1", Content_Type=kind)[:-3])
+    error = error_of(lambda c: PrefabResult.from_events(run(c, stream=True)), cut)
+    assert error.request_id == "r-1" and error.may_have_run
+
+
 def test_an_error_without_an_answer_has_no_request_id() -> None:
     assert error_of(run, HangUp()).request_id is GatewayError("m").request_id is None
     last = [answer(None, 503, X_Request_ID=f"r-{number}") for number in range(3)]
@@ -1396,6 +1403,8 @@ ODD_VALUES: dict[str, tuple[bytes, Any]] = {
     "tab in a key": (b'{"a\tb": 1}', {"a\tb": 1}),
     "long integer": (LONG_NUMBER, 10**5000 - 1),
     "long negative integer": (b"-" + LONG_NUMBER, 1 - 10**5000),
+    "very long integer": (b"1" + b"0" * 99_999 + b"7", 10**100_000 + 7),
+    "very long negative integer": (b"-1" + b"0" * 99_999 + b"7", -(10**100_000) - 7),
     "long integer in an object": (b'{"n": [1, %b]}' % LONG_NUMBER, {"n": [1, 10**5000 - 1]}),
     "byte that is not UTF-8": (b'"caf\xe9!"', "caf\ufffd!"),
     "byte that is not UTF-8 in a key": (b'{"caf\xe9": 1}', {"caf\ufffd": 1}),
@@ -1460,6 +1469,14 @@ def test_a_long_number_in_an_error_leaves_it_what_its_status_says(body: str) -> 
     error = error_of(run, answer(body=text, status=422))
     assert type(error) is ValidationError and error.status_code == 422
     assert "422" in str(error) and ENDPOINTS["run"].asked in str(error)
+
+
+@pytest.mark.parametrize("names", [["prefab_id"], ["secret_name"], ["prefab_id", "secret_name"]])
+def test_a_long_number_as_the_name_of_a_secret_costs_no_error(names: list[str]) -> None:
+    fields = ", ".join(f'"{name}": [{LONG_NUMBER.decode()}]' for name in names)
+    body = f'{{"detail": {{"error_code": "MISSING_SECRET", {fields}}}}}'
+    error = error_of(run, answer(body=body.encode(), status=400))
+    assert type(error) is MissingSecretError and "too large" in str(error)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
@@ -1978,6 +1995,14 @@ def test_a_secret_that_can_be_deleted_can_be_set(name: str) -> None:
 
 # A presigned URL where something else belongs.
 MISTAKEN = "https://s3.example/b/k.bin?X-Amz-Credential=hush-id&X-Amz-Signature=hush-hush-hush"
+MISTAKEN_FORMS = {
+    "https": MISTAKEN,
+    "capitals": MISTAKEN.replace("https", "HTTPS"),
+    "no scheme": MISTAKEN.partition("//")[2],
+    "another scheme": MISTAKEN.replace("https", "oss"),
+    "quotes in it": MISTAKEN.replace("hush-id", "a'b\"c"),
+    "line break in it": MISTAKEN.replace("hush-id", "a\nb"),
+}
 MISTAKES: dict[str, Callable[[GatewayClient, str], Any]] = {
     "download": lambda c, url: c.download_file(url, "k.bin"),
     "presigned URL": lambda c, url: c.get_presigned_url(url),
@@ -1997,14 +2022,17 @@ MISTAKES: dict[str, Callable[[GatewayClient, str], Any]] = {
 }
 
 
+@pytest.mark.parametrize("form", MISTAKEN_FORMS)
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_presigned_url_given_by_mistake_is_not_shown(
-    name: str, caplog: pytest.LogCaptureFixture
+    name: str, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
+    if form == "no scheme" and name in ("upload", "input"):
+        pytest.skip("as a path of a file as any other")
     with Script() as server, client_of(server) as client:
         with pytest.raises((GatewayError, OSError)) as caught:
-            MISTAKES[name](client, MISTAKEN)
+            MISTAKES[name](client, MISTAKEN_FORMS[form])
     assert "hush" not in all_of(caught.value) and "hush" not in caplog.text and not server.received
 
 
@@ -2505,6 +2533,7 @@ STREAM_TYPE = b"Content-Type: text/event-stream"
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNKS = chunk(FIRST_BODY) + LAST_CHUNK
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
 HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
 
 
@@ -2634,6 +2663,9 @@ DOUBTFUL_ANSWERS: dict[str, Answer] = {
     "HTTP/1.0": headed(LENGTH, start=b"HTTP/1.0 200 OK"),
     "HTTP/1.0 and close behind keep-alive": headed(
         LENGTH, b"Connection: keep-alive", b"Connection: close", start=b"HTTP/1.0 200 OK"),
+    "HTTP/1.0 in chunks": headed(
+        IN_CHUNKS, b"Connection: keep-alive", body=CHUNKS, start=b"HTTP/1.0 200 OK"),
+    "CR in a chunk extension": headed(IN_CHUNKS, body=in_chunks(b"%x;a\rb" % COUNT)),
     "two lengths, then the end": HangUp(headed(LENGTH, LONGER)),
     "the longer length first, then the end": HangUp(headed(LONGER, LENGTH)),
     "the shorter length first, then the end": HangUp(headed(SHORTER, LENGTH)),
@@ -2658,8 +2690,13 @@ def will_reset(sock: socket.socket) -> None:
 # What comes behind the last chunk, whose body is whole (RFC 9112 section 8).
 CUT_TRAILERS: dict[str, Answer] = {
     "the end": HangUp(),
+    "the end in a line end": HangUp(b"\r"),
+    "the end in a field": HangUp(b"X-Su"),
+    "the end behind a field": HangUp(b"X-Sum: 1\r\n"),
     "a reset": Steps((will_reset, socket.socket.close)),
     "silence": Pause(),
+    "silence in a field": Pause(b"X-Su"),
+    "silence behind a field": Pause(b"X-Sum: 1\r\n"),
 }  # fmt: skip
 
 
@@ -2718,6 +2755,8 @@ BROKEN_ANSWERS: dict[str, bytes] = {
     "two lengths": headed(LENGTH, LONGER),
     "the shorter length first": headed(SHORTER, LENGTH),
     "two lengths in a field": headed(LENGTH + b", %d" % (COUNT - 1)),
+    "length of 19 digits": headed(b"Content-Length: 1%018d" % COUNT),
+    "status 101": headed(LENGTH, start=b"HTTP/1.1 101 Switching Protocols", body=b""),
     "5, 6": headed(b"Content-Length: 5, 6"),
     "length with a plus": headed(b"Content-Length: +%d" % COUNT),
     "length with an underscore": headed(b"Content-Length: %d_%d" % divmod(COUNT, 10)),
@@ -2758,6 +2797,25 @@ def test_of_two_lengths_the_shorter_is_enough_for_a_result(name: str) -> None:
     assert [received.connection for received in server.received] == [0, 1]
 
 
+def test_silence_behind_the_last_chunk_is_not_waited_for(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(gateway_sdk, "_SILENCE_SECONDS", 0.05)
+    started = time.monotonic()
+    for silent in (Pause(headed(IN_CHUNKS, body=in_chunks(last=b"0\r\n"))),
+                   Pause(headed(STREAM_TYPE, IN_CHUNKS, body=EVENT_CHUNKS + b"0\r\nX-Su"))):
+        with Script(silent) as server:
+            assert run(client_of(server, timeout=600)).is_success()
+    assert time.monotonic() - started < 100, "it was waited for the timeout"
+
+
+def test_what_is_shorter_than_both_of_its_lengths_is_cut_short() -> None:
+    cut = HangUp(headed(b"Content-Length: 200", b"Content-Length: 300", body=b"[ "))
+    with Script(cut, answer([])) as server:
+        assert client_of(server).list_prefabs() == []
+    assert len(server.received) == 2
+    error = error_of(run, cut)
+    assert type(error) is ServiceUnavailableError and error.may_have_run
+
+
 def test_an_error_with_two_lengths_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway_sdk, "_SILENCE_SECONDS", 0.05)
     body = b'{"detail": "no such tool"}'
@@ -2769,7 +2827,6 @@ def test_an_error_with_two_lengths_is_told_soon(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - started < 100, "it was waited for the timeout"
 
 
-EVENT_CHUNKS = chunk(event("content", 1)) + chunk(event("done"))
 # Event streams whose connection is not used again, and the data of the events that they have.
 DOUBTFUL_STREAMS: dict[str, tuple[bytes, list[Any]]] = {
     "length beside chunks": (
@@ -3134,7 +3191,8 @@ NO_PROXIES = [
     "http://user:hush@proxy.example:-1", "http://user:hush\u2100@proxy.example",
     "http://user:hush@proxy.example\u2100", "http://user:hush/hush@proxy.example",
     "http://user:hush#hush@proxy.example", "http://user:hush?hush@proxy.example",
-    "http://user:hush@pro xy.example", "user:hush@[proxy",
+    "http://user:hush@pro xy.example", "user:hush@[proxy", "http://hush:12345#6@proxy.example",
+    "http://hush:12345/6@proxy.example", "http://hush:12345?6@proxy.example",
     f"http://user:hush@{'p' * 70}.example",
 ]  # fmt: skip
 
@@ -3161,6 +3219,22 @@ def test_a_proxy_that_cannot_be_used_harms_nobody_who_is_not_to_use_it(monkeypat
         monkeypatch.setenv("ALL_PROXY", "socks5://proxy.example")
         monkeypatch.setenv("NO_PROXY", "127.0.0.0/8")
         assert run(client_of(server)).is_success()
+
+
+@pytest.mark.parametrize("url", [
+    "https://evil%0d%0aX-Injected%3a%20yes%0d%0aX/",
+    "https://[fe80::1%0aX-Injected:yes]/", "https://evil%20host/", "https://evil%00/",
+])
+@pytest.mark.parametrize("place", ["link", "redirect"])
+def test_no_url_puts_a_line_into_what_a_proxy_is_asked(
+    url: str, place: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    answers = [LINK, moved(url)] if place == "redirect" else [answer({"presigned_url": url})]
+    with Script() as proxy, Script(*answers) as server:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        with pytest.raises(GatewayError, match="not an? "):
+            client_of(server, max_retries=0).download_file(S3, tmp_path / "f")
+    assert not proxy.connections
 
 
 # What a proxy answers, or the gateway behind it: the error cannot tell.
@@ -3796,8 +3870,11 @@ def test_a_redirect_is_followed_also_to_another_host_but_not_from_https_to_http(
     ("location", "target"),
     [("/b\u00fccket/\u4f60.bin?sig=\u00e9", "/b%C3%BCcket/%E4%BD%A0.bin?sig=%C3%A9"),
      ("/a%20b/%C3%BC", "/a%20b/%C3%BC"), ("/a b", "/a%20b"),
-     ("/a?sig=1 ", "/a?sig=1"), ("\t/a \t", "/a")],
-    ids=["UTF-8", "encoded", "space", "space behind", "tabs around"],
+     ("/a?sig=1 ", "/a?sig=1"), ("\t/a \t", "/a"),
+     ("/voil\u00e0", "/voil%C3%A0"), ("/\u5145 ", "/%E5%85%85"),
+     ("\r\n /a", "/a"), ("/a\r\n \t", "/a"), ("\r\n\t\r\n /a\r\n ", "/a")],
+    ids=["UTF-8", "encoded", "space", "space behind", "tabs around", "A0 at the end",
+         "85 at the end", "folded in front", "folded behind", "folded all around"],
 )  # fmt: skip
 def test_a_redirect_leads_where_its_location_says_also_in_raw_utf_8(
     location: str, target: str, tmp_path: Path
@@ -4030,6 +4107,9 @@ def test_a_new_token_that_is_refused_too_is_an_error() -> None:
      *((answer(body=body), 200) for body in (
          b"<html>", b"hush-hush", b'{"internal_token": "hush-hush',
          b'{"internal_token": "hush-hush"} x')),
+     *((HangUp(given), None) for given in (
+         HEAD + b'{"internal_token": "hush-hush"}\r\n', b'{"internal_token": "hush-hush"}\r\n\r\n',
+         HEAD + b'5\r\n{"internal_token": "hush-hush"}\r\n')),
      (answer(body=b'{"internal_token": "hush-hush\xff"}'), None)],
     ids=ascii,
 )  # fmt: skip
@@ -4038,7 +4118,7 @@ def test_an_exchange_that_gives_no_good_token_is_an_error_that_shows_none_and_ke
 ) -> None:
     with Script(given) as server:
         with pytest.raises(GatewayError) as caught:
-            GatewayClient.from_api_key("key-1", server.url)
+            GatewayClient.from_api_key("key-1", server.url, max_retries=0)
         # Though the error is kept, and the frames in it.
         server.wait_until(lambda: server.open_connections == 0)
     assert caught.value.status_code == status and len(server.received) == 1
@@ -4081,6 +4161,10 @@ ECHOES: dict[str, Callable[[str], Answer]] = {
     "not JSON": lambda s: answer(body=s.encode()),
     "other results": lambda s: answer({"results": [s, {"given": s}], "files": 1}),
     "request id": lambda s: answer({"detail": "no"}, 400, X_Request_ID=s),
+    "reason where it is cut": lambda s: (
+        f"HTTP/1.1 400 {'y' * 490}{s}\r\nContent-Length: 0\r\n\r\n".encode("latin-1")),
+    "location where it is cut": lambda s: answer({}, 307, Location=f"ftp://h/{'y' * 485}/{s}"),
+    "chunk size where it is cut": lambda s: HangUp(HEAD + f"{'y' * 70}{s}\r\n".encode("latin-1")),
 }  # fmt: skip
 TOLD = [
     (who, echo)
@@ -4276,6 +4360,20 @@ def test_no_secret_is_shown_where_an_answer_is_odd(status: int, body: str, shown
     token = "hush/hush-secret"  # not below: a traceback shows the lines of the code
     error = error_of(lambda c: c.get_presigned_url(S3), given, internal_token=token)
     assert shown in str(error) and "hush" not in all_of(error)
+
+
+@pytest.mark.parametrize("secret", [
+    "https://discord.example/api/webhooks/112233/hush-hush?wait=true",
+    "http://vault/?q=correct horse hush-hush staple",
+])
+@pytest.mark.parametrize("status", [400, 422, 503])
+def test_a_secret_that_is_a_url_is_hidden_whole(secret: str, status: int) -> None:
+    detail = [{"loc": ["body"], "msg": f"bad {secret}", "input": {"value": secret}}]
+    for content in ({"detail": detail}, f"bad {secret}", {"detail": f"bad {secret}"}):
+        given = answer(content, status)
+        error = error_of(lambda c: c.set_secret("p", "HOOK", secret), given)
+        assert "***" in str(error)
+        assert not re.search("hush|112233|horse", f"{error} {error.details}")
 
 
 @pytest.mark.parametrize(("echo", "shown"), [
@@ -4977,6 +5075,15 @@ def read_in_vain() -> None:
         file.read(1)
 
 
+# Of a request that a handler or a callback makes itself.
+OTHERS_ERRORS = {
+    "a 503 of another call": ServiceUnavailableError._create("mine", status_code=503),
+    "a 403 of another call": AuthenticationError._create("mine", status_code=403),
+    "a 401 of another call": AuthenticationError._create("mine", status_code=401),
+    "another call that is lost": ServiceUnavailableError._create("mine", _fault="lost"),
+    "another call without a connection": ServiceUnavailableError._create(
+        "mine", _fault="unreachable"),
+}  # fmt: skip
 HANDLERS: dict[str, Callable[[], Callable[[], object]]] = {
     **{type(error).__name__: lambda error=error: raising(copy.copy(error)) for error in (
         TimeoutError("mine"), ConnectionResetError("mine"), BrokenPipeError("mine"),
@@ -4984,7 +5091,8 @@ HANDLERS: dict[str, Callable[[], Callable[[], object]]] = {
         ssl.SSLError("mine"),
         ssl.SSLWantReadError("mine"), http.client.RemoteDisconnected("mine"), ValueError("mine"),
         ServiceUnavailableError("mine"), GatewayTimeoutError("mine"), StopIteration("mine"),
-        SystemExit(3), KeyboardInterrupt())},
+        socket.gaierror(-2, "mine"), UnicodeError("mine"), SystemExit(3), KeyboardInterrupt())},
+    **{name: lambda error=error: raising(error) for name, error in OTHERS_ERRORS.items()},
     "a missing file": lambda: (ROOT / "missing").read_bytes,
     "a socket of its own": lambda: read_in_vain,
 }  # fmt: skip
@@ -5003,7 +5111,10 @@ def check_what_a_handler_raises(handler: str, act: Callable[[], Any], number: An
 
 
 @with_signals
-@pytest.mark.parametrize("handler", ["TimeoutError", "ConnectionResetError"])
+@pytest.mark.parametrize(
+    "handler",
+    ["TimeoutError", "ConnectionResetError", "another call without a connection"],
+)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_what_a_signal_handler_raises_is_the_callers_whenever_it_comes(
     moment: str, handler: str, tmp_path: Path
@@ -5018,6 +5129,18 @@ def test_what_a_signal_handler_raises_is_the_callers_whenever_it_comes(
 
 
 @with_signals
+@pytest.mark.parametrize("act", [run, lambda c: list(run(c, stream=True))], ids=["call", "stream"])
+def test_a_stop_iteration_of_a_signal_handler_ends_no_answer_early(act: Any) -> None:
+    with Script(signalled(OPEN_STREAM)) as server, client_of(server) as client:
+        with handling(raising(StopIteration("mine"))), pytest.raises(
+            (StopIteration, RuntimeError)
+        ) as caught:
+            act(client)
+    # It cannot come out of an iterator as it is.
+    assert "mine" in repr([caught.value, caught.value.__cause__])
+
+
+@with_signals
 @pytest.mark.parametrize("handler", HANDLERS)
 def test_whatever_a_signal_handler_raises_is_the_callers(handler: str, script: Any) -> None:
     with script(signalled(), ran()) as server, client_of(server) as client:
@@ -5028,7 +5151,11 @@ def test_whatever_a_signal_handler_raises_is_the_callers(handler: str, script: A
 
 @with_signals
 @full_queues
-@pytest.mark.parametrize("handler", ["TimeoutError", "ConnectionResetError", "a socket of its own"])
+@pytest.mark.parametrize(
+    "handler",
+    ["TimeoutError", "ConnectionResetError", "ValueError", "UnicodeError", "gaierror",
+     "another call without a connection", "a socket of its own"],
+)  # fmt: skip
 def test_what_a_signal_handler_raises_while_a_connection_is_made_is_the_callers(
     handler: str,
 ) -> None:
@@ -7069,8 +7196,8 @@ def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
     TimeoutError("mine"), KeyError("k"), OSError(28, "mine"), ConnectionResetError("mine"),
     BrokenPipeError("mine"), http.client.RemoteDisconnected("mine"), StopIteration("mine"),
     ServiceUnavailableError("mine"), GatewayTimeoutError("mine"), KeyboardInterrupt("mine"),
-    SystemExit("mine"),
-], ids=repr)  # fmt: skip
+    SystemExit("mine"), *OTHERS_ERRORS.values(),
+], ids=[*range(11), *OTHERS_ERRORS])  # fmt: skip
 @pytest.mark.parametrize("name", ["upload_input_file", "upload_file", "download_file"])
 def test_an_error_of_a_callback_is_the_callers_and_nothing_is_sent_again_or_left(
         name: str, raised: BaseException, tmp_path: Path) -> None:
@@ -10526,7 +10653,8 @@ FAULTS = {
         b"-5\r\nhello\r\n0\r\n\r\n", b"xyz\r\nhello\r\n0\r\n\r\n", b"\r\nhello\r\n0\r\n\r\n",
         b"2\r\nhello\r\n0\r\n\r\n", b"fffffff\r\nhello\r\n0\r\n\r\n",
         b"f" * 17 + b"\r\nhello\r\n0\r\n\r\n",
-        b"5\r\nhello\r\n0\r\nX-Su", b"5\r\nhello\r\n0")},
+        b"5\r\nhello\r\n0")},
+    "trailer-cut-short": Fault(lambda p, k: HangUp(unended(p, k) + b"0\r\nX-Su"), FINE),
     "chunk-line-endless": lost(lambda p, k: endless(unended(b"", k) + b"5;", b"x" * 65536)),
     "status-line-garbage": lost(lambda p, k: HangUp(b"SSH-2.0-OpenSSH_9.6\r\n\r\n")),
     "status-line-without-number": lost(lambda p, k: HangUp(b"HTTP/1.1 OK\r\n\r\n")),
