@@ -1939,10 +1939,7 @@ class _Response:
         """
         # No `except` here: when Python ends with an open stream, its name would be gone already.
         try:
-            # Not `iter`, which takes a StopIteration of a signal handler for the end. No variable
-            # holds a piece.
-            pieces = (self._next_piece() for _ in itertools.repeat(None))
-            yield from itertools.takewhile(bool, pieces)
+            yield from iter(self._next_piece, b"")
         finally:
             self.close()
 
@@ -1966,6 +1963,9 @@ class _Response:
             else:
                 self._connection.close()
             return b""
+        except StopIteration as error:
+            # A signal handler's, which `iter` would take for the end: see `_attempt`.
+            raise RuntimeError("StopIteration") from error
         except _Fault as caught:
             fault = caught
         # Out here, the error has no context: frames there hold what the server sent.
@@ -2035,7 +2035,7 @@ class _Response:
 
     def read_all(self) -> bytes:
         """The whole body, which `body` keeps."""
-        self.body = b"".join(self.chunks())
+        self.body = b"".join(iter(self._next_piece, b""))
         return self.body
 
     def wait_at_most(self, seconds: float | None) -> None:
