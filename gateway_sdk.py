@@ -604,6 +604,9 @@ class StreamEvent:
     data: Any
     raw: _Json = field(default_factory=dict, repr=False, compare=False)
 
+    # Of the last event that stands for the result of a function that does not stream.
+    _result: ClassVar[PrefabResult | None] = None
+
     @classmethod
     def from_dict(cls, data: _Json) -> StreamEvent:
         """The event of a decoded object; one of an unknown `type` is `content`."""
@@ -613,12 +616,17 @@ class StreamEvent:
         return cls(event_type or StreamEventType.CONTENT, data.get("data"), data)
 
 
+def _is_heartbeat(event: StreamEvent) -> bool:
+    """Whether an event says nothing but that it lives: of an unknown type, and without data."""
+    is_empty = event.data is None and event.type == StreamEventType.CONTENT
+    return is_empty and _text_of(event.raw.get("type", "content")) not in _EVENT_TYPES
+
+
 def _contents(events: Iterable[StreamEvent]) -> list[Any]:
-    """The data of content events, but not of heartbeats: of an unknown type, and without data."""
+    """The data of content events, but not of heartbeats."""
     return [
         event.data for event in events
-        if event.type == StreamEventType.CONTENT
-        and (event.data is not None or _text_of(event.raw.get("type", "content")) in _EVENT_TYPES)
+        if event.type == StreamEventType.CONTENT and not _is_heartbeat(event)
     ]
 
 
@@ -705,10 +713,16 @@ class PrefabResult:
         read: list[StreamEvent] = []
         try:
             read.extend(events)
-        except ServiceUnavailableError as broken:
+            # A stream that somebody closed just ends. Who reads on gets to know of it.
+            if isinstance(events, Iterator):
+                read.extend(events)
+        except GatewayError as broken:
             # What came was paid for.
             broken.details.update(partial_output=_contents(read), events=_decoded(read))
             raise
+        results = [event._result for event in read if event._result]
+        if results:
+            return results[0]
         merged: _Json = {}
         files: _Json = {}
         value: Any = None
@@ -2642,7 +2656,9 @@ def _decode_data(text: str) -> Any:
 
 def _make_event(value: Any, name: str = "") -> StreamEvent:
     """The event of decoded data. Its type is the data's `type`, or else `name`, of `event:`."""
-    if isinstance(value, dict) and "type" in value:
+    is_typed = isinstance(value, dict) and "type" in value
+    # A known name says more than an unknown type.
+    if is_typed and (name not in _EVENT_TYPES or _text_of(value["type"]) in _EVENT_TYPES):
         return StreamEvent.from_dict(value)
     # A heartbeat, such as `event: ping` with `data: {}`.
     if value == {} and name and name not in _EVENT_TYPES:
@@ -2656,11 +2672,12 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
 
     A block that may be cut short (not `whole`) has none whose data is not JSON.
     """
-    name, lines = "", []
+    name, names, lines = "", [], []
     for line in block.split("\n"):
         field_name, _, value = line.partition(":")
         if field_name == "data":
             lines.append(value.removeprefix(" "))
+            names.append(name)
         elif field_name == "event":
             name = value.removeprefix(" ").strip()
     data = "\n".join(lines)
@@ -2668,9 +2685,9 @@ def _block_events(block: str, *, whole: bool = True) -> list[StreamEvent]:
         # WHATWG dispatches an empty line of data: it is an event if its type says something.
         return [_make_event("", name)] if lines and whole and name in _EVENT_TYPES else []
     # Some servers leave out the blank lines: then the data is no JSON, but each of its lines is.
-    for candidates in ([data], lines):
+    for texts, of_texts in (([data], [name]), (lines, names)):
         with suppress(ValueError, RecursionError):
-            return [_make_event(_decode_data(candidate), name) for candidate in candidates]
+            return [_make_event(_decode_data(text), one) for text, one in zip(texts, of_texts)]
     return [_make_event(data, name)] if whole else []
 
 
@@ -2727,7 +2744,7 @@ def _read_events(response: _Response) -> Generator[list[StreamEvent], None, bool
 
     More may follow `done` or `error`: a function yields its own `done`, and the gateway's file URLs
     come when they are uploaded. So it goes on until the server ends it or breaks it off, or until
-    `timeout` seconds in all have brought no further event.
+    `timeout` seconds in all have brought no further event. Heartbeats do not count.
     """
     # Whether the last event was `done` or `error`; None: there was no event yet.
     is_end: bool | None = None
@@ -2750,9 +2767,12 @@ def _read_events(response: _Response) -> Generator[list[StreamEvent], None, bool
             return True
         if not events:
             break
-        was_end, is_end = is_end, events[-1].type in _LAST_EVENTS
+        was_end = is_end
+        last = next(itertools.filterfalse(_is_heartbeat, reversed(events)), None)
+        if last or is_end is None:
+            is_end = last is not None and last.type in _LAST_EVENTS
         yield events
-        if is_end or was_end:
+        if last and (is_end or was_end):
             seconds = response.request.timeout or _AFTER_DONE_SECONDS
             response.wait_at_most(seconds if is_end else None)
     if is_end is None:
@@ -2779,11 +2799,14 @@ def _result_events(result: PrefabResult) -> list[StreamEvent]:
     """A result, as a function that streams would have given it."""
     if not result.is_success():
         error = result.error or {"message": f"It ended as {result.status}."}
-        return [StreamEvent.from_dict({"type": "error", "data": error})]
-    files = result.get_files()
-    done = {"job_id": result.job_id, "files": files} if files else None
-    events = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": done}]
-    return [StreamEvent.from_dict(event) for event in events]
+        told: list[_Json] = [{"type": "error", "data": error}]
+    else:
+        files = result.get_files()
+        done = {"job_id": result.job_id, "files": files} if files else None
+        told = [{"type": "content", "data": result.get_result()}, {"type": "done", "data": done}]
+    events = [StreamEvent.from_dict(event) for event in told]
+    vars(events[-1])["_result"] = result
+    return events
 
 
 def _read_event_stream(response: _Response) -> Iterator[list[StreamEvent]]:
@@ -2822,10 +2845,12 @@ class EventStream(Iterator[StreamEvent]):
             for event in self._arrived:
                 return event
         if self._state == "closed":
-            raise GatewayError("This stream was closed before its end: what came is not all.")
+            problem = "This stream was closed before its end: what came is not all."
+            raise GatewayError._create(problem, may_have_run=True)
         if self._state == "failed":
-            reason = self._failure.rstrip(".")
-            raise GatewayError(f"This stream cannot be read on, since it failed ({reason}).")
+            reason = self._failure.partition("\n")[0].rstrip(".")
+            problem = f"This stream cannot be read on, since it failed ({reason})."
+            raise GatewayError._create(problem, may_have_run=True)
         # Never waits: a signal handler may read while the same thread does.
         if not self._reading.acquire(blocking=False):
             raise GatewayError("This stream is being read already: one thread or handler reads it.")
@@ -4717,10 +4742,6 @@ def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     if not result.is_success():
         raise GatewayError(_reason(result))
     value = result.get_function_result()
-    if isinstance(value, list) and len(value) == 1:
-        # With --stream, the result of a function that does not stream is one content.
-        result = PrefabResult(CallStatus.SUCCESS, value[0])
-        value = result.get_function_result()
     if args.fail and isinstance(value, dict) and value.get("success") is False:
         reason = result.get_business_error() or result.get_business_message() or "no reason"
         raise GatewayError(f'The function reports "success": false: {reason}')

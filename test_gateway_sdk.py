@@ -5595,8 +5595,10 @@ def test_an_event_after_done_starts_the_wait_anew(pieces: list[bytes]) -> None:
     assert len(events) == b"".join(pieces).count(b"data:")
 
 
-# What a server may send that is no event.
+HEARTBEAT = b'data: {"type": "ping"}\n\n'
+# What a server may send that is no event, or one that says nothing.
 NO_EVENTS = {
+    "heartbeats": HEARTBEAT,
     "silence": b"",
     "comments": b": keep-alive\n\n",
     "blank lines": b"\r\n\r\n",
@@ -5628,6 +5630,16 @@ def going_on(last: str, filler: str, hung_up: list[str]) -> Steps:
         hung_up.append(f"{last}, {filler}")
 
     return Steps((serve,))
+
+
+@pytest.mark.parametrize("beat", [HEARTBEAT, b"event: ping\ndata: {}\n\n"], ids=repr)
+def test_a_heartbeat_behind_done_changes_nothing(beat: bytes) -> None:
+    done = A_TEXT + event("done") + beat
+    apart = chunked(A_TEXT, event("done"), beat, end=False)
+    for given in (HangUp(chunked(done, end=False)), HangUp(apart), unframed(done, STREAM)):
+        with Script(given, given) as server, client_of(server) as client:
+            assert run(client).get_function_result() == "a"
+            assert len(list(run(client, stream=True))) == 3
 
 
 @pytest.mark.parametrize("last", ["done", "error"])
@@ -5774,6 +5786,46 @@ def test_an_event_may_say_all_by_its_name(name: str, framed: bool) -> None:
     assert result.is_success() == ("error" not in types_) and result.get_function_result() == "a"
 
 
+# Lines of a stream with names beside types, and the events that they are.
+NAMED_EVENTS: dict[str, tuple[bytes, list[tuple[str, Any]]]] = {
+    "error": (b'event: error\ndata: {"type": "rate_limit", "message": "quota"}\n\n',
+              [("error", {"type": "rate_limit", "message": "quota"})]),
+    "error, data first": (
+        b'data: {"type": "x"}\nevent: error\n\n', [("error", {"type": "x"})]),
+    "error with a number as its type": (
+        b'event: error\ndata: {"type": [5]}\n\n', [("error", {"type": [5]})]),
+    "done": (b'event: done\ndata: {"type": "result", "value": 5}\n\n',
+             [("done", {"type": "result", "value": 5})]),
+    "content": (b'event: content\ndata: {"type": "text", "data": "a"}\n\n',
+                [("content", {"type": "text", "data": "a"})]),
+    "a known type wins": (
+        b'event: done\ndata: {"type": "content", "data": "a"}\n\n', [("content", "a")]),
+    "an unknown name": (
+        b'event: delta\ndata: {"type": "text", "data": "a"}\n\n', [("content", "a")]),
+    "without blank lines": (
+        b'event: content\ndata: {"n": 1}\nevent: done\ndata: {"n": 2}\n\n',
+        [("content", {"n": 1}), ("done", {"n": 2})]),
+    "without blank lines, one name": (
+        b'event: content\ndata: {"n": 1}\ndata: {"n": 2}\n\n',
+        [("content", {"n": 1}), ("content", {"n": 2})]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED_EVENTS)
+def test_a_known_name_of_an_event_says_more_than_an_unknown_type(name: str) -> None:
+    written, expected = NAMED_EVENTS[name]
+    given = whole(written, STREAM)
+    with Script(given, given) as server, client_of(server) as client:
+        events = list(run(client, stream=True))
+        result = run(client)
+    assert [(received.type, received.data) for received in events] == expected
+    assert result.is_success() == (expected[-1][0] != "error")
+    if name == "error":
+        assert result.error and result.error["message"] == "quota"
+    if name == "done":
+        assert result.get_function_result() == expected[0][1]
+
+
 def test_all_ways_to_read_a_stream_can_be_mixed() -> None:
     events = [event("content", number) for number in range(6)]
     with Script(chunked(*events, event("done"))) as server:
@@ -5801,7 +5853,6 @@ def test_a_stream_of_a_plain_function_is_its_result(client: GatewayClient) -> No
 A_TEXT = event("content", "a")
 WITH_FILES = {"n": 1, "files": {"a": [S3]}}
 CODED = {"message": "m", "error_code": "E"}
-HEARTBEAT = b'data: {"type": "ping"}\n\n'
 done_with = functools.partial(event, "done")
 BROUGHT = done_with({"job_id": "job-1", "files": {"a": [S3]}})  # the gateway's, after its uploads
 # The events of a call for a result; and its value, its files, and its error.
@@ -5892,6 +5943,43 @@ def test_the_events_that_were_read_give_the_same_result(name: str) -> None:
     for made in (result, PrefabResult.from_events(read), PrefabResult.from_events(iter(read))):
         assert (made, made.raw) == (expected, expected.raw)
     assert [one["type"] for one in expected.raw["events"]] == [one.raw["type"] for one in read]
+
+
+PLAIN_FAILURE = {"status": "FAILED", "output": {"output": {"n": 1}}, "error": {"message": "no"}}
+PLAIN_ANSWERS = {
+    **{f"{value!r}": ran(value) for value in ({"success": True}, [{"a": 1}], "text", None, [])},
+    "files": ran({"n": 1}, files={"a": [S3]}),
+    "a value itself": answer({"results": [{"status": "SUCCESS", "output": {"result": 5}}]}),
+    "failed": answer({"job_id": "j", "results": [PLAIN_FAILURE]}),
+    "unknown status": answer({"results": [{"status": "TIMED_OUT", "output": 1}]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN_ANSWERS)
+def test_the_events_of_a_function_that_does_not_stream_give_its_result(name: str) -> None:
+    with Script(*[PLAIN_ANSWERS[name]] * 2) as server, client_of(server) as client:
+        expected = run(client)
+        read = list(run(client, stream=True))
+    for events in (read, iter(read), pickle.loads(pickle.dumps(read)), EventStream(read)):
+        result = PrefabResult.from_events(events)
+        assert (result, result.raw) == (expected, expected.raw)
+        assert result.get_business_success() == expected.get_business_success()
+
+
+def test_a_stream_that_another_thread_closes_gives_no_result() -> None:
+    def close(sock: socket.socket) -> None:
+        # The reader waits for more, or is about to.
+        threading.Thread(target=stream.close).start()
+        sock.recv(1)
+
+    made = threading.Event()
+    steps = (send(OPEN_STREAM), lambda _: made.wait(WAIT_SECONDS), close)
+    with Script(Steps(steps)) as server, client_of(server) as client:
+        stream = run(client, stream=True)
+        made.set()
+        with pytest.raises(GatewayError, match="closed before its end") as caught:
+            PrefabResult.from_events(stream)
+    assert caught.value.may_have_run and type(caught.value) is GatewayError
 
 
 def test_a_stream_that_breaks_gives_no_result_but_what_was_paid_for() -> None:
@@ -6050,8 +6138,9 @@ def test_a_stream_that_did_not_come_to_its_end_is_never_read_on_as_if_it_had(nam
         for read in (lambda: next(stream, None), lambda: list(stream), lambda: next(stream)):
             with pytest.raises(GatewayError,
                                match="cannot be read on" if end is next
-                               else "closed before its end"):
+                               else "closed before its end") as caught:
                 read()
+            assert caught.value.may_have_run and str(caught.value).count("may have run") == 1
 
 
 def test_a_stream_that_was_read_to_its_end_just_stops() -> None:
