@@ -2655,7 +2655,7 @@ def _decode_data(text: str) -> Any:
 
 
 def _make_event(value: Any, name: str = "") -> StreamEvent:
-    """The event of decoded data. Its type is the data's `type`, or else `name`, of `event:`."""
+    """The event of decoded data, of the `type` in it or, if that is not known, of `event: name`."""
     is_typed = isinstance(value, dict) and "type" in value
     # A known name says more than an unknown type.
     if is_typed and (name not in _EVENT_TYPES or _text_of(value["type"]) in _EVENT_TYPES):
