@@ -818,7 +818,7 @@ class BatchResult:
     """The results of a batch, in the order of its calls.
 
     `status` is `"COMPLETED"` (all succeeded), `"PARTIAL_SUCCESS"` or `"FAILED"` (none did).
-    `job_id` is the gateway's where there was one request, else None.
+    `job_id` is that of a single request, else None.
     """
 
     job_id: Optional[str]
@@ -3287,23 +3287,6 @@ class _Batch:
             future.cancel()
 
 
-def _hand_over(
-    results: Sequence[PrefabResult], on_result: Callable[[int, PrefabResult], object]
-) -> None:
-    """Calls `on_result` with each, with the rest also when something else than it ends that."""
-    handing_over = itertools.starmap(on_result, enumerate(results))
-    try:
-        for _ in results:
-            next(handing_over)
-    except Exception:
-        # The callback's own.
-        raise
-    except BaseException:
-        # What arrived was paid for.
-        deque(handing_over, 0)
-        raise
-
-
 # --- Client ---------------------------------------------------------------------------------------
 
 
@@ -3335,7 +3318,7 @@ def _session_id(given: Any) -> str:
 # What serializers, templates and tests ask any object for, to learn what it is.
 _PROTOCOL_NAMES = (
     "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
-    " schema serialize shape to_dict to_json to_list toDict toJSON tolist values"
+    " schema serialize shape to_dict to_json to_list tolist values"
 ).split()
 
 
@@ -3430,17 +3413,7 @@ def _from_env(client_class: Any, options: _Json) -> Any:
     return make(**{arguments[name]: os.environ[name] for name in given}, **options)
 
 
-class _OneIdentity:
-    """What a client is: to go on under the first identity in silence would be the worst answer."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("internal_token", "api_key", "jwt_token"):
-            del value
-            raise AttributeError(f"{name} cannot be set: another identity needs another client.")
-        super().__setattr__(name, value)
-
-
-class GatewayClient(_OneIdentity):
+class GatewayClient:
     """A client of one gateway. Threads can share it; it can be pickled, and used after a fork.
 
     Args:
@@ -3549,6 +3522,12 @@ class GatewayClient(_OneIdentity):
         if credential is None or credential.header != "X-Internal-Token":
             return None
         return credential.value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("internal_token", "api_key", "jwt_token"):
+            del value
+            raise AttributeError(f"{name} cannot be set: another identity needs another client.")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         # A crash reporter asks also a client whose constructor failed.
@@ -3671,15 +3650,12 @@ class GatewayClient(_OneIdentity):
             read = partial(_read_results, count=len(placed))
             request = self._run_request(placed, timeout)
             results = _send_call(self._transport, request, read, self._scopes)
-            _hand_over(results, report)
-        else:
-            requests = (self._run_request({place: call}, timeout) for place, call in placed.items())
-            batch = _Batch(self._transport, requests, executor, self._scopes)
-            results = batch.run(max_workers, report)
-        is_one_request = single_request or len(results) == 1
-        return BatchResult._from_results(
-            results, results[0].job_id if results and is_one_request else None
-        )
+            for index, result in enumerate(results):
+                report(index, result)
+            return BatchResult._from_results(results, results[0].job_id)
+        requests = (self._run_request({place: call}, timeout) for place, call in placed.items())
+        batch = _Batch(self._transport, requests, executor, self._scopes)
+        return BatchResult._from_results(batch.run(max_workers, report), None)
 
     def _run_request(self, calls: Mapping[str, PrefabCall], timeout: float | None) -> _Request:
         """The request with these calls, by their places in a batch, such as `calls[3]`."""
@@ -4141,7 +4117,7 @@ async def _async_pages(
         token = page.get("next_token") or None
 
 
-class AsyncGatewayClient(_OneIdentity):
+class AsyncGatewayClient:
     """`GatewayClient` for programs that await: the same arguments, methods, results and errors.
 
     The same transport, on threads of its own: `max_workers`, or as many as are needed. A call that
@@ -4168,10 +4144,6 @@ class AsyncGatewayClient(_OneIdentity):
         self._max_workers = max_workers
         # By process: the threads do not come along into a fork, and a lock may stay held there.
         self._crews: dict[Any, _Workers] = {}
-
-    def __getstate__(self) -> _Json:
-        # A copy has no threads yet.
-        return {**vars(self), "_crews": {}}
 
     @property
     def _workers(self) -> _Workers:

@@ -8006,35 +8006,6 @@ def test_results_that_come_as_an_event_stream_are_those_of_their_calls() -> None
     assert values_of(one) == ["a"] and one.results[0].get_files() == {"a": [S3]}
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-@pytest.mark.parametrize("single_request", [False, True])
-def test_a_batch_has_the_job_of_its_only_request(count: int, single_request: bool) -> None:
-    entries = json.loads(THREE_RESULTS)["results"][:count]
-    several = answer({"job_id": "job-1", "results": entries})
-    with Script(*[several if single_request else ran()] * count) as server:
-        calls = [call()] * count
-        batch = client_of(server).run_batch(calls, single_request=single_request, max_workers=1)
-    one_request = count == 1 or (count == 2 and single_request)
-    assert batch.job_id == ("job-1" if one_request else None) and len(batch.results) == count
-
-
-@pytest.mark.parametrize(("raised", "handed"), BATCH_ENDS, ids=repr)
-def test_the_results_of_a_single_request_are_reported_also_after_an_interruption(
-    raised: BaseException, handed: list[int]
-) -> None:
-    reported: list[int] = []
-
-    def on_result(index: int, result: PrefabResult) -> None:
-        reported.append(index)
-        if index == 0:
-            raise raised
-
-    with Script(answer(body=THREE_RESULTS.encode())) as server:
-        with pytest.raises(type(raised)) as caught:
-            client_of(server).run_batch([call()] * 3, on_result=on_result, single_request=True)
-    assert caught.value is raised and reported == handed
-
-
 def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGateway) -> None:
     before, reported = len(gateway.requests), []
     calls = [mixed_calls()[0], mixed_calls()[2]]
@@ -8941,25 +8912,6 @@ def test_the_token_in_use_can_be_read_but_not_set(mode: str) -> None:
     assert {name: sent[name] for name in CREDENTIAL_HEADERS & {*sent}} == MODES[mode].headers
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_async_client_has_one_identity_too(name: str) -> None:
-    client = AsyncGatewayClient("http://h", internal_token="t")
-    with pytest.raises(AttributeError, match="another client") as caught:
-        setattr(client, name, "hush-hush")
-    assert "hush" not in str(caught.value) and client.internal_token == "t"
-
-
-def test_an_async_client_that_was_used_can_be_pickled() -> None:
-    async def use(client: Any) -> Any:
-        async with client:
-            return (await run(client)).get_function_result(), pickle.dumps(client)
-
-    with Script(ran("first"), ran("second")) as server:
-        first, pickled = in_loop(use(async_client_of(server)))
-        second, _ = in_loop(use(pickle.loads(pickled)))
-    assert (first, second) == ("first", "second")
-
-
 def test_the_token_in_use_is_the_last_one_that_was_exchanged() -> None:
     with Script(TOKEN_ANSWERS[0], REFUSED, TOKEN_ANSWERS[1], ran()) as server:
         client = GatewayClient.from_api_key("key-1", server.url)
@@ -8994,7 +8946,6 @@ def test_a_client_that_did_not_come_about_can_be_shown(name: str) -> None:
 # Names that serializers, `dict()` and the like ask for, of objects that they do not know.
 PROTOCOLS = [
     "to_dict", "model_dump", "model_dump_json", "dict", "keys", "items", "values", "tolist",
-    "toDict", "toJSON",
     "isoformat", "__len__", "__iter__", "__getitem__", "__fspath__", "__array__", "__json__",
 ]  # fmt: skip
 

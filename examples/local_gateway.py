@@ -1451,7 +1451,6 @@ class LocalGateway:
 
     def _result(self, job: Job, outcome: Any) -> bytes:
         value = list(outcome) if isinstance(outcome, Generator) else outcome
-        json_bytes(value)  # what is no JSON fails the call, which must then leave no files
         output = {"status": "SUCCESS", "output": value, "files": self._keep_outputs(job)}
         return json_bytes({"status": "SUCCESS", "output": output, "error": None})
 

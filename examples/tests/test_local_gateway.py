@@ -659,7 +659,7 @@ def with_function(**fields: Any) -> dict[str, Any]:
     ([GOOD], "the whole must be an object"),
     (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "it begins with a byte order mark"),
     (json.dumps(GOOD).encode("utf-16"), "it is not UTF-8"),
-    (b'{"id": "p",\n "version" "1.0.0"}', "it is not JSON: "),
+    (b'{"id": "p",\n "version" "1.0.0"}', "it is not JSON: Expecting ':' delimiter: line 2 column"),
     (b"", "it is not JSON"),
     (b"[" * 100_000, "it is not JSON"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
@@ -951,17 +951,10 @@ def test_a_call_leaves_no_folder_behind(tmp_path: Path, temporary: Path) -> None
         (outputs / "x").write_text("x")
         yield 1 // (not fail)
 
-    def give_no_json(outputs: Path) -> object:
-        (outputs / "x").write_text("x")
-        return object()
-
     folder = make_folder(tmp_path / "p", main, entry)
     with LocalGateway(folder) as gateway, client_of(gateway) as client:
-        gateway.add_prefab("q", "1.0.0", {"f": stream, "g": give_no_json})
+        gateway.add_prefab("q", "1.0.0", {"f": stream})
         (own,) = temporary.iterdir()
-        with pytest.raises(ServiceUnavailableError, match="not JSON serializable"):
-            client.run("q", "1.0.0", "g")
-        assert list(own.iterdir()) == []
         for prefab in ("p", "q"):
             with contextlib.suppress(ServiceUnavailableError):
                 client.run(prefab, "1.0.0", "f", {"fail": True})
