@@ -3066,7 +3066,7 @@ _worker_transports: dict[Any, _Transport] = {}
 
 
 def _run_one(
-    transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
+    transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = (), _: bytes = b""
 ) -> PrefabResult:
     """Sends one call of a batch. Any executor can run it: all of it can be pickled."""
     # Calls of one client share connections and token there, too.
@@ -3164,8 +3164,10 @@ class _Batch:
             elif not self._executor:
                 self._arrive(index, _run_one(self._transport, request, self._scopes))
             else:
+                # Dask takes calls with equal arguments for one task.
+                mark = os.urandom(16)
                 try:
-                    future = self._executor.submit(_run_one, self._transport, request)
+                    future = self._executor.submit(_run_one, self._transport, request, (), mark)
                 except Exception as error:  # noqa: BLE001
                     # A broken executor must not cost the other results.
                     self._arrive(index, self._unsent(f"the executor did not take it: {error}"))

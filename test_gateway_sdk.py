@@ -8193,6 +8193,28 @@ class Pickling(InThisThread):
         return super().submit(*pickle.loads(pickle.dumps(given)), **options)
 
 
+class Pure(InThisThread):
+    """Takes what has equal arguments for one task, as Dask does."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[bytes, Any] = {}
+
+    def submit(self, /, *given: Any, **options: Any) -> Any:
+        key = pickle.dumps((given, options))
+        if key not in self.tasks:
+            self.tasks[key] = super().submit(*given, **options)
+        return self.tasks[key]
+
+
+def test_each_of_several_equal_calls_is_made_where_equal_tasks_are_taken_for_one() -> None:
+    pure = Pure()
+    with Script(*map(ran, range(6))) as server, client_of(server) as client:
+        for count in (4, 2):
+            batch = client.run_batch([call()] * count, executor=pure)
+            assert len(set(values_of(batch))) == count
+    assert len(server.received) == 6
+
+
 @pytest.mark.parametrize("name", ENDPOINTS)
 def test_headers_of_a_function_go_with_each_request_and_are_asked_for_once(name: str) -> None:
     headers, endpoint = Headers(), ENDPOINTS[name]
