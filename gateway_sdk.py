@@ -3248,8 +3248,9 @@ def _session_id(given: Any) -> str:
 
 # What serializers, templates and tests ask any object for, to learn what it is.
 _PROTOCOL_NAMES = (
-    "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
-    " schema serialize shape to_dict to_json to_list tolist values"
+    "asdict as_dict dict fileno for_json getdoc isoformat items json keys model_dump"
+    " model_dump_json schema serialize shape toDict toPandas to_dict to_json to_list to_numpy"
+    " to_pandas to_plotly_json tolist values"
 ).split()
 
 

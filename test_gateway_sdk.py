@@ -8752,6 +8752,7 @@ def test_a_client_that_did_not_come_about_can_be_shown(name: str) -> None:
 # Names that serializers, `dict()` and the like ask for, of objects that they do not know.
 PROTOCOLS = [
     "to_dict", "model_dump", "model_dump_json", "dict", "keys", "items", "values", "tolist",
+    "toDict", "to_numpy", "to_pandas", "toPandas", "to_plotly_json", "getdoc",
     "isoformat", "__len__", "__iter__", "__getitem__", "__fspath__", "__array__", "__json__",
 ]  # fmt: skip
 
@@ -8781,7 +8782,7 @@ SERIALIZERS: dict[str, Callable[[Any], Any]] = {
     "item": lambda prefab: prefab["a"],
     "path": os.fspath,
     **{f"JSON by {name}": functools.partial(json.dumps, default=operator.methodcaller(name))
-       for name in ("to_dict", "model_dump", "dict", "tolist", "isoformat")},
+       for name in ("to_dict", "toDict", "model_dump", "dict", "tolist", "isoformat")},
 }  # fmt: skip
 
 
