@@ -3459,7 +3459,7 @@ class GatewayClient:
         if name in ("internal_token", "api_key", "jwt_token"):
             del value
             raise AttributeError(f"{name} cannot be set: another identity needs another client.")
-        super().__setattr__(name, value)
+        object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         # A crash reporter asks also a client whose constructor failed.
@@ -4076,6 +4076,12 @@ class AsyncGatewayClient:
         self._max_workers = max_workers
         # By process: the threads do not come along into a fork, and a lock may stay held there.
         self._crews: dict[Any, _Workers] = {}
+
+    def __getstate__(self) -> _Json:
+        # No threads.
+        return {**vars(self), "_crews": {}}
+
+    __setattr__ = GatewayClient.__setattr__
 
     @property
     def _workers(self) -> _Workers:

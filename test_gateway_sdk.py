@@ -8707,9 +8707,9 @@ def test_the_token_in_use_can_be_read_but_not_set(mode: str) -> None:
     with Script(*exchange_of(mode), ran()) as server:
         client = client_in(mode, server.url)
         assert client.internal_token == IN_USE.get(mode)
-        for name in NAMES:
+        for one, name in itertools.product((client, AsyncGatewayClient(server.url)), NAMES):
             with pytest.raises(AttributeError, match=r"(?i)\bclient\b") as caught:
-                setattr(client, name, "hush-hush")
+                setattr(one, name, "hush-hush")
             assert "another" in str(caught.value) and "hush" not in str(caught.value)
         for same in (client, pickle.loads(pickle.dumps(client))):
             assert same.internal_token == IN_USE.get(mode)
@@ -10086,6 +10086,19 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
             os._exit(status)
         assert os.waitpid(child, 0)[1] == 0
         assert in_loop(run(client)).get_function_result() == "parent"
+
+
+def test_an_async_client_that_was_used_pickles_and_copies_without_its_threads() -> None:
+    async def main() -> list[Any]:
+        async with async_client_of(server, max_workers=3) as client:
+            used = [await run(client)]
+            for copied in (pickle.loads(pickle.dumps(client)), copy.copy(client)):
+                assert copied.internal_token == TOKEN and not copied._crews
+                used.append(await run(copied))
+            return [result.get_function_result() for result in used]
+
+    with Script(ran(1), ran(2), ran(3)) as server:
+        assert in_loop(main()) == [1, 2, 3]
 
 
 # The loop.
