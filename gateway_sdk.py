@@ -812,7 +812,8 @@ class BatchResult:
     results: list[PrefabResult]
 
     @classmethod
-    def _from_results(cls, results: list[PrefabResult], job_id: str | None) -> BatchResult:
+    def _from_results(cls, results: list[PrefabResult], requests: int) -> BatchResult:
+        job_id = results[0].job_id if requests == 1 else None
         batch = cls(job_id, "COMPLETED", results)
         failed = len(batch.get_failed())
         if failed:
@@ -3103,18 +3104,22 @@ class _Batch:
         self._refused: GatewayError | None = None
 
     def run(
-        self, max_workers: int, on_result: Callable[[int, PrefabResult], object]
+        self, count: int, max_workers: int, on_result: Callable[[int, PrefabResult], object]
     ) -> list[PrefabResult]:
-        """The results, in order. Raises the 401 if that is all there is."""
-        count = len(self._waiting)
+        """The results of `count` calls, in order. Raises the 401 if that is all there is.
+
+        Without workers, this thread sends the one request of them all.
+        """
         # Takes a result and calls `on_result` in one step: no signal comes in between.
         handing_over = itertools.starmap(on_result, iter(self._arrived.popleft, None))
         is_callbacks_own = False
         try:
             if self._executor:
                 self._work()
-            else:
+            elif max_workers:
                 self._start_threads(min(max_workers, count))
+            elif count:
+                self._send_together(count)
             for _ in range(count):
                 while not self._arrived:
                     # On Windows, a wait without an end does not notice Ctrl-C.
@@ -3139,6 +3144,13 @@ class _Batch:
         if self._refused and all(error and not error.may_have_run for error in errors):
             raise self._refused
         return [self._results[index] for index in range(count)]
+
+    def _send_together(self, count: int) -> None:
+        def read(response: _Response) -> None:
+            self._arrived.extend(enumerate(_read_results(response, count)))
+            self._results.update(self._arrived)
+
+        _send_call(self._transport, self._waiting.popleft()[1], read, self._scopes)
 
     def _start_threads(self, count: int) -> None:
         import contextvars
@@ -3578,16 +3590,11 @@ class GatewayClient:
             raise ValidationError("on_result must be a function.")
         for place, call in placed.items():
             _check_call(call, f"{place}: ")
-        if single_request and placed:
-            read = partial(_read_results, count=len(placed))
-            request = self._run_request(placed, timeout)
-            results = _send_call(self._transport, request, read, self._scopes)
-            for index, result in enumerate(results):
-                report(index, result)
-            return BatchResult._from_results(results, results[0].job_id)
-        requests = (self._run_request({place: call}, timeout) for place, call in placed.items())
+        groups = [placed] if single_request and placed else [{p: c} for p, c in placed.items()]
+        requests = (self._run_request(group, timeout) for group in groups)
         batch = _Batch(self._transport, requests, executor, self._scopes)
-        return BatchResult._from_results(batch.run(max_workers, report), None)
+        results = batch.run(len(placed), 0 if single_request else max_workers, report)
+        return BatchResult._from_results(results, len(groups))
 
     def _run_request(self, calls: Mapping[str, PrefabCall], timeout: float | None) -> _Request:
         """The request with these calls, by their places in a batch, such as `calls[3]`."""
@@ -4190,7 +4197,7 @@ class AsyncGatewayClient:
 
         def hand_over(index: int, result: PrefabResult) -> None:
             try:
-                if on_result and not raised:
+                if on_result and not (raised and isinstance(raised[0], Exception)):
                     on_result(index, result)
             except BaseException as error:  # noqa: BLE001
                 # It is raised below. Nothing more is sent.

@@ -7540,6 +7540,24 @@ def test_what_arrived_before_an_interruption_is_reported_and_the_rest_cancelled(
     assert [future.cancelled() for future in futures] == [False] * 3 + [True] * 2
 
 
+@pytest.mark.parametrize(("raised", "handed"), BATCH_ENDS, ids=repr)
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_a_single_request_all_results_are_reported_whatever_ends_it(
+    count: int, raised: BaseException, handed: list[int]
+) -> None:
+    def on_result(index: int, result: PrefabResult) -> None:
+        reported.append(index)
+        if index == 0:
+            raise raised
+
+    reported: list[int] = []
+    given = answer({"results": [{"status": "SUCCESS"}] * count})
+    with Script(given) as server, client_of(server) as client:
+        with pytest.raises(type(raised)) as caught:
+            client.run_batch([call()] * count, single_request=True, on_result=on_result)
+    assert caught.value is raised and reported == handed[:count]
+
+
 @pytest.mark.parametrize("raised", [error for error, handed in BATCH_ENDS if len(handed) == 3],
                          ids=repr)
 def test_what_arrived_before_an_executor_was_interrupted_is_reported(raised: BaseException) -> None:
@@ -7594,10 +7612,12 @@ def test_a_signal_that_ends_a_batch_costs_no_result_that_has_arrived(
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, OfItsOwn])
+@pytest.mark.parametrize("single_request", [False, True])
 def test_no_result_is_lost_wherever_between_its_arrival_and_on_result_a_batch_is_ended(
-    raised: Any,
+    single_request: bool, raised: Any
 ) -> None:
     """Before each line of the thread that hands over the results, when all of them are there."""
+    answers = {False: ran(), True: answer({"results": [{"status": "SUCCESS"}] * 4})}
 
     def end() -> None:
         raise raised
@@ -7616,7 +7636,8 @@ def test_no_result_is_lost_wherever_between_its_arrival_and_on_result_a_batch_is
                         stack.enter_context(interrupted(at, end))
                         trace_entered_frames()
 
-                client.run_batch([call()] * 4, executor=executor, on_result=on_result)
+                how: Any = {"single_request": True} if single_request else {"executor": executor}
+                client.run_batch([call()] * 4, on_result=on_result, **how)
                 done = True
         assert sorted({*reported}) == [0, 1, 2, 3], f"ended at line {at}"
         return done
@@ -7628,7 +7649,7 @@ def test_no_result_is_lost_wherever_between_its_arrival_and_on_result_a_batch_is
             frame.f_trace = enter_function(frame, "call", None) or frame.f_trace
             frame = frame.f_back
 
-    with Routed(lambda received: ran()) as server:
+    with Routed(lambda received: answers[single_request]) as server:
         at = next(at for at in itertools.count(1) if comes_to_its_end(at))
     assert at > 5
 
@@ -7800,6 +7821,9 @@ def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGatew
     assert batch.status == "PARTIAL_SUCCESS" and batch.job_id
     assert {result.job_id for result in batch.results} == {batch.job_id}
     assert client.run_batch([calls[1]], single_request=True).status == "FAILED"
+    of_one = client.run_batch([calls[0]])
+    assert of_one.job_id and of_one.job_id == of_one.results[0].job_id
+    assert client.run_batch(mixed_calls()[1:2]).job_id is None
     with pytest.raises(PrefabNotFoundError):
         client.run_batch(mixed_calls(), single_request=True)
 
@@ -9826,6 +9850,32 @@ def test_what_on_result_raises_ends_a_batch_and_comes_out() -> None:
     with holding_all_but_the_first(threading.Event()) as server:
         in_loop(main())
     assert len(server.received) == 3
+
+
+@pytest.mark.parametrize(
+    ("raised", "handed"),
+    [(KeyboardInterrupt(), [0, 1, 2]), (SystemExit(3), [0, 1, 2]), (OfItsOwn(), [0, 1, 2]),
+     (LookupError("mine"), [0])],
+    ids=repr,
+)  # fmt: skip
+def test_what_arrived_before_an_interruption_is_reported_in_the_loop_too(
+    raised: BaseException, handed: list[int]
+) -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            with pytest.raises(type(raised)) as caught:
+                await client.run_batch([call()] * 3, single_request=True, on_result=fail)
+            assert caught.value is raised
+
+    def fail(index: int, result: PrefabResult) -> None:
+        reported.append(index)
+        if index == 0:
+            raise raised
+
+    reported: list[int] = []
+    with Script(answer({"results": [{"status": "SUCCESS"}] * 3})) as server:
+        in_loop(main())
+    assert reported == handed
 
 
 # Streams.
