@@ -4131,6 +4131,32 @@ def test_a_short_secret_is_hidden_only_where_it_stands_alone() -> None:
     )
 
 
+# Headers of a caller, what an answer says of them, and what is shown of that.
+ECHOED_HEADERS = [
+    ({"Authorization": "Bearer hush-hush-hush"}, "token hush-hush-hush", "token ***"),
+    ({"authorization": "Basic aHVzaDpodXNo=="}, "aHVzaDpodXNo== is old", "*** is old"),
+    ({"Cookie": "a=1; sid=hush-hush-hush"}, "sid=hush-hush-hush, a=1", "sid=***, a=1"),
+    ({"Cf-Access-Client-Secret": "hush-hush-hush"}, "hush-hush-hush", "***"),
+    ({"X-Door-Key": "hush-hush for hush"}, "hush-hush for hush?", "***?"),
+    # Values that are no secrets, or short words.
+    ({"X-Canary": "production"}, "production is down", "production is down"),
+    ({"Cookie": "a=1; mode=canary"}, "1 canary, a cookie", "1 canary, a cookie"),
+    ({"X-Key-Version": "1"}, "1 of 1", "1 of 1"),
+    ({"traceparent": "00-0123456789-01"}, "00-0123456789-01", "00-0123456789-01"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("headers", "said", "shown"), ECHOED_HEADERS, ids=str)
+@pytest.mark.parametrize("is_function", [False, True])
+def test_what_is_secret_in_given_headers_is_hidden_in_messages(
+    headers: dict[str, str], said: str, shown: str, is_function: bool
+) -> None:
+    given = answer({"detail": f"it was: {said}"}, 403)
+    error = error_of(run, given, headers=(lambda: headers) if is_function else headers)
+    assert f"it was: {shown}\n" in f"{error}\n"
+    assert not re.search("hush|aHVz", all_of(error))
+
+
 CLOTHED = "hush &hush \"hush\" 'hush' <hush>+hush/hush=hush%41"  # as it may be cut, "hush" is left
 
 
@@ -4685,11 +4711,11 @@ def exchanged(url: str) -> GatewayClient:
     return GatewayClient.from_api_key(WORD, url, max_retries=0)
 
 
-def from_environment(url: str, **variables: str) -> Any:
+def from_environment(url: str, headers: Any = None, **variables: str) -> Any:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in variables.items():
             patched.setenv(name, value)
-        return GatewayClient.from_env(base_url=url, max_retries=0)
+        return GatewayClient.from_env(base_url=url, max_retries=0, headers=headers)
 
 
 def through_proxy(url: str, proxy: str) -> None:
@@ -4706,6 +4732,52 @@ EXCHANGE_ANSWERS = {
     "half an answer": [HangUp(answer({"internal_token": WORD})[:-5])],
     "text": [answer(body=WORD.encode())],
     "list": [answer([WORD])], "number": [answer({"internal_token": {"value": WORD}})],
+}  # fmt: skip
+PREFAB_MISTAKES: dict[str, Callable[[Any], Any]] = {
+    "call": lambda prefab: prefab.call("f", files={"v": [SIGNED_LINK]}, more=SIGNED_LINK),
+    "stream": lambda prefab: prefab.stream("f", files={"v": [SIGNED_LINK]}, more=SIGNED_LINK),
+    "method": lambda prefab: prefab.f(files={"v": [SIGNED_LINK]}, more=SIGNED_LINK),
+    "no name": lambda prefab: prefab.f(SIGNED_LINK, more=SIGNED_LINK),
+}
+PATH_MISTAKES: dict[str, Callable[[Any], Any]] = {
+    "file": lambda client: client.upload_file(SIGNED_LINK),
+    "input": lambda client: client.upload_input_file(SIGNED_LINK),
+    "input of a bad type": lambda client: client.upload_input_file(SIGNED_LINK, "\n"),
+    "temporary file": lambda client: client.upload_temp_file(SIGNED_LINK),
+    "temporary file for no time": lambda client: client.upload_temp_file(SIGNED_LINK, 0),
+    "target": lambda client: client.download_file(S3, SIGNED_LINK),
+    "both": lambda client: client.download_file(SIGNED_LINK, SIGNED_LINK),
+}
+DOOR = {"X-Door-Secret": WORD, "Cookie": f"a=1; sid={WORD}"}
+BAD_DOOR = {**DOOR, "Host": "h"}
+# Clients with such headers, which fail sooner or later.
+WITH_HEADERS: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
+    "constructor": (lambda url: GatewayClient(url, headers=BAD_DOOR), []),
+    "constructor: value": (lambda url: GatewayClient(url, headers={"X-A": f"{WORD}\n"}), []),
+    "constructor: timeout": (lambda url: GatewayClient(url, timeout=-1, headers=DOOR), []),
+    "function": (lambda url: run(GatewayClient(url, headers=lambda: BAD_DOOR)), []),
+    "no mapping": (lambda url: run(GatewayClient(url, headers=lambda: [WORD])), []),  # type: ignore
+    "echo": (
+        lambda url: run(GatewayClient(url, headers=DOOR)), [answer({"detail": WHO_IS}, 403)]),
+    "echo of a function's": (
+        lambda url: run(GatewayClient(url, headers=lambda: DOOR)),
+        [answer({"detail": WHO_IS}, 500)]),
+    "exchange": (
+        lambda url: GatewayClient.from_api_key("key-1", url, headers=DOOR),
+        [answer({"detail": WHO_IS}, 401)]),
+    "exchange: constructor": (
+        lambda url: GatewayClient.from_api_key("key-1", url, headers=BAD_DOOR), []),
+    "exchange: token as base_url": (lambda _: GatewayClient.from_api_key("key-1", WORD), []),
+    "environment": (lambda url: from_environment(url, BAD_DOOR, GATEWAY_JWT_TOKEN="j"), []),
+    "environment: exchange": (
+        lambda url: from_environment(url, DOOR, AGENT_BUILDER_API_KEY="key-1"),
+        [answer({"detail": WHO_IS}, 401)]),
+    "async": (lambda url: AsyncGatewayClient(url, headers=BAD_DOOR), []),
+    "async exchange": (
+        lambda url: in_loop(AsyncGatewayClient.from_api_key("key-1", url, headers=DOOR)),
+        [answer({"detail": WHO_IS}, 401)]),
+    "async exchange: token as base_url": (
+        lambda _: in_loop(AsyncGatewayClient.from_api_key("key-1", WORD)), []),
 }  # fmt: skip
 # What fails with a secret in hand, given the address of a server with these answers.
 HOLDING: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
@@ -4778,6 +4850,12 @@ HOLDING: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
     "download by mistake": (lambda url: GatewayClient(url).download_file(SIGNED_LINK, "f"), []),
     "file of a call by mistake": (
         lambda url: run(GatewayClient(url), files={"v": [SIGNED_LINK]}), []),
+    **{f"prefab by mistake: {name}": (
+        lambda url, act=act: act(GatewayClient(url).prefab("p", "1")), [])
+       for name, act in PREFAB_MISTAKES.items()},
+    **{f"path by mistake: {name}": (lambda url, act=act: act(GatewayClient(url)), [])
+       for name, act in PATH_MISTAKES.items()},
+    **{f"headers: {name}": row for name, row in WITH_HEADERS.items()},
     "proxy: refused": (
         lambda url: through_proxy("http://gateway.invalid", f"http://u:{WORD}@127.0.0.1:1"), []),
     "proxy: 407": (
