@@ -826,7 +826,8 @@ class BatchResult:
     results: list[PrefabResult]
 
     @classmethod
-    def _from_results(cls, results: list[PrefabResult], job_id: str | None) -> BatchResult:
+    def _from_results(cls, results: list[PrefabResult], requests: int) -> BatchResult:
+        job_id = results[0].job_id if requests == 1 else None
         batch = cls(job_id, "COMPLETED", results)
         failed = len(batch.get_failed())
         if failed:
@@ -1054,19 +1055,19 @@ def _split_url(url: Any) -> tuple[str, str]:
     return origin, target
 
 
-def _check_caller_headers(headers: Any, credential: str | None) -> Mapping[str, str]:
+def _check_caller_headers(headers: _Secret, credential: str | None) -> Any:
     """A copy of a caller's headers. Raises if a request beside this header cannot carry them."""
-    if not isinstance(headers, Mapping):
+    if not isinstance(headers.reveal(), Mapping):
         kind = "a mapping, or a function that gives one"
-        raise ValidationError(f"headers must be {kind}, not {_shown(headers)}.")
-    given = dict(headers)
-    for name, value in given.items():
+        raise ValidationError(f"headers must be {kind}, not {_shown(headers.reveal())}.")
+    given = _Secret(dict(headers.reveal()))
+    for name in given.reveal():
         if not isinstance(name, str) or not _is_field_name(name):
             raise ValidationError(f"headers: {_shown(name)} cannot be the name of a header.")
         if name.lower() in _OWN_HEADERS or name.lower() == (credential or "").lower():
             raise ValidationError(f"headers: {name} is set by the SDK.")
-        _check_header_value(f"headers[{name!r}]", _Secret(value))
-    return given
+        _check_header_value(f"headers[{name!r}]", _Secret(given.reveal()[name]))
+    return given.reveal()
 
 
 class _FileBody:
@@ -1156,6 +1157,16 @@ def _query_secrets(target: str) -> tuple[_Secret, ...]:
     query = target.partition("?")[2]
     values = [unquote(pair.partition("=")[2]) for pair in query.split("&")]
     return tuple(map(_Secret, [query, *(value for value in values if len(value) > 9)]))
+
+
+_may_be_secret = re.compile("(?i)auth|cookie|jwt|key|secret|session|token").search
+
+
+def _header_secrets(headers: Mapping[str, str]) -> Iterator[_Secret]:
+    """What may be secret in a caller's headers: no scheme, no cookie's name, no short word."""
+    values = r"(?i)(?:(?:basic|bearer|token) |[^;=]+=)?([^;]{8,})"
+    for name in filter(_may_be_secret, headers):
+        yield from map(_Secret, re.findall(values, headers[name]))
 
 
 # --- Connections ----------------------------------------------------------------------------------
@@ -2509,7 +2520,7 @@ class _Transport:
             if is_refused:
                 # A second refusal is final.
                 may_renew = False
-                self.renew_token(credential, request.caller_headers, scopes, flight)
+                self.renew_token(credential, request, scopes, flight)
             else:
                 attempt += 1
                 flight.wait(delay or 0.0)
@@ -2518,11 +2529,11 @@ class _Transport:
     def exchange(self, token_request: _Request, scopes: tuple[_Scope, ...]) -> None:
         """Gets a token by this request, now and whenever the last one is refused."""
         self.token_request = token_request
-        self.renew_token(self.credential, token_request.caller_headers, scopes)
+        self.renew_token(self.credential, token_request, scopes)
 
     def renew_token(
-        self, refused: _Credential | None, caller_headers: Mapping[str, str],
-        scopes: tuple[_Scope, ...], flight: _Flight | None = None,
+        self, refused: _Credential | None, request: _Request, scopes: tuple[_Scope, ...],
+        flight: _Flight | None = None,
     ) -> None:
         """Exchanges the API key for a token in place of `refused`, for a request that needs it.
 
@@ -2538,7 +2549,7 @@ class _Transport:
                 return
             if self._renewal_error and self._renewal_error is not error_before:
                 raise copy.copy(self._renewal_error)
-            token_request = self.token_request.changed(caller_headers=caller_headers)
+            token_request = self.token_request.changed(caller_headers=request.caller_headers)
             self.credential = self.send(token_request, _read_token, scopes)
         except GatewayError as error:
             if not any(scope.cancelled for scope in scopes):
@@ -2560,6 +2571,7 @@ class _Transport:
         secrets = [_Secret(one.value.rpartition("Bearer ")[2]) for one in known if one]
         if credential:
             headers[credential.header] = credential.value
+        secrets += _header_secrets(request.caller_headers)
         return request.changed(headers=headers, secrets=(*request.secrets, *secrets))
 
     def _attempt(
@@ -2930,11 +2942,16 @@ def _file_name(path: _Path) -> str:
     return os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
 
 
-def _open_file(path: _Path) -> Any:
+# A URL, given by mistake, may be a secret.
+_is_no_path = re.compile(r"^\w+://|\0").search
+
+
+def _open_file(given: _Secret) -> Any:
     """The file at a path, to be read from its start. The caller closes it."""
-    if not isinstance(path, (str, os.PathLike)) or re.search(r"^\w+://|\0", str(path)):
-        problem = f"The path of a file is needed, not {_shown(path)}"
+    if not isinstance(given.reveal(), (str, os.PathLike)) or _is_no_path(str(given.reveal())):
+        problem = f"The path of a file is needed, not {_shown(given.reveal())}"
         raise ValidationError(f"{problem}: save the contents in a file first.")
+    path = given.reveal()
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValidationError(f"{path} is not a regular file, whose length is known beforehand.")
     file = open(path, "rb")  # noqa: SIM115
@@ -3137,7 +3154,7 @@ _worker_transports: dict[Any, _Transport] = {}
 
 
 def _run_one(
-    transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = ()
+    transport: _Transport, request: _Request, scopes: tuple[_Scope, ...] = (), _: bytes = b""
 ) -> PrefabResult:
     """Sends one call of a batch. Any executor can run it: all of it can be pickled."""
     # Calls of one client share connections and token there, too.
@@ -3174,18 +3191,22 @@ class _Batch:
         self._refused: GatewayError | None = None
 
     def run(
-        self, max_workers: int, on_result: Callable[[int, PrefabResult], object]
+        self, count: int, max_workers: int, on_result: Callable[[int, PrefabResult], object]
     ) -> list[PrefabResult]:
-        """The results, in order. Raises the 401 if that is all there is."""
-        count = len(self._waiting)
+        """The results of `count` calls, in order. Raises the 401 if that is all there is.
+
+        Without workers, this thread sends the one request of them all.
+        """
         # Takes a result and calls `on_result` in one step: no signal comes in between.
         handing_over = itertools.starmap(on_result, iter(self._arrived.popleft, None))
         is_callbacks_own = False
         try:
             if self._executor:
                 self._work()
-            else:
+            elif max_workers:
                 self._start_threads(min(max_workers, count))
+            elif count:
+                self._send_together(count)
             for _ in range(count):
                 while not self._arrived:
                     # On Windows, a wait without an end does not notice Ctrl-C.
@@ -3211,6 +3232,13 @@ class _Batch:
             raise self._refused
         return [self._results[index] for index in range(count)]
 
+    def _send_together(self, count: int) -> None:
+        def read(response: _Response) -> None:
+            self._arrived.extend(enumerate(_read_results(response, count)))
+            self._results.update(self._arrived)
+
+        _send_call(self._transport, self._waiting.popleft()[1], read, self._scopes)
+
     def _start_threads(self, count: int) -> None:
         import contextvars
 
@@ -3235,8 +3263,10 @@ class _Batch:
             elif not self._executor:
                 self._arrive(index, _run_one(self._transport, request, self._scopes))
             else:
+                # Dask takes calls with equal arguments for one task.
+                mark = os.urandom(16)
                 try:
-                    future = self._executor.submit(_run_one, self._transport, request)
+                    future = self._executor.submit(_run_one, self._transport, request, (), mark)
                 except Exception as error:  # noqa: BLE001
                     # A broken executor must not cost the other results.
                     self._arrive(index, self._unsent(f"the executor did not take it: {error}"))
@@ -3317,8 +3347,9 @@ def _session_id(given: Any) -> str:
 
 # What serializers, templates and tests ask any object for, to learn what it is.
 _PROTOCOL_NAMES = (
-    "asdict as_dict dict fileno for_json isoformat items json keys model_dump model_dump_json"
-    " schema serialize shape to_dict to_json to_list tolist values"
+    "asdict as_dict dict fileno for_json getdoc isoformat items json keys model_dump"
+    " model_dump_json schema serialize shape toDict toPandas to_dict to_json to_list to_numpy"
+    " to_pandas to_plotly_json tolist values"
 ).split()
 
 
@@ -3338,23 +3369,29 @@ class Prefab:
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> PrefabResult:
         """Runs a function: see `GatewayClient.run`."""
-        return self._client.run(self.prefab_id, self.version, function_name, parameters, files)
+        given = _Secret((self.prefab_id, self.version, function_name, parameters, files))
+        del parameters, files
+        result: PrefabResult = self._client.run(*given.reveal())
+        return result
 
     def stream(
         self, function_name: str, /, *, files: _Files | None = None, **parameters: Any
     ) -> EventStream:
         """Runs a function and gives its events: see `GatewayClient.run`."""
-        run = self._client.run
-        return run(self.prefab_id, self.version, function_name, parameters, files, stream=True)
+        given = _Secret((self.prefab_id, self.version, function_name, parameters, files))
+        del parameters, files
+        return self._client.run(*given.reveal(), stream=True)
 
     def __getattr__(self, name: str) -> Callable[..., PrefabResult]:
         if name.startswith("_") or name in _PROTOCOL_NAMES:
             raise AttributeError(f"{name} is no method of a Prefab: call({name!r}) runs it.")
 
         def function(*values: Any, **parameters: Any) -> PrefabResult:
-            if values:
-                raise ValidationError(f"{name}() takes parameters by name, as {name}(text=...).")
-            return self.call(name, **parameters)
+            given, is_named = _Secret(parameters), not values
+            del values, parameters
+            if is_named:
+                return self.call(name, **given.reveal())
+            raise ValidationError(f"{name}() takes parameters by name, as {name}(text=...).")
 
         return function
 
@@ -3401,6 +3438,9 @@ def _gateway_address(base_url: _Secret) -> tuple[str, str]:
 
 def _from_env(client_class: Any, options: _Json) -> Any:
     """What a class of clients, or its `from_api_key`, gives for the environment's credential."""
+    # No frame shows the headers among them.
+    more = _Secret(options.copy())
+    options.clear()
     arguments = {
         "X_INTERNAL_TOKEN": "internal_token",
         "AGENT_BUILDER_API_KEY": "api_key",
@@ -3410,7 +3450,7 @@ def _from_env(client_class: Any, options: _Json) -> Any:
     if len(given) > 1:
         raise ValidationError(f"Set one credential, not {' and '.join(given)}: who are you?")
     make = client_class.from_api_key if "AGENT_BUILDER_API_KEY" in given else client_class
-    return make(**{arguments[name]: os.environ[name] for name in given}, **options)
+    return make(**{arguments[name]: os.environ[name] for name in given}, **more.reveal())
 
 
 class GatewayClient:
@@ -3446,8 +3486,9 @@ class GatewayClient:
             "Authorization": _Secret(jwt_token),
         }
         address = _Secret(base_url)
+        self._headers = _Secret({} if headers is None else headers)
         # From here on, no local variable shows a secret.
-        del internal_token, api_key, jwt_token, base_url
+        del internal_token, api_key, jwt_token, base_url, headers
         credential = _choose_credential(given)
         header = credential.header if credential else None
         self._origin, self._prefix = _gateway_address(address)
@@ -3455,10 +3496,9 @@ class GatewayClient:
         _check_number("max_retries", max_retries, above=-1)
         if ssl_context is not None and not hasattr(ssl_context, "wrap_socket"):
             raise ValidationError("ssl_context must be an SSLContext.")
-        self._headers = {} if headers is None else headers
         # A function is asked for each request.
-        if not callable(self._headers):
-            self._headers = _check_caller_headers(self._headers, header)
+        if not callable(self._headers.reveal()):
+            self._headers = _Secret(_check_caller_headers(self._headers, header))
         is_users = header in ("X-API-Key", "Authorization")
         self._run_path = "/v1/run" if is_users else "/v1/internal/run"
         # What the requests of this client can be ended by, beside the transport's own scope.
@@ -3476,11 +3516,11 @@ class GatewayClient:
 
         `POST /v1/auth/convert_to_internal_token`
         """
-        key = _Secret(api_key)
-        del api_key
+        key, address, given = _Secret(api_key), _Secret(base_url), _Secret(headers)
+        del api_key, base_url, headers
         client = cls(
-            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
-            headers=headers,
+            address.reveal(), timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
+            headers=given.reveal(),
         )
         client._exchange(key)
         return client
@@ -3489,7 +3529,7 @@ class GatewayClient:
         """Has the transport use the token for an API key. Closes the client if there is none."""
         try:
             _check_credential("api_key", key)
-            if not callable(self._headers):
+            if not callable(self._headers.reveal()):
                 _check_caller_headers(self._headers, "X-Internal-Token")
             token_request = self._request(
                 "POST", "/v1/auth/convert_to_internal_token", idempotent=True,
@@ -3527,7 +3567,7 @@ class GatewayClient:
         if name in ("internal_token", "api_key", "jwt_token"):
             del value
             raise AttributeError(f"{name} cannot be set: another identity needs another client.")
-        super().__setattr__(name, value)
+        object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         # A crash reporter asks also a client whose constructor failed.
@@ -3646,16 +3686,11 @@ class GatewayClient:
             raise ValidationError("on_result must be a function.")
         for place, call in placed.items():
             _check_call(call, f"{place}: ")
-        if single_request and placed:
-            read = partial(_read_results, count=len(placed))
-            request = self._run_request(placed, timeout)
-            results = _send_call(self._transport, request, read, self._scopes)
-            for index, result in enumerate(results):
-                report(index, result)
-            return BatchResult._from_results(results, results[0].job_id)
-        requests = (self._run_request({place: call}, timeout) for place, call in placed.items())
+        groups = [placed] if single_request and placed else [{p: c} for p, c in placed.items()]
+        requests = (self._run_request(group, timeout) for group in groups)
         batch = _Batch(self._transport, requests, executor, self._scopes)
-        return BatchResult._from_results(batch.run(max_workers, report), None)
+        results = batch.run(len(placed), 0 if single_request else max_workers, report)
+        return BatchResult._from_results(results, len(groups))
 
     def _run_request(self, calls: Mapping[str, PrefabCall], timeout: float | None) -> _Request:
         """The request with these calls, by their places in a batch, such as `calls[3]`."""
@@ -3737,12 +3772,14 @@ class GatewayClient:
 
         `POST /internal/files/generate_upload_url`, then a presigned PUT to the storage.
         """
+        path = _Secret(file_path)
+        del file_path
         # The type is part of the signature, and so is its absence.
         headers = {} if content_type is None else {"Content-Type": content_type}
         for value in headers.values():
             _check_header_value("content_type", _Secret(value))
-        with _open_file(file_path) as file:
-            content = {"filename": _file_name(file_path), "content_type": content_type}
+        with _open_file(path) as file:
+            content = {"filename": _file_name(path.reveal()), "content_type": content_type}
             request = self._request(
                 "POST", "/internal/files/generate_upload_url", content=content, idempotent=True
             )
@@ -3757,7 +3794,9 @@ class GatewayClient:
 
         `POST /internal/files/upload`
         """
-        return self._upload("upload", {}, file_path, on_progress)
+        path = _Secret(file_path)
+        del file_path
+        return self._upload("upload", {}, path, on_progress)
 
     def upload_temp_file(
         self, file_path: _Path, ttl: int = 86400, session_id: str | None = None, *,
@@ -3767,17 +3806,19 @@ class GatewayClient:
 
         `POST /internal/files/upload_temp`; gives what `upload_file` does.
         """
+        path = _Secret(file_path)
+        del file_path
         _check_number("ttl", ttl)
         form = {"ttl": str(ttl)}
         if session_id:
             form["session_id"] = str(session_id)
-        return self._upload("upload_temp", form, file_path, on_progress)
+        return self._upload("upload_temp", form, path, on_progress)
 
     def _upload(
-        self, name: str, form: Mapping[str, str], path: _Path, on_progress: _Progress | None
+        self, name: str, form: Mapping[str, str], path: _Secret, on_progress: _Progress | None
     ) -> _Json:
         with _open_file(path) as file:
-            content_type, head, tail = _multipart(form, path)
+            content_type, head, tail = _multipart(form, path.reveal())
             request = self._request(
                 "POST", f"/internal/files/{name}", content_type=content_type,
                 body=_FileBody(head, file, tail, on_progress),
@@ -3795,15 +3836,15 @@ class GatewayClient:
         presigned URL expires meanwhile, a new one is asked for.
         """
         # Another URL, given by mistake, may be a secret.
-        url = _Secret(s3_url)
-        del s3_url
+        url, path = _Secret(s3_url), _Secret(local_path)
+        del s3_url, local_path
         if mode != "presigned":
             raise ValidationError(f"mode must be 'presigned', not {_shown(mode)}.")
-        target = "" if "\0" in str(local_path) else os.path.realpath(local_path)
-        can_be_made = target and os.path.basename(local_path) and not os.path.exists(target)
+        target = "" if _is_no_path(str(path.reveal())) else os.path.realpath(path.reveal())
+        can_be_made = target and os.path.basename(path.reveal()) and not os.path.exists(target)
         if not can_be_made and not os.path.isfile(target):
             problem = "cannot be the path of a file: local_path needs the file's name, too."
-            raise ValidationError(f"{_shown(str(local_path))} {problem}")
+            raise ValidationError(f"{_shown(str(path.reveal()))} {problem}")
         with _replacement(target) as file:
             download = _Download(file, target, on_progress)
             while True:
@@ -3903,14 +3944,16 @@ class GatewayClient:
             target += f"?{urlencode(asked, quote_via=quote)}"
         timeout = self.timeout if timeout is None else timeout
         _check_timeout(timeout)
-        given = self._headers() if callable(self._headers) else self._headers
+        given = self._headers
+        if callable(given.reveal()):
+            given = _Secret(given.reveal()())
         in_use = credential or self._transport.credential
-        caller_headers = _check_caller_headers(given, in_use.header if in_use else None)
         if content is not None:
             body = _encode(_Secret(content).reveal())
         headers = {"Content-Type": content_type} if body else {}
         return _Request(
-            method, self._origin, target, timeout, headers, caller_headers, body,
+            method, self._origin, target, timeout, headers,
+            _check_caller_headers(given, in_use.header if in_use else None), body,
             idempotent=idempotent or method != "POST", calls=calls, not_found=not_found,
             prefab=prefab, credential=credential, secrets=secrets,
         )
@@ -4137,13 +4180,19 @@ class AsyncGatewayClient:
                 max_retries=max_retries, ssl_context=ssl_context, headers=headers,
             )
         )
-        del base_url, api_key, jwt_token, internal_token
+        del base_url, api_key, jwt_token, internal_token, headers
         if max_workers is not None:
             _check_number("max_workers", max_workers)
         self._client: GatewayClient = make.reveal()()
         self._max_workers = max_workers
         # By process: the threads do not come along into a fork, and a lock may stay held there.
         self._crews: dict[Any, _Workers] = {}
+
+    def __getstate__(self) -> _Json:
+        # No threads.
+        return {**vars(self), "_crews": {}}
+
+    __setattr__ = GatewayClient.__setattr__
 
     @property
     def _workers(self) -> _Workers:
@@ -4157,11 +4206,11 @@ class AsyncGatewayClient:
         headers: _CallerHeaders | None = None, max_workers: int | None = None,
     ) -> _AsyncClient:
         """See `GatewayClient.from_api_key`."""
-        key = _Secret(api_key)
-        del api_key
+        key, address, given = _Secret(api_key), _Secret(base_url), _Secret(headers)
+        del api_key, base_url, headers
         client = cls(
-            base_url, timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
-            headers=headers, max_workers=max_workers,
+            address.reveal(), timeout=timeout, max_retries=max_retries, ssl_context=ssl_context,
+            headers=given.reveal(), max_workers=max_workers,
         )
         await client._exchange(key)
         return client
@@ -4252,7 +4301,7 @@ class AsyncGatewayClient:
 
         def hand_over(index: int, result: PrefabResult) -> None:
             try:
-                if on_result and not raised:
+                if on_result and not (raised and isinstance(raised[0], Exception)):
                     on_result(index, result)
             except BaseException as error:  # noqa: BLE001
                 # It is raised below. Nothing more is sent.

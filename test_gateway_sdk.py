@@ -4215,6 +4215,32 @@ def test_a_short_secret_is_hidden_only_where_it_stands_alone() -> None:
     )
 
 
+# Headers of a caller, what an answer says of them, and what is shown of that.
+ECHOED_HEADERS = [
+    ({"Authorization": "Bearer hush-hush-hush"}, "token hush-hush-hush", "token ***"),
+    ({"authorization": "Basic aHVzaDpodXNo=="}, "aHVzaDpodXNo== is old", "*** is old"),
+    ({"Cookie": "a=1; sid=hush-hush-hush"}, "sid=hush-hush-hush, a=1", "sid=***, a=1"),
+    ({"Cf-Access-Client-Secret": "hush-hush-hush"}, "hush-hush-hush", "***"),
+    ({"X-Door-Key": "hush-hush for hush"}, "hush-hush for hush?", "***?"),
+    # Values that are no secrets, or short words.
+    ({"X-Canary": "production"}, "production is down", "production is down"),
+    ({"Cookie": "a=1; mode=canary"}, "1 canary, a cookie", "1 canary, a cookie"),
+    ({"X-Key-Version": "1"}, "1 of 1", "1 of 1"),
+    ({"traceparent": "00-0123456789-01"}, "00-0123456789-01", "00-0123456789-01"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("headers", "said", "shown"), ECHOED_HEADERS, ids=str)
+@pytest.mark.parametrize("is_function", [False, True])
+def test_what_is_secret_in_given_headers_is_hidden_in_messages(
+    headers: dict[str, str], said: str, shown: str, is_function: bool
+) -> None:
+    given = answer({"detail": f"it was: {said}"}, 403)
+    error = error_of(run, given, headers=(lambda: headers) if is_function else headers)
+    assert f"it was: {shown}\n" in f"{error}\n"
+    assert not re.search("hush|aHVz", all_of(error))
+
+
 CLOTHED = "hush &hush \"hush\" 'hush' <hush>+hush/hush=hush%41"  # as it may be cut, "hush" is left
 
 
@@ -4783,11 +4809,11 @@ def exchanged(url: str) -> GatewayClient:
     return GatewayClient.from_api_key(WORD, url, max_retries=0)
 
 
-def from_environment(url: str, **variables: str) -> Any:
+def from_environment(url: str, headers: Any = None, **variables: str) -> Any:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in variables.items():
             patched.setenv(name, value)
-        return GatewayClient.from_env(base_url=url, max_retries=0)
+        return GatewayClient.from_env(base_url=url, max_retries=0, headers=headers)
 
 
 def through_proxy(url: str, proxy: str) -> None:
@@ -4804,6 +4830,52 @@ EXCHANGE_ANSWERS = {
     "half an answer": [HangUp(answer({"internal_token": WORD})[:-5])],
     "text": [answer(body=WORD.encode())],
     "list": [answer([WORD])], "number": [answer({"internal_token": {"value": WORD}})],
+}  # fmt: skip
+PREFAB_MISTAKES: dict[str, Callable[[Any], Any]] = {
+    "call": lambda prefab: prefab.call("f", files={"v": [SIGNED_LINK]}, more=SIGNED_LINK),
+    "stream": lambda prefab: prefab.stream("f", files={"v": [SIGNED_LINK]}, more=SIGNED_LINK),
+    "method": lambda prefab: prefab.f(files={"v": [SIGNED_LINK]}, more=SIGNED_LINK),
+    "no name": lambda prefab: prefab.f(SIGNED_LINK, more=SIGNED_LINK),
+}
+PATH_MISTAKES: dict[str, Callable[[Any], Any]] = {
+    "file": lambda client: client.upload_file(SIGNED_LINK),
+    "input": lambda client: client.upload_input_file(SIGNED_LINK),
+    "input of a bad type": lambda client: client.upload_input_file(SIGNED_LINK, "\n"),
+    "temporary file": lambda client: client.upload_temp_file(SIGNED_LINK),
+    "temporary file for no time": lambda client: client.upload_temp_file(SIGNED_LINK, 0),
+    "target": lambda client: client.download_file(S3, SIGNED_LINK),
+    "both": lambda client: client.download_file(SIGNED_LINK, SIGNED_LINK),
+}
+DOOR = {"X-Door-Secret": WORD, "Cookie": f"a=1; sid={WORD}"}
+BAD_DOOR = {**DOOR, "Host": "h"}
+# Clients with such headers, which fail sooner or later.
+WITH_HEADERS: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
+    "constructor": (lambda url: GatewayClient(url, headers=BAD_DOOR), []),
+    "constructor: value": (lambda url: GatewayClient(url, headers={"X-A": f"{WORD}\n"}), []),
+    "constructor: timeout": (lambda url: GatewayClient(url, timeout=-1, headers=DOOR), []),
+    "function": (lambda url: run(GatewayClient(url, headers=lambda: BAD_DOOR)), []),
+    "no mapping": (lambda url: run(GatewayClient(url, headers=lambda: [WORD])), []),  # type: ignore
+    "echo": (
+        lambda url: run(GatewayClient(url, headers=DOOR)), [answer({"detail": WHO_IS}, 403)]),
+    "echo of a function's": (
+        lambda url: run(GatewayClient(url, headers=lambda: DOOR)),
+        [answer({"detail": WHO_IS}, 500)]),
+    "exchange": (
+        lambda url: GatewayClient.from_api_key("key-1", url, headers=DOOR),
+        [answer({"detail": WHO_IS}, 401)]),
+    "exchange: constructor": (
+        lambda url: GatewayClient.from_api_key("key-1", url, headers=BAD_DOOR), []),
+    "exchange: token as base_url": (lambda _: GatewayClient.from_api_key("key-1", WORD), []),
+    "environment": (lambda url: from_environment(url, BAD_DOOR, GATEWAY_JWT_TOKEN="j"), []),
+    "environment: exchange": (
+        lambda url: from_environment(url, DOOR, AGENT_BUILDER_API_KEY="key-1"),
+        [answer({"detail": WHO_IS}, 401)]),
+    "async": (lambda url: AsyncGatewayClient(url, headers=BAD_DOOR), []),
+    "async exchange": (
+        lambda url: in_loop(AsyncGatewayClient.from_api_key("key-1", url, headers=DOOR)),
+        [answer({"detail": WHO_IS}, 401)]),
+    "async exchange: token as base_url": (
+        lambda _: in_loop(AsyncGatewayClient.from_api_key("key-1", WORD)), []),
 }  # fmt: skip
 # What fails with a secret in hand, given the address of a server with these answers.
 HOLDING: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
@@ -4876,6 +4948,12 @@ HOLDING: dict[str, tuple[Callable[[str], Any], list[Answer]]] = {
     "download by mistake": (lambda url: GatewayClient(url).download_file(SIGNED_LINK, "f"), []),
     "file of a call by mistake": (
         lambda url: run(GatewayClient(url), files={"v": [SIGNED_LINK]}), []),
+    **{f"prefab by mistake: {name}": (
+        lambda url, act=act: act(GatewayClient(url).prefab("p", "1")), [])
+       for name, act in PREFAB_MISTAKES.items()},
+    **{f"path by mistake: {name}": (lambda url, act=act: act(GatewayClient(url)), [])
+       for name, act in PATH_MISTAKES.items()},
+    **{f"headers: {name}": row for name, row in WITH_HEADERS.items()},
     "proxy: refused": (
         lambda url: through_proxy("http://gateway.invalid", f"http://u:{WORD}@127.0.0.1:1"), []),
     "proxy: 407": (
@@ -7756,6 +7834,24 @@ def test_what_arrived_before_an_interruption_is_reported_and_the_rest_cancelled(
     assert [future.cancelled() for future in futures] == [False] * 3 + [True] * 2
 
 
+@pytest.mark.parametrize(("raised", "handed"), BATCH_ENDS, ids=repr)
+@pytest.mark.parametrize("count", [1, 3])
+def test_of_a_single_request_all_results_are_reported_whatever_ends_it(
+    count: int, raised: BaseException, handed: list[int]
+) -> None:
+    def on_result(index: int, result: PrefabResult) -> None:
+        reported.append(index)
+        if index == 0:
+            raise raised
+
+    reported: list[int] = []
+    given = answer({"results": [{"status": "SUCCESS"}] * count})
+    with Script(given) as server, client_of(server) as client:
+        with pytest.raises(type(raised)) as caught:
+            client.run_batch([call()] * count, single_request=True, on_result=on_result)
+    assert caught.value is raised and reported == handed[:count]
+
+
 @pytest.mark.parametrize("raised", [error for error, handed in BATCH_ENDS if len(handed) == 3],
                          ids=repr)
 def test_what_arrived_before_an_executor_was_interrupted_is_reported(raised: BaseException) -> None:
@@ -7810,10 +7906,12 @@ def test_a_signal_that_ends_a_batch_costs_no_result_that_has_arrived(
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, SystemExit, OfItsOwn])
+@pytest.mark.parametrize("single_request", [False, True])
 def test_no_result_is_lost_wherever_between_its_arrival_and_on_result_a_batch_is_ended(
-    raised: Any,
+    single_request: bool, raised: Any
 ) -> None:
     """Before each line of the thread that hands over the results, when all of them are there."""
+    answers = {False: ran(), True: answer({"results": [{"status": "SUCCESS"}] * 4})}
 
     def end() -> None:
         raise raised
@@ -7832,7 +7930,8 @@ def test_no_result_is_lost_wherever_between_its_arrival_and_on_result_a_batch_is
                         stack.enter_context(interrupted(at, end))
                         trace_entered_frames()
 
-                client.run_batch([call()] * 4, executor=executor, on_result=on_result)
+                how: Any = {"single_request": True} if single_request else {"executor": executor}
+                client.run_batch([call()] * 4, on_result=on_result, **how)
                 done = True
         assert sorted({*reported}) == [0, 1, 2, 3], f"ended at line {at}"
         return done
@@ -7844,7 +7943,7 @@ def test_no_result_is_lost_wherever_between_its_arrival_and_on_result_a_batch_is
             frame.f_trace = enter_function(frame, "call", None) or frame.f_trace
             frame = frame.f_back
 
-    with Routed(lambda received: ran()) as server:
+    with Routed(lambda received: answers[single_request]) as server:
         at = next(at for at in itertools.count(1) if comes_to_its_end(at))
     assert at > 5
 
@@ -8016,6 +8115,9 @@ def test_a_single_request_has_one_job(client: GatewayClient, gateway: LocalGatew
     assert batch.status == "PARTIAL_SUCCESS" and batch.job_id
     assert {result.job_id for result in batch.results} == {batch.job_id}
     assert client.run_batch([calls[1]], single_request=True).status == "FAILED"
+    of_one = client.run_batch([calls[0]])
+    assert of_one.job_id and of_one.job_id == of_one.results[0].job_id
+    assert client.run_batch(mixed_calls()[1:2]).job_id is None
     with pytest.raises(PrefabNotFoundError):
         client.run_batch(mixed_calls(), single_request=True)
 
@@ -8407,6 +8509,28 @@ class Pickling(InThisThread):
 
     def submit(self, /, *given: Any, **options: Any) -> Any:
         return super().submit(*pickle.loads(pickle.dumps(given)), **options)
+
+
+class Pure(InThisThread):
+    """Takes what has equal arguments for one task, as Dask does."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[bytes, Any] = {}
+
+    def submit(self, /, *given: Any, **options: Any) -> Any:
+        key = pickle.dumps((given, options))
+        if key not in self.tasks:
+            self.tasks[key] = super().submit(*given, **options)
+        return self.tasks[key]
+
+
+def test_each_of_several_equal_calls_is_made_where_equal_tasks_are_taken_for_one() -> None:
+    pure = Pure()
+    with Script(*map(ran, range(6))) as server, client_of(server) as client:
+        for count in (4, 2):
+            batch = client.run_batch([call()] * count, executor=pure)
+            assert len(set(values_of(batch))) == count
+    assert len(server.received) == 6
 
 
 @pytest.mark.parametrize("name", ENDPOINTS)
@@ -8901,9 +9025,9 @@ def test_the_token_in_use_can_be_read_but_not_set(mode: str) -> None:
     with Script(*exchange_of(mode), ran()) as server:
         client = client_in(mode, server.url)
         assert client.internal_token == IN_USE.get(mode)
-        for name in NAMES:
+        for one, name in itertools.product((client, AsyncGatewayClient(server.url)), NAMES):
             with pytest.raises(AttributeError, match=r"(?i)\bclient\b") as caught:
-                setattr(client, name, "hush-hush")
+                setattr(one, name, "hush-hush")
             assert "another" in str(caught.value) and "hush" not in str(caught.value)
         for same in (client, pickle.loads(pickle.dumps(client))):
             assert same.internal_token == IN_USE.get(mode)
@@ -8946,6 +9070,7 @@ def test_a_client_that_did_not_come_about_can_be_shown(name: str) -> None:
 # Names that serializers, `dict()` and the like ask for, of objects that they do not know.
 PROTOCOLS = [
     "to_dict", "model_dump", "model_dump_json", "dict", "keys", "items", "values", "tolist",
+    "toDict", "to_numpy", "to_pandas", "toPandas", "to_plotly_json", "getdoc",
     "isoformat", "__len__", "__iter__", "__getitem__", "__fspath__", "__array__", "__json__",
 ]  # fmt: skip
 
@@ -8975,7 +9100,7 @@ SERIALIZERS: dict[str, Callable[[Any], Any]] = {
     "item": lambda prefab: prefab["a"],
     "path": os.fspath,
     **{f"JSON by {name}": functools.partial(json.dumps, default=operator.methodcaller(name))
-       for name in ("to_dict", "model_dump", "dict", "tolist", "isoformat")},
+       for name in ("to_dict", "toDict", "model_dump", "dict", "tolist", "isoformat")},
 }  # fmt: skip
 
 
@@ -10021,6 +10146,32 @@ def test_what_on_result_raises_ends_a_batch_and_comes_out() -> None:
     assert len(server.received) == 3
 
 
+@pytest.mark.parametrize(
+    ("raised", "handed"),
+    [(KeyboardInterrupt(), [0, 1, 2]), (SystemExit(3), [0, 1, 2]), (OfItsOwn(), [0, 1, 2]),
+     (LookupError("mine"), [0])],
+    ids=repr,
+)  # fmt: skip
+def test_what_arrived_before_an_interruption_is_reported_in_the_loop_too(
+    raised: BaseException, handed: list[int]
+) -> None:
+    async def main() -> None:
+        async with async_client_of(server) as client:
+            with pytest.raises(type(raised)) as caught:
+                await client.run_batch([call()] * 3, single_request=True, on_result=fail)
+            assert caught.value is raised
+
+    def fail(index: int, result: PrefabResult) -> None:
+        reported.append(index)
+        if index == 0:
+            raise raised
+
+    reported: list[int] = []
+    with Script(answer({"results": [{"status": "SUCCESS"}] * 3})) as server:
+        in_loop(main())
+    assert reported == handed
+
+
 # Streams.
 
 
@@ -10279,6 +10430,19 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
             os._exit(status)
         assert os.waitpid(child, 0)[1] == 0
         assert in_loop(run(client)).get_function_result() == "parent"
+
+
+def test_an_async_client_that_was_used_pickles_and_copies_without_its_threads() -> None:
+    async def main() -> list[Any]:
+        async with async_client_of(server, max_workers=3) as client:
+            used = [await run(client)]
+            for copied in (pickle.loads(pickle.dumps(client)), copy.copy(client)):
+                assert copied.internal_token == TOKEN and not copied._crews
+                used.append(await run(copied))
+            return [result.get_function_result() for result in used]
+
+    with Script(ran(1), ran(2), ran(3)) as server:
+        assert in_loop(main()) == [1, 2, 3]
 
 
 # The loop.

@@ -60,12 +60,12 @@ def use_dask(client: GatewayClient) -> None:
     except ImportError:
         print('Dask: not installed (pip install "dask[distributed]")')
         return
-    # Dask takes tasks for free of side effects, which calls are not. With these two settings, one
-    # that is running when its worker dies is not sent again, and equal calls are not made one.
+    # Dask takes tasks for free of side effects, which calls are not. With this setting, one that
+    # is running when its worker dies is not sent again.
     dask.config.set({"distributed.scheduler.allowed-failures": 0})
     options = {"n_workers": 2, "threads_per_worker": 4, "dashboard_address": "127.0.0.1:0"}
     with LocalCluster(**options) as cluster, Client(cluster) as dask_client:
-        count_words(client, dask_client.get_executor(pure=False), "Dask")
+        count_words(client, dask_client.get_executor(), "Dask")
 
 
 if __name__ == "__main__":  # a spawned process imports this file: without this it would run it
