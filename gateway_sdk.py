@@ -3348,8 +3348,8 @@ def _session_id(given: Any) -> str:
 # What serializers, templates and tests ask any object for, to learn what it is.
 _PROTOCOL_NAMES = (
     "asdict as_dict dict fileno for_json getdoc isoformat items json keys model_dump"
-    " model_dump_json schema serialize shape toDict toPandas to_dict to_json to_list to_numpy"
-    " to_pandas to_plotly_json tolist values"
+    " model_dump_json schema serialize shape toDict toJSON toPandas to_dict to_json to_list"
+    " to_numpy to_pandas to_plotly_json tolist values"
 ).split()
 
 

@@ -9070,7 +9070,7 @@ def test_a_client_that_did_not_come_about_can_be_shown(name: str) -> None:
 # Names that serializers, `dict()` and the like ask for, of objects that they do not know.
 PROTOCOLS = [
     "to_dict", "model_dump", "model_dump_json", "dict", "keys", "items", "values", "tolist",
-    "toDict", "to_numpy", "to_pandas", "toPandas", "to_plotly_json", "getdoc",
+    "toDict", "toJSON", "to_numpy", "to_pandas", "toPandas", "to_plotly_json", "getdoc",
     "isoformat", "__len__", "__iter__", "__getitem__", "__fspath__", "__array__", "__json__",
 ]  # fmt: skip
 
@@ -13262,7 +13262,7 @@ def test_no_name_of_the_module_is_used_above_its_definition() -> None:
 
 
 def test_the_module_keeps_the_limits_that_contributing_names() -> None:
-    assert SDK.stat().st_size <= 221_000
+    assert SDK.stat().st_size <= 226_000
     for node in ast.walk(TREE):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
