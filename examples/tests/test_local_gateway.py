@@ -659,7 +659,8 @@ def with_function(**fields: Any) -> dict[str, Any]:
     ([GOOD], "the whole must be an object"),
     (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "it begins with a byte order mark"),
     (json.dumps(GOOD).encode("utf-16"), "it is not UTF-8"),
-    (b'{"id": "p",\n "version" "1.0.0"}', "it is not JSON: Expecting ':' delimiter: line 2 column"),
+    # CPython and PyPy word it differently, and both tell the place.
+    (b'{"id": "p",\n "version" "1.0.0"}', ": line 2 column 12"),
     (b"", "it is not JSON"),
     (b"[" * 100_000, "it is not JSON"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
