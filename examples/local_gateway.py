@@ -410,6 +410,7 @@ class Job:
         self.secrets: dict[str, str] = {}
         self.child: Child | None = None
         self.left = False  # nobody waits for it any more
+        self.kept: list[StoredFile] = []  # its outputs in the storage
 
     @property
     def outputs(self) -> Path:
@@ -1359,25 +1360,32 @@ class LocalGateway:
                 "limit": quota, "used": used, "quota_type": "calls",
             })  # fmt: skip
         try:
-            return self._run_calls(calls)
+            with contextlib.ExitStack() as undo:  # deletes the files of which nobody learns
+                answer = self._run_calls(calls, undo)
+                undo.pop_all()
+            return answer
         except Refusal:
             raise
         except Exception as error:  # whatever else a prefab does wrong, as behind the real server
             message = "The prefab failed: {type}: {message}".format(**describe_error(error))
             raise Refusal(503, message) from error
 
-    def _run_calls(self, calls: Sequence[Mapping[str, Any]]) -> Answer:
+    def _run_calls(
+        self, calls: Sequence[Mapping[str, Any]], undo: contextlib.ExitStack
+    ) -> Answer:
         job_id = str(uuid.uuid4())
         results: list[bytes] = []
         status = "COMPLETED"
         for call in calls:
             try:
                 function, job = self._prepare(call)
+                undo.callback(self._delete_outputs, job)
                 with contextlib.ExitStack() as under_way:
                     under_way.enter_context(self._under_way(job))
                     outcome = function.run(job)
                     if isinstance(outcome, Generator) and len(calls) == 1:  # or it can't stream
-                        events = self._stream(job, job_id, outcome, under_way.pop_all())
+                        stacks = undo.pop_all(), under_way.pop_all()
+                        events = self._stream(job, job_id, outcome, *stacks)
                         return Answer(200, events, {"content-type": "text/event-stream"}, job.leave)
                     results.append(self._result(job, outcome))
             except CallFailed as failure:
@@ -1459,26 +1467,33 @@ class LocalGateway:
         job: Job,
         job_id: str,
         pieces: Generator[Any, None, None],
+        undo: contextlib.ExitStack,
         under_way: contextlib.ExitStack,
     ) -> Generator[bytes, None, None]:
         """The events of a function, which ends when its reader has left."""
-        with under_way, contextlib.closing(pieces):
+        with undo, under_way, contextlib.closing(pieces):
             yield b""  # the head of the answer goes out at once
             yield from stream_events(job, job_id, pieces, self._keep_outputs)
+            undo.pop_all()
 
     def _keep_outputs(self, job: Job) -> dict[str, list[str]]:
         """Take what the function left in its outputs folder into the storage."""
         files: dict[str, list[str]] = {}
-        if not job.folder.exists():  # as after most calls
+        if job.left or not job.folder.exists():  # as after most calls
             return files
         for path in sorted(path for path in job.outputs.rglob("*") if path.is_file()):
             key = "output"
             if path.parent != job.outputs:
                 key = path.relative_to(job.outputs).parts[0]
             s3_url = self.storage.new_url(OUTPUTS, path.name)
-            self.storage.write(s3_url, read_blocks(path))
+            job.kept.append(self.storage.write(s3_url, read_blocks(path)))
             files.setdefault(key, []).append(s3_url)
         return files
+
+    def _delete_outputs(self, job: Job) -> None:
+        """Delete what the storage has of a job."""
+        for stored in job.kept:
+            self.storage.delete(stored)
 
 
 ROUTES = [
