@@ -4240,6 +4240,10 @@ class AsyncGatewayClient:
         """Seconds for connecting and for each wait for bytes."""
         return self._client.timeout
 
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        self._client.timeout = seconds
+
     def __repr__(self) -> str:
         return f"Async{self._client!r}" if "_client" in vars(self) else f"{type(self).__name__}()"
 
@@ -4293,7 +4297,7 @@ class AsyncGatewayClient:
         on_result: Callable[[int, PrefabResult], object] | None = None,
         executor: Executor | None = None, single_request: bool = False,
     ) -> BatchResult:
-        """See `GatewayClient.run_batch`. `on_result` is called in the loop's thread."""
+        """See `GatewayClient.run_batch`."""
         import asyncio
 
         loop, scope = asyncio.get_running_loop(), _Scope()

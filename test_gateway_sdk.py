@@ -4356,6 +4356,10 @@ def test_a_timeout_that_was_set_later_is_checked_too() -> None:
         client.timeout = "soon"  # type: ignore[assignment]
         with pytest.raises(ValidationError, match="timeout"):
             client.list_prefabs()
+        other = async_client_of(server)
+        other.timeout = "soon"  # type: ignore[assignment]
+        with pytest.raises(ValidationError, match="timeout"):
+            in_loop(other.list_prefabs())
 
 
 def test_almost_a_secret_does_not_take_long_to_tell_from_it() -> None:
