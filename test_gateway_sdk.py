@@ -2756,7 +2756,7 @@ BROKEN_ANSWERS: dict[str, bytes] = {
     "the shorter length first": headed(SHORTER, LENGTH),
     "two lengths in a field": headed(LENGTH + b", %d" % (COUNT - 1)),
     "length of 19 digits": headed(b"Content-Length: 1%018d" % COUNT),
-    "status 101": headed(LENGTH, start=b"HTTP/1.1 101 Switching Protocols", body=b""),
+    "status 101": headed(start=b"HTTP/1.1 101 Switching Protocols", body=b""),
     "5, 6": headed(b"Content-Length: 5, 6"),
     "length with a plus": headed(b"Content-Length: +%d" % COUNT),
     "length with an underscore": headed(b"Content-Length: %d_%d" % divmod(COUNT, 10)),
@@ -3549,7 +3549,7 @@ def test_a_wrong_certificate_is_an_error_with_a_remedy_and_nothing_is_sent(
     assert not caught.value.may_have_run
 
 
-def refusing_clients(certificate: Path, version: str) -> Raw:
+def refusing_clients(certificate: Path, version: str, *, lingers: bool = True) -> Raw:
     """A server that wants a certificate of its client, and knows none that would do."""
     context = tls_context(certificate)
     context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
@@ -3559,7 +3559,7 @@ def refusing_clients(certificate: Path, version: str) -> Raw:
         with contextlib.suppress(OSError):
             context.wrap_socket(sock.dup(), server_side=True)
         # What is left unread at an end would make it a reset, which may overtake the reason for it.
-        while sock.recv(65536):
+        while lingers and sock.recv(65536):
             pass
 
     server = Raw(serve)
@@ -3588,6 +3588,16 @@ def test_a_server_that_refuses_the_clients_certificate_has_run_nothing(
     assert server.connections == 1 and not delays
     assert not caught.value.may_have_run and "may have run" not in str(caught.value)
     assert "http://" not in str(caught.value)
+
+
+def test_a_refused_certificate_is_told_also_where_sending_broke_off(
+    certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    with refusing_clients(certificate, "TLSv1_3", lingers=False) as server:
+        with client_of(server, ssl_context=trusting, max_retries=0) as client:
+            with pytest.raises(ServiceUnavailableError, match="ssl_context") as caught:
+                client.run("p", "1", "f", {"large": "x" * 10_000_000})
+    assert not caught.value.may_have_run
 
 
 def test_a_batch_that_is_refused_for_its_certificate_has_run_nothing(
@@ -5125,6 +5135,9 @@ MOMENTS: dict[str, tuple[Callable[[], list[Answer]], Callable[[GatewayClient, Pa
     "in the body": (lambda: [signalled(ran()[:-5])], lambda c, f: run(c)),
     "in the body of a GET": (lambda: [signalled(PAGE[:-5])], lambda c, f: c.list_files()),
     "between chunks": (lambda: [signalled(OPEN_STREAM)], lambda c, f: run(c)),
+    "behind done": (
+        lambda: [signalled(chunked(event("content", "a"), event("done"), end=False))],
+        lambda c, f: run(c)),
     "in a stream": (lambda: [signalled(OPEN_STREAM)], lambda c, f: list(run(c, stream=True))),
     "in an error's body": (lambda: [signalled(UNAVAILABLE[:-5])], lambda c, f: run(c)),
     "between attempts": (
@@ -5162,6 +5175,8 @@ OTHERS_ERRORS = {
     "a 503 of another call": ServiceUnavailableError._create("mine", status_code=503),
     "a 403 of another call": AuthenticationError._create("mine", status_code=403),
     "a 401 of another call": AuthenticationError._create("mine", status_code=401),
+    "a 422 of another call": ValidationError._create(
+        "mine: Missing required parameter: n", status_code=422),
     "another call that is lost": ServiceUnavailableError._create("mine", _fault="lost"),
     "another call without a connection": ServiceUnavailableError._create(
         "mine", _fault="unreachable"),
@@ -5195,7 +5210,8 @@ def check_what_a_handler_raises(handler: str, act: Callable[[], Any], number: An
 @with_signals
 @pytest.mark.parametrize(
     "handler",
-    ["TimeoutError", "ConnectionResetError", "another call without a connection"],
+    ["TimeoutError", "ConnectionResetError", "another call without a connection",
+     "a 422 of another call"],
 )
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_what_a_signal_handler_raises_is_the_callers_whenever_it_comes(
@@ -5995,6 +6011,7 @@ RESULTS_OF_EVENTS: dict[str, tuple[list[bytes], Any, Any, Any]] = {
     "heartbeats and done": (
         [HEARTBEAT, event("keep-alive", time=1), done_with({"n": 1})], {"n": 1}, {}, None),
     "heartbeats only": ([HEARTBEAT, event("done")], "", {}, None),
+    "heartbeats without an end": ([HEARTBEAT, HEARTBEAT], "", {}, None),
     "objects and heartbeats": ([event("content", {"n": 1}), HEARTBEAT], [{"n": 1}], {}, None),
     "unknown types with data": ([event("thought", "a"), event("thought", "b")], "ab", {}, None),
     "error, then files": (
@@ -6536,6 +6553,9 @@ def test_a_heartbeat_by_its_name_is_no_content(data: bytes) -> None:
     beat = b"event: ping\ndata: %b\n\n" % data
     with Script(chunked(beat, A_TEXT, beat, event("done"))) as server:
         assert run(client_of(server)).get_function_result() == "a"
+    if data:
+        with Script(chunked(beat)) as server:
+            assert [received.data for received in run(client_of(server), stream=True)] == [None]
 
 
 # --- Files ----------------------------------------------------------------------------------------
