@@ -4242,6 +4242,7 @@ class AsyncGatewayClient:
 
     @timeout.setter
     def timeout(self, seconds: float | None) -> None:
+        """Of calls from now on."""
         self._client.timeout = seconds
 
     def __repr__(self) -> str:
