@@ -2780,7 +2780,10 @@ def _read_events(response: _Response) -> Generator[list[StreamEvent], None, bool
         if not events:
             break
         was_end = is_end
-        last = next(itertools.filterfalse(_is_heartbeat, reversed(events)), None)
+        last: StreamEvent | None = events[-1]
+        # Rarely, as each event pays for the look.
+        if _is_heartbeat(events[-1]):
+            last = next(itertools.filterfalse(_is_heartbeat, reversed(events)), None)
         if last or is_end is None:
             is_end = last is not None and last.type in _LAST_EVENTS
         yield events
