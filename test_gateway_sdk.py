@@ -8008,7 +8008,9 @@ def test_a_failed_result_does_not_keep_its_request(way: str, refusing: str) -> N
             finally:
                 tracemalloc.stop()
     assert len([result for result in batch.results if result.exception]) == len(calls)
-    assert kept - size < size * repeated  # nor those of one kind
+    # Nor those of one kind. Without the GIL, what threads held may go later.
+    most = repeated if COUNTS_REFERENCES else len(calls) // 2
+    assert kept - size < size * most
 
 
 def test_context_variables_reach_the_threads_of_a_batch() -> None:
