@@ -605,7 +605,7 @@ class StreamEvent:
     raw: _Json = field(default_factory=dict, repr=False, compare=False)
 
     # Of the last event that stands for the result of a function that does not stream.
-    _result: ClassVar[PrefabResult | None] = None
+    _result: ClassVar[Optional[PrefabResult]] = None
 
     @classmethod
     def from_dict(cls, data: _Json) -> StreamEvent:

@@ -71,7 +71,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import local_gateway
 import pytest
@@ -9292,6 +9292,15 @@ def test_type_hints_of_everything_public_can_be_evaluated() -> None:
     """
     done = python(code)
     assert (done.stdout, done.stderr) == ("True\nTrue\n", "")
+
+
+@pytest.mark.parametrize("name", [name for name in gateway_sdk.__all__
+                                  if dataclasses.is_dataclass(getattr(gateway_sdk, name))])
+def test_type_hints_of_data_can_be_evaluated_on_every_python(name: str) -> None:
+    # As pydantic does, for a field or a response model.
+    data_class = getattr(gateway_sdk, name)
+    fields = {one.name for one in dataclasses.fields(data_class)}
+    assert fields <= get_type_hints(data_class).keys()
 
 
 def test_to_a_type_checker_the_submodules_are_no_variables() -> None:
