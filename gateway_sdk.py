@@ -4799,6 +4799,10 @@ def _run_command(client: GatewayClient, args: Any, terminal: _Terminal) -> None:
     if not result.is_success():
         raise GatewayError(_reason(result))
     value = result.get_function_result()
+    if isinstance(value, list) and len(value) == 1:
+        # A function that streams gives a list of its contents, of which one may be its answer.
+        result = PrefabResult(CallStatus.SUCCESS, value[0])
+        value = result.get_function_result()
     if args.fail and isinstance(value, dict) and value.get("success") is False:
         reason = result.get_business_error() or result.get_business_message() or "no reason"
         raise GatewayError(f'The function reports "success": false: {reason}')

@@ -12279,6 +12279,13 @@ def test_a_line_of_contents_ends_before_an_error_is_told(cli: Any, end: bytes) -
     assert (first, second[:7], last) == ("so far", "error: ", "")
 
 
+@pytest.mark.parametrize("more", [[], ["--stream"]], ids=["result", "stream"])
+def test_the_only_content_of_a_stream_may_report_a_failure(cli: Any, more: list[str]) -> None:
+    reply = chunked(event("content", {"success": False, "error": "too dark"}), event("done"))
+    ended = cli("run", "a", "1", "f", "--fail", *more, replies=[reply])
+    assert "too dark" in ended.error(1, out=ended.out)
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["contents", "events"])
 def test_an_error_event_fails_the_command_after_its_output(cli: Any, more: list[str]) -> None:
     ended = cli("run", "faulty", "1.0.0", "stumble", "-p", "text=as far", "--stream", *more)
