@@ -10743,6 +10743,32 @@ def test_it_works_on_uvloop() -> None:
             loop.close()
 
 
+def test_a_session_is_cleaned_up_also_where_every_wait_is_cancelled() -> None:
+    """As anyio does in a cancelled scope."""
+    async def use(client: Any) -> None:
+        async def hold() -> None:
+            async with client.temp_session("s"):
+                await asyncio.sleep(LONG_SECONDS)
+
+        task = asyncio.ensure_future(hold())
+        await asyncio.sleep(0)
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+        await until(server, lambda: len(server.received) == 1)
+
+    with Script(answer({"deleted_count": 1})) as server:
+        in_loop(use(async_client_of(server)))
+    assert server.received[0].method == "DELETE"
+
+
+def test_the_wait_between_attempts_needs_no_clock(refusing: str, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(gateway_sdk, "_CONNECT_BACKOFF_BASE_SECONDS", 0.01)
+    monkeypatch.setattr(time, "monotonic", lambda: 1.0)
+    with pytest.raises(ServiceUnavailableError):
+        GatewayClient(f"http://{refusing}").list_prefabs()
+
+
 def test_asyncio_is_not_imported_before_it_is_needed() -> None:
     code = """if True:
         import sys
